@@ -1,0 +1,31 @@
+"""A person's mistake: one message, exit code 2, no traceback.
+
+A `UserError` says what is wrong, where, the value, and the mend. Anything else that is raised is a bug
+of ours and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard, told in a sentence that says how to mend it."""
+
+
+class ConfigError(UserError):
+    """A mistake in the settings. Every rank finds the same one, so only the first of a node tells it."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's `main()`; a UserError becomes one message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+            where = "" if rank == "0" else f" (rank {rank})"
+            print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,251 @@
+"""The data set on disk: token shards, the manifest beside them, and one long array to read them by.
+
+A data set is a folder: `<name>_val_000000.bin`, `<name>_train_000001.bin`, ... and `dataset.json`. A shard
+is 256 little-endian int32 of header (magic, version, token count, zeros), then the tokens: byte-compatible
+with llm.c's and modded-nanogpt's files. Vocabularies over 65,536 take uint32 under llm.c's Llama-3 magic.
+
+    python fineweb.py verify data/NAME        # every header, size, sha256, token and document count
+    >>> open_dataset("data/NAME").train.read(0, 1024)
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+
+HEADER_BYTES = 256 * 4
+MAGIC_UINT16, VERSION_UINT16 = 20240520, 1  # llm.c dev/data: GPT-2 shards
+MAGIC_UINT32, VERSION_UINT32 = 20240801, 7  # llm.c dev/data: Llama-3 shards
+MANIFEST = "dataset.json"
+SPLITS = ("val", "train")  # llm.c numbers the validation shard 0, training goes on from there
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32 (both little-endian)."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def shard_name(name: str, split: str, number: int) -> str:
+    return f"{name}_{split}_{number:06d}.bin"
+
+
+def write_shard(path: Path, num_tokens: int, vocab_size: int, pieces: Iterable[np.ndarray]) -> str:
+    """Writes one shard and commits it by a rename; returns the file's sha256.
+
+    `pieces` are integer arrays, (n,) each, `num_tokens` ids together, every one below `vocab_size`.
+    """
+    dtype = token_dtype(vocab_size)
+    header = np.zeros(256, dtype="<i4")
+    magic = (MAGIC_UINT16, VERSION_UINT16) if dtype.itemsize == 2 else (MAGIC_UINT32, VERSION_UINT32)
+    header[:3] = *magic, num_tokens
+    digest, written = hashlib.sha256(header.tobytes()), 0
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(header.tobytes())
+        for piece in pieces:
+            if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
+                # before astype, which would wrap a large id into a valid one in silence
+                raise ValueError(f"{path}: token {int(piece.max())} outside the vocabulary of {vocab_size:,}")
+            data = np.ascontiguousarray(piece, dtype=dtype)
+            file.write(data)
+            digest.update(data)
+            written += len(data)
+        if written != num_tokens:
+            raise ValueError(f"{path}: {written:,} tokens came for a shard of {num_tokens:,}")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return digest.hexdigest()
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """A shard's tokens as a read-only memory map, (n,) uint16 or uint32; refuses what isn't whole."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=3)
+    kinds = {(MAGIC_UINT16, VERSION_UINT16): "<u2", (MAGIC_UINT32, VERSION_UINT32): "<u4"}
+    kind = kinds.get(tuple(header[:2].tolist()))
+    if len(header) < 3 or kind is None:
+        raise UserError(
+            f"{path} is no token shard: it begins with {header[:2].tolist()}, not with magic {MAGIC_UINT16} "
+            f"version {VERSION_UINT16} (uint16) or {MAGIC_UINT32} version {VERSION_UINT32} (uint32). "
+            "Prepare the data again with fineweb.py."
+        )
+    num_tokens, dtype = int(header[2]), np.dtype(kind)
+    expected = HEADER_BYTES + num_tokens * dtype.itemsize
+    if size != expected:
+        raise UserError(
+            f"{path} is damaged: its header promises {num_tokens:,} tokens, which is {expected:,} bytes, but "
+            f"the file has {size:,}. Copy or prepare it again."
+        )
+    if num_tokens == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+class Tokens:
+    """The shards of a split as one long array of token ids."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards = shards
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens start ... stop - 1 as an int64 array, (stop - start,), across shard borders; into `out` if given."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} of {len(self)}")
+        out = np.empty(stop - start, np.int64) if out is None else out
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        filled = 0
+        while start < stop:
+            base = int(self.starts[shard])
+            end = min(stop, int(self.starts[shard + 1]))
+            out[filled : filled + end - start] = self.shards[shard][start - base : end - base]
+            filled, start, shard = filled + end - start, end, shard + 1
+        return out
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set. `manifest` is None where somebody else's shards came without one."""
+
+    folder: Path
+    manifest: dict | None
+    train: Tokens
+    val: Tokens
+    eot_id: int
+    vocab_size: int
+    tokenizer: str  # what `load_tokenizer` takes: "gpt2" or the path of a tokenizer file
+    tokenizer_sha256: str | None
+    fingerprint: str  # sha256 over the shards' contents, the same wherever the folder lies
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Opens `folder`, checking every header, size and the manifest; reads no tokens. UserError if not sound."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the "
+            "sources), or name another folder with --data.dataset."
+        )
+    found = {
+        path.name: path for path in sorted(folder.glob("*.bin")) if re.search(r"_(train|val)_\d+\.bin$", path.name)
+    }
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        named = [shard["file"] for shard in manifest["shards"]]
+        missing, foreign = [n for n in named if n not in found], [n for n in found if n not in named]
+        if missing or foreign:
+            raise UserError(
+                f"{folder} doesn't match its {MANIFEST}:"
+                + "".join(f"\n  {name} is missing" for name in missing)
+                + "".join(f"\n  {name} is not in the manifest" for name in foreign)
+                + "\nCopy the folder again, or prepare it again with fineweb.py."
+            )
+        counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+    opened = {name: open_shard(path) for name, path in found.items()}
+    if not opened:
+        raise UserError(f"{folder} holds no shards (*_train_*.bin). Prepare it with fineweb.py.")
+    for name, shard in opened.items():
+        if manifest is not None and counts[name] != len(shard):
+            raise UserError(f"{folder / name} has {len(shard):,} tokens, its {MANIFEST} says {counts[name]:,}.")
+        if manifest is not None and shard.dtype != token_dtype(manifest["vocab_size"]):
+            raise UserError(
+                f"{folder / name} holds {shard.dtype.name} tokens, but a vocabulary of {manifest['vocab_size']:,} "
+                f"({MANIFEST}) is stored as {token_dtype(manifest['vocab_size']).name}."
+            )
+    splits = {split: Tokens([s for name, s in opened.items() if f"_{split}_" in name]) for split in SPLITS}
+    if manifest is not None:
+        return Dataset(
+            folder, manifest, splits["train"], splits["val"], manifest["eot_id"], manifest["vocab_size"],
+            _tokenizer_spec(folder, manifest), manifest["tokenizer"]["sha256"], _fingerprint(manifest["shards"]),
+        )  # fmt: skip
+    if any(shard.dtype.itemsize != 2 for shard in opened.values()):
+        raise UserError(
+            f"{folder} holds uint32 shards but no {MANIFEST}, so their vocabulary and end-of-text id are unknown."
+        )
+    edges = [  # no hashes to go by: sizes and both ends of each shard tell data sets apart
+        {"file": n, "tokens": len(s), "sha256": hashlib.sha256(s[:4096].tobytes() + s[-4096:].tobytes()).hexdigest()}
+        for n, s in opened.items()
+    ]
+    return Dataset(folder, None, splits["train"], splits["val"], 50256, 50257, "gpt2", None, _fingerprint(edges))
+
+
+def _tokenizer_spec(folder: Path, manifest: dict) -> str:
+    return "gpt2" if manifest["tokenizer"]["name"] == "gpt2" else str(folder / manifest["tokenizer"]["file"])
+
+
+def _fingerprint(shards: list[dict]) -> str:
+    return hashlib.sha256(json.dumps([[s["tokens"], s["sha256"]] for s in shards]).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The contents of `dataset.json`, or None where there is none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("shards", "tokenizer", "eot_id", "vocab_size", "counts"):
+            manifest[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Copy it or prepare the data again.") from None
+    return manifest
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON and commits it by a rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int]:
+    """Reads every byte of a data set and holds it against its manifest; returns tokens and documents.
+
+    Header, size, sha256, token range and number of documents (end-of-text tokens) of each shard. UserError
+    lists all that is wrong. `progress` is called with the bytes just read.
+    """
+    folder = Path(folder)
+    dataset = open_dataset(folder)
+    if dataset.manifest is None:
+        raise UserError(f"{folder} has no {MANIFEST} to verify it by: its sizes fit its headers, no more is known.")
+    problems, totals = [], {"shards": 0, "tokens": 0, "documents": 0}
+    for shard in dataset.manifest["shards"]:
+        path = folder / shard["file"]
+        digest, documents, highest = hashlib.sha256(), 0, 0
+        with open(path, "rb") as file:
+            digest.update(file.read(HEADER_BYTES))
+            while block := file.read(1 << 24):
+                digest.update(block)
+                tokens = np.frombuffer(block, token_dtype(dataset.vocab_size))
+                documents += int(np.count_nonzero(tokens == dataset.eot_id))
+                highest = max(highest, int(tokens.max()))
+                progress(len(block))
+        if digest.hexdigest() != shard["sha256"]:
+            problems.append(f"{path}: sha256 is {digest.hexdigest()}, the manifest says {shard['sha256']}")
+        if highest >= dataset.vocab_size:
+            problems.append(f"{path}: token {highest} outside the vocabulary of {dataset.vocab_size:,}")
+        if documents != shard["documents"]:
+            problems.append(f"{path}: {documents:,} documents begin in it, the manifest says {shard['documents']:,}")
+        totals = {
+            "shards": totals["shards"] + 1,
+            "tokens": totals["tokens"] + shard["tokens"],
+            "documents": totals["documents"] + documents,
+        }
+    if problems:
+        raise UserError("the data set is damaged:\n  " + "\n  ".join(problems) + "\nPrepare or copy it again.")
+    return totals
