@@ -1,0 +1,438 @@
+"""Where documents come from: named data sets of the Hugging Face hub, any hub data set, and local files.
+
+    python fineweb.py fineweb-edu-10BT                       # a named source
+    python fineweb.py files --input 'pages/*.jsonl.gz'       # parquet, jsonl, txt; .gz .xz .zst too
+    python fineweb.py roneneldan/TinyStories                 # any hub data set, through `datasets`
+    >>> for text in documents(find("stdlib")): ...
+
+A source is a list of units (a file to fetch, or a batch of small ones), and a unit a list of tasks (a range
+of a parquet file's row groups, or the batch). Both follow from the source alone, never from who reads it.
+"""
+
+import difflib
+import errno
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+
+from errors import UserError
+
+TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
+READABLE = (".parquet", ".jsonl", ".txt", ".py")
+COMPRESSED = (".gz", ".xz", ".zst")
+
+# name -> (hub data set, folder of its parquet files)
+HUB_SOURCES = {
+    "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample/10BT"),
+    "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample/100BT"),
+    "fineweb-10BT": ("HuggingFaceFW/fineweb", "sample/10BT"),
+    "wikipedia-en": ("wikimedia/wikipedia", "20231101.en"),
+}
+# short names for FineWeb-2's configurations; `fineweb2-ces_Latn` and the like work as they are
+FINEWEB2_LANGUAGES = {
+    "ar": "arb_Arab", "cs": "ces_Latn", "da": "dan_Latn", "de": "deu_Latn", "el": "ell_Grek", "es": "spa_Latn",
+    "fa": "fas_Arab", "fr": "fra_Latn", "hu": "hun_Latn", "id": "ind_Latn", "it": "ita_Latn", "ja": "jpn_Jpan",
+    "ko": "kor_Hang", "nl": "nld_Latn", "pl": "pol_Latn", "pt": "por_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl",
+    "sv": "swe_Latn", "th": "tha_Thai", "tr": "tur_Latn", "uk": "ukr_Cyrl", "vi": "vie_Latn", "zh": "cmn_Hani",
+}  # fmt: skip
+OFFLINE_WAYS = (
+    "With no network, prepare what is at hand:\n"
+    "  python fineweb.py stdlib                                  # this Python's own source code\n"
+    "  python fineweb.py files --input 'PATH/*.parquet'          # parquet, jsonl or txt files of yours\n"
+    "or name a mirror of the hub in HF_ENDPOINT."
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is fetched at once. `bytes` is its size on disk or in the hub, 0 where that is unknown."""
+
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one worker reads in one go; picklable. `groups` is a range of row groups of a parquet file."""
+
+    kind: str  # parquet, files, stream
+    paths: tuple[str, ...]
+    column: str
+    groups: tuple[int, int] | None = None
+
+
+@dataclass
+class Source:
+    """A source of documents; `open` finds its units, `fetch` brings one here and splits it into tasks."""
+
+    name: str
+    column: str = "text"
+    revision: str = ""
+    units: list[Unit] = field(default_factory=list)
+    units_at_once = 1000  # how many may be fetched and not yet released
+    downloads = False
+    tokens_per_byte = 0.4  # for the estimate of disk; FineWeb-Edu's parquet files hold 0.35 GPT-2 tokens a byte
+
+    def open(self, revision: str | None = None) -> None:
+        raise NotImplementedError
+
+    def fetch(self, unit: int, folder: Path) -> list[Task]:
+        raise NotImplementedError
+
+    def release(self, unit: int, folder: Path) -> None:
+        """Deletes what `fetch` downloaded."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# local files
+
+
+@dataclass
+class LocalFiles(Source):
+    paths: list[str] = field(default_factory=list)
+    batches: list[list[str]] = field(default_factory=list)
+
+    def open(self, revision: str | None = None) -> None:
+        """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            size = os.path.getsize(path)
+            with open(path, "rb") as file:  # both ends stand for the contents: reading all would take minutes
+                digest.update(f"{os.path.basename(path)} {size}\n".encode() + file.read(1 << 16))
+                file.seek(max(0, size - (1 << 16)))
+                digest.update(file.read())
+            last = self.batches[-1] if self.batches else None
+            if path.endswith(".parquet") or not last or last[0].endswith(".parquet") or self._size(last) > TASK_BYTES:
+                self.batches.append([path])
+            else:
+                last.append(path)
+        self.revision = digest.hexdigest()
+        self.units = [Unit(os.path.basename(batch[0]), self._size(batch)) for batch in self.batches]
+        packed = any(path.endswith((".parquet", *COMPRESSED)) for path in self.paths)
+        self.tokens_per_byte = 0.7 if packed else 0.35  # plain English has 0.25
+
+    def fetch(self, unit: int, folder: Path) -> list[Task]:
+        batch = self.batches[unit]
+        if batch[0].endswith(".parquet"):
+            return parquet_tasks(batch[0], self.column)
+        return [Task("files", tuple(batch), self.column)]
+
+    @staticmethod
+    def _size(paths: list[str]) -> int:
+        return sum(map(os.path.getsize, paths))
+
+
+def _match(patterns: tuple[str, ...]) -> list[str]:
+    """Files that the patterns name, sorted by path; a folder stands for all files below it."""
+    if not patterns:
+        raise UserError("the source `files` needs --input, for instance --input 'pages/*.jsonl.gz'.")
+    paths: set[str] = set()
+    for pattern in patterns:
+        below = os.path.join(pattern, "**") if os.path.isdir(pattern) else os.path.expanduser(pattern)
+        matched = [path for path in glob(below, recursive=True) if os.path.isfile(path)]
+        if not matched:
+            raise UserError(f"--input {pattern} names no file (looked from {os.getcwd()}).")
+        paths.update(matched)
+    unknown = sorted(path for path in paths if not _plain_name(path).endswith(READABLE))
+    if unknown:
+        raise UserError(
+            f"--input names {len(unknown)} files of an unknown kind, {unknown[0]} for one. Known are parquet, jsonl "
+            "and txt, the latter two also as .gz, .xz and .zst."
+        )
+    return sorted(paths)
+
+
+def _plain_name(path: str) -> str:
+    stem, ending = os.path.splitext(path)
+    return stem if ending in COMPRESSED else path
+
+
+def _standard_library() -> list[str]:
+    """The .py files of the running Python's standard library, but for tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return sorted(str(p) for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the Hugging Face hub
+
+
+@dataclass
+class HubFiles(Source):
+    """Parquet files of a hub data set, each downloaded, tokenized and deleted in turn."""
+
+    repo: str = ""
+    prefix: str = ""
+    units_at_once = 2  # the next file is downloaded while one is tokenized
+    downloads = True
+
+    def open(self, revision: str | None = None) -> None:
+        api = _hub().HfApi()
+        self.revision = hub_revision(self.repo, revision)
+        tree = hub_call(
+            lambda: list(
+                api.list_repo_tree(self.repo, self.prefix, recursive=True, revision=self.revision, repo_type="dataset")
+            ),
+            f"{self.repo}/{self.prefix}",
+        )
+        files = sorted((f for f in tree if f.path.endswith(".parquet")), key=lambda f: f.path)
+        self.units = [Unit(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in files]
+        if not self.units:
+            raise UserError(f"{self.repo} has no parquet files under {self.prefix}.")
+
+    def fetch(self, unit: int, folder: Path) -> list[Task]:
+        file = self.units[unit]
+        path = hub_download(self.repo, file.name, self.revision, folder, "dataset", file.sha256)
+        return parquet_tasks(str(path), self.column)
+
+    def release(self, unit: int, folder: Path) -> None:
+        (folder / self.units[unit].name).unlink(missing_ok=True)
+
+
+@dataclass
+class HubStream(Source):
+    """Any hub data set, streamed by the library `datasets`; each of its files is a unit."""
+
+    repo: str = ""
+    config: str | None = None
+    split: str = "train"
+
+    def open(self, revision: str | None = None) -> None:
+        self.revision = hub_revision(self.repo, revision)
+        stream = _stream(self.repo, self.config, self.split, self.revision)
+        columns = stream.column_names
+        if columns is not None and self.column not in columns:
+            raise UserError(
+                f"{self.repo} has no column {self.column!r}: it has {', '.join(columns)}. Give --text-column."
+            )
+        self.units = [Unit(f"{self.repo} shard {i}", 0) for i in range(stream.num_shards)]
+
+    def fetch(self, unit: int, folder: Path) -> list[Task]:
+        where = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
+        return [Task("stream", where, self.column)]
+
+
+def _stream(repo: str, config: str | None, split: str, revision: str):
+    _hub()
+    from datasets import load_dataset
+
+    return hub_call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)
+
+
+def _hub():
+    """The hub's library, told to download by plain HTTP: its faults are what our tests know."""
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    import huggingface_hub
+
+    return huggingface_hub
+
+
+def hub_revision(repo: str, revision: str | None, repo_type: str = "dataset") -> str:
+    """The commit that `revision` (None: the main branch) is now; at once a UserError where the hub is out of reach."""
+    api = _hub().HfApi()
+    return hub_call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo).sha
+
+
+def hub_download(
+    repo: str, name: str, revision: str | None, folder: Path, repo_type: str, sha256: str | None = None
+) -> Path:
+    """Brings one file of the hub to `folder`/`name`, and holds it against its sha256 where that is given."""
+    revision = revision or hub_revision(repo, None, repo_type)
+
+    def download() -> Path:
+        path = Path(_hub().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
+        with open(path, "rb") as file:
+            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                path.unlink()
+                raise OSError("the file that came is not the one of the hub (its sha256 differs)")
+        return path
+
+    return hub_call(download, f"{repo}/{name}")
+
+
+def hub_call(call: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16)):
+    """Calls the hub, once more after each of `waits` seconds while the fault may pass; then a UserError.
+
+    The library goes on by itself where a body was cut off and waits for a lost network, but raises at once
+    on a 5xx to a GET, and on a connection dropped before the answer or reset within it.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub's stands on
+    for wait in (*waits, None):
+        try:
+            return call()
+        except (http_error, OSError, ValueError) as error:
+            cause = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            if type(cause).__name__ in ("ConnectError", "ConnectionError", "OfflineModeIsEnabled"):
+                raise UserError(f"the hub can't be reached for {what} ({cause}).\n{OFFLINE_WAYS}") from None
+            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise UserError(f"{what} can't be stored: {cause}") from None
+            missing = isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
+            if missing or (status is not None and status < 500 and status not in (408, 429)):
+                raise UserError(f"the hub doesn't give {what}: {cause}") from None
+            if wait is None:
+                raise UserError(f"the hub keeps failing for {what}: {cause}\nGive the same command later.") from None
+            print(f"\nthe hub fails for {what}, trying again in {wait} s: {cause}", file=sys.stderr)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reading
+
+
+def parquet_tasks(path: str, column: str) -> list[Task]:
+    """Ranges of row groups with about TASK_BYTES of text each."""
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    try:
+        metadata = pq.ParquetFile(path).metadata
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} is no readable parquet file: {error}") from None
+    names = metadata.schema.to_arrow_schema().names
+    if column not in names:
+        raise UserError(f"{path} has no column {column!r}: it has {', '.join(names)}. Give --text-column.")
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
+    tasks, first, size = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).column(leaf).total_uncompressed_size
+        if size >= TASK_BYTES or group == metadata.num_row_groups - 1:
+            tasks.append(Task("parquet", (path,), column, (first, group + 1)))
+            first, size = group + 1, 0
+    return tasks
+
+
+def read(task: Task) -> Iterator[str]:
+    """The documents of a task, in their order. A missing value is an empty document."""
+    if task.kind == "parquet":
+        yield from _read_parquet(task)
+    elif task.kind == "stream":
+        repo, config, split, revision, index, count = task.paths
+        shard = _stream(repo, config or None, split, revision).shard(num_shards=int(count), index=int(index))
+        rows = iter(shard)
+        while (row := hub_call(lambda: next(rows, None), f"{repo}, shard {index}", waits=())) is not None:
+            yield _text(row, task.column, f"{repo}, shard {index}")
+    else:
+        for path in task.paths:
+            if _plain_name(path).endswith(".jsonl"):
+                yield from _read_jsonl(path, task.column)
+            else:
+                with _open(path) as file:
+                    yield file.read().decode("utf-8", "replace")
+
+
+def _read_parquet(task: Task) -> Iterator[str]:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    path, where = task.paths[0], f"row groups {task.groups[0]} to {task.groups[1] - 1}"
+    try:
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=256, row_groups=range(*task.groups), columns=[task.column]):
+            for text in batch.column(0).to_pylist():
+                yield _text({task.column: text}, task.column, path)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged, in {where}: {error}. Fetch it again.") from None
+
+
+def _read_jsonl(path: str, column: str) -> Iterator[str]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):  # bytes split at \n alone: U+2028 in a text is no line's end
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} is no JSON object: {line[:60]!r}")
+            yield _text(row, column, f"{path}, line {number}")
+
+
+def _text(row: dict, column: str, where: str) -> str:
+    text = row.get(column)
+    if column not in row:
+        raise UserError(f"{where} has no {column!r}: it has {', '.join(map(str, row))}. Give --text-column.")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: {column!r} is {type(text).__name__}, not text. Give --text-column.")
+    return text or ""
+
+
+def _open(path: str):
+    """A binary file object over the uncompressed contents."""
+    if path.endswith(".gz"):
+        return gzip.open(path)
+    if path.endswith(".xz"):
+        return lzma.open(path)
+    if path.endswith(".zst"):
+        import io
+
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+    return open(path, "rb")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# finding one
+
+
+def find(
+    name: str, input: tuple[str, ...] = (), column: str = "text", config: str | None = None, split: str = "train"
+) -> Source:
+    """The source of that name; nothing is read yet but the names of local files."""
+    if name == "files":
+        return LocalFiles("files", column, paths=_match(input))
+    if input:
+        raise UserError(f"--input goes with the source `files`, not with `{name}`.")
+    if name == "stdlib":
+        return LocalFiles("stdlib", column, paths=_standard_library())
+    if name in HUB_SOURCES:
+        return HubFiles(name, column, repo=HUB_SOURCES[name][0], prefix=HUB_SOURCES[name][1])
+    if name.startswith("fineweb2-"):
+        language = name.removeprefix("fineweb2-")
+        language = FINEWEB2_LANGUAGES.get(language, language)
+        return HubFiles(name, column, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
+    if name.count("/") == 1:
+        return HubStream(name, column, repo=name, config=config, split=split)
+    known = [*HUB_SOURCES, "fineweb2-pl", "stdlib", "files"]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UserError(
+        f"there is no source {name!r}.{hint} Known: {', '.join(known)}, fineweb2-LANG, or a hub data set as OWNER/NAME."
+    )
+
+
+def documents(source: Source, revision: str | None = None) -> Iterator[str]:
+    """All documents of a source in order, downloading a file at a time."""
+    source.open(revision)
+    with tempfile.TemporaryDirectory() as folder:
+        for unit in range(len(source.units)):
+            for task in source.fetch(unit, Path(folder)):
+                yield from read(task)
+            source.release(unit, Path(folder))
+
+
+def first_bytes(source: Source, max_bytes: int) -> Iterator[str]:
+    """Documents of a source until `max_bytes` of UTF-8 are reached."""
+    total = 0
+    for text in documents(source):
+        yield text
+        total += len(text.encode("utf-8", "replace"))
+        if total >= max_bytes:
+            return
