@@ -1,0 +1,182 @@
+"""Ranks, the device, what ranks tell each other, stop signals, and time on a device's own clock.
+
+>>> with process_group("auto") as ranks:
+...     ranks.print(f"{ranks.world_size} ranks on {ranks.device}")
+"""
+
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from errors import ConfigError
+
+# dense bf16 peak of the matrix units, FLOP/s, from the makers' data sheets; a longer name goes first
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "A6000": 154.8e12, "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is, of how many, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *words: object, sep: str = " ") -> None:
+        """Prints on rank 0 alone."""
+        if self.is_main:
+            print(*words, sep=sep, flush=True)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums numbers over all ranks in float64."""
+        if self.world_size == 1:
+            return values
+        return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def main_first(self, call):
+        """Calls on rank 0 alone, then on the others: what one downloads, the others find."""
+        result = call() if self.is_main else None
+        self.wait()
+        return result if self.is_main else call()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. ConfigError where the device isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigError(
+                f"there is no CUDA device {local_rank}: {count} seen. Give --general.device cpu, or as many "
+                "processes (--nproc_per_node) as there are devices."
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("there is no MPS device here. Give --general.device auto.")
+    return torch.device(name)
+
+
+@contextmanager
+def process_group(device_name: str) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started (nccl on CUDA, gloo on the CPU), or stands alone."""
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    device = choose_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied
+    if world_size == 1:
+        yield Ranks(0, 0, 1, device)
+        return
+    if device.type == "mps":
+        raise ConfigError("MPS is one device: start train.py without torchrun.")
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks(rank, local_rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def autocast(device: torch.device, dtype: str):
+    """The context a forward pass runs in. `auto` is bfloat16 on a CUDA device that has it, else float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak of a known CUDA device, FLOP/s; None for any other."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]  # an A40 is no A4000
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most that this process held, MiB: on the device for CUDA, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10  # bytes there, KiB elsewhere
+
+
+class Mark:
+    """A point in the work of a device: a CUDA event in its queue, elsewhere the time of now."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+        self.time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until the device has come here."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def ms_since(self, earlier: "Mark") -> float:
+        """Milliseconds of the device between two marks; the later one must have been waited for."""
+        if self.event is not None:
+            return earlier.event.elapsed_time(self.event)
+        return (self.time - earlier.time) * 1e3
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's early warning), so that the loop can stop at a step's end.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

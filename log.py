@@ -1,0 +1,83 @@
+"""The two records of a run: `log.csv`, a row a step, which plots and comparisons read, and `samples.txt`.
+
+Row k holds the scores of the weights after k updates, then loss, norm and learning rate of update k; the last
+row has scores alone. Floats are written so that they read back to the bit; what wasn't measured is empty.
+"""
+
+import csv
+import math
+import os
+from pathlib import Path
+
+from errors import UserError
+
+COLUMNS = (
+    "step", "tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm", "tokens_per_s",
+    "mfu", "step_ms", "memory_mib",
+)  # fmt: skip
+INTEGERS = ("step", "tokens", "epoch")
+
+
+class Log:
+    """Appends rows to `path`. What a run resumed at `step` had written from there on is cut first."""
+
+    def __init__(self, path: Path, step: int = 0):
+        kept = [row for row in read_log(path) if row["step"] < step] if path.exists() else []
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(",".join(COLUMNS) + "\n" + "".join(map(_line, kept)))
+        os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115, it stays open as long as the run
+
+    def write(self, row: dict[str, float | int | None]) -> None:
+        self.file.write(_line(row))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _line(row: dict) -> str:
+    cells = (row.get(column) for column in COLUMNS)
+    return ",".join("" if cell is None else repr(cell) for cell in cells) + "\n"
+
+
+def read_log(path: Path) -> list[dict[str, float | int | None]]:
+    """The rows of a log, empty cells as None. A last line that a kill cut short is left out."""
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(whole.splitlines())
+    if whole and tuple(reader.fieldnames or ()) != COLUMNS:
+        raise UserError(f"{path} is no log of BabyGPT: its columns are {reader.fieldnames}.")
+    rows = []
+    for row in reader:
+        try:
+            rows.append({k: None if v == "" else int(v) if k in INTEGERS else float(v) for k, v in row.items()})
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {reader.line_num} is damaged: {row}") from None
+    return rows
+
+
+def column(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values where a column was measured."""
+    pairs = [(row["step"], row[name]) for row in rows if row[name] is not None and math.isfinite(row[name])]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+class Samples:
+    """`samples.txt`: a row of a Markdown table a sample."""
+
+    HEADER = "| step | sample |\n|---:|---|\n"
+
+    def __init__(self, path: Path, step: int):
+        """Cuts what a run resumed at `step` had written from there on."""
+        self.path = path
+        rows = path.read_text(encoding="utf-8").splitlines()[2:] if path.exists() else []
+        kept = [row + "\n" for row in rows if int(row.split("|")[1]) < step]
+        path.write_text(self.HEADER + "".join(kept), encoding="utf-8")
+
+    def write(self, step: int, texts: list[str]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            for text in texts:
+                cell = text.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+                file.write(f"| {step} | {cell} |\n")

@@ -1,0 +1,72 @@
+"""What ranks and devices promise."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import distributed
+from distributed import Mark, Ranks, StopSignals, autocast, choose_device, peak_flops
+from errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stop_signal_is_noted_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.received == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once():
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+     ("NVIDIA GH200 480GB", 989e12), ("NVIDIA RTX A4000", None), ("NVIDIA A40", 149.7e12), ("NVIDIA L40S", 362e12),
+     ("NVIDIA GeForce RTX 4090", 165.2e12), ("Some new card", None)],
+)  # fmt: skip
+def test_the_peak_is_the_devices_own_or_unknown(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(CPU) is None
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="no CUDA device 2: 2 seen"):
+        choose_device("cuda", local_rank=2)
+    assert choose_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+
+
+def test_bfloat16_is_used_where_it_is_asked_for():
+    with autocast(CPU, "bfloat16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(CPU, "auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_what_the_main_rank_fetches_the_others_find(monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: calls.append("all wait"))
+    Ranks(0, 0, 2, CPU).main_first(lambda: calls.append("main"))
+    Ranks(1, 1, 2, CPU).main_first(lambda: calls.append("other"))
+    assert calls == ["main", "all wait", "all wait", "other"]
+
+
+def test_marks_measure_time():
+    first, second = Mark(CPU), Mark(CPU)
+    second.wait()
+    assert 0 <= second.ms_since(first) < 100
