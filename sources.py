@@ -10,21 +10,19 @@ of a parquet file's row groups, or the batch). Both follow from the source alone
 """
 
 import difflib
-import errno
 import gzip
 import hashlib
 import json
 import lzma
 import os
-import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
+import hub
 from errors import UserError
 
 TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
@@ -48,8 +46,7 @@ FINEWEB2_LANGUAGES = {
 OFFLINE_WAYS = (
     "With no network, prepare what is at hand:\n"
     "  python fineweb.py stdlib                                  # this Python's own source code\n"
-    "  python fineweb.py files --input 'PATH/*.parquet'          # parquet, jsonl or txt files of yours\n"
-    "or name a mirror of the hub in HF_ENDPOINT."
+    "  python fineweb.py files --input 'PATH/*.parquet'          # parquet, jsonl or txt files of yours"
 )
 
 
@@ -179,9 +176,9 @@ class HubFiles(Source):
     downloads = True
 
     def open(self, revision: str | None = None) -> None:
-        api = _hub().HfApi()
-        self.revision = hub_revision(self.repo, revision)
-        tree = hub_call(
+        api = hub.library().HfApi()
+        self.revision = _revision(self.repo, revision)
+        tree = hub.call(
             lambda: list(
                 api.list_repo_tree(self.repo, self.prefix, recursive=True, revision=self.revision, repo_type="dataset")
             ),
@@ -194,7 +191,7 @@ class HubFiles(Source):
 
     def fetch(self, unit: int, folder: Path) -> list[Task]:
         file = self.units[unit]
-        path = hub_download(self.repo, file.name, self.revision, folder, "dataset", file.sha256)
+        path = hub.download(self.repo, file.name, self.revision, folder, "dataset", file.sha256)
         return parquet_tasks(str(path), self.column)
 
     def release(self, unit: int, folder: Path) -> None:
@@ -210,7 +207,7 @@ class HubStream(Source):
     split: str = "train"
 
     def open(self, revision: str | None = None) -> None:
-        self.revision = hub_revision(self.repo, revision)
+        self.revision = _revision(self.repo, revision)
         stream = _stream(self.repo, self.config, self.split, self.revision)
         columns = stream.column_names
         if columns is not None and self.column not in columns:
@@ -224,71 +221,18 @@ class HubStream(Source):
         return [Task("stream", where, self.column)]
 
 
+def _revision(repo: str, revision: str | None) -> str:
+    try:
+        return hub.revision_of(repo, revision)
+    except hub.Unreachable as error:
+        raise UserError(f"{error}\n{OFFLINE_WAYS}") from None
+
+
 def _stream(repo: str, config: str | None, split: str, revision: str):
-    _hub()
+    hub.library()
     from datasets import load_dataset
 
-    return hub_call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)
-
-
-def _hub():
-    """The hub's library, told to download by plain HTTP: its faults are what our tests know."""
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    import huggingface_hub
-
-    return huggingface_hub
-
-
-def hub_revision(repo: str, revision: str | None, repo_type: str = "dataset") -> str:
-    """The commit that `revision` (None: the main branch) is now; at once a UserError where the hub is out of reach."""
-    api = _hub().HfApi()
-    return hub_call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo).sha
-
-
-def hub_download(
-    repo: str, name: str, revision: str | None, folder: Path, repo_type: str, sha256: str | None = None
-) -> Path:
-    """Brings one file of the hub to `folder`/`name`, and holds it against its sha256 where that is given."""
-    revision = revision or hub_revision(repo, None, repo_type)
-
-    def download() -> Path:
-        path = Path(_hub().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
-        with open(path, "rb") as file:
-            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                path.unlink()
-                raise OSError("the file that came is not the one of the hub (its sha256 differs)")
-        return path
-
-    return hub_call(download, f"{repo}/{name}")
-
-
-def hub_call(call: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16)):
-    """Calls the hub, once more after each of `waits` seconds while the fault may pass; then a UserError.
-
-    The library goes on by itself where a body was cut off and waits for a lost network, but raises at once
-    on a 5xx to a GET, and on a connection dropped before the answer or reset within it.
-    """
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub's stands on
-    for wait in (*waits, None):
-        try:
-            return call()
-        except (http_error, OSError, ValueError) as error:
-            cause = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            if type(cause).__name__ in ("ConnectError", "ConnectionError", "OfflineModeIsEnabled"):
-                raise UserError(f"the hub can't be reached for {what} ({cause}).\n{OFFLINE_WAYS}") from None
-            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                raise UserError(f"{what} can't be stored: {cause}") from None
-            missing = isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
-            if missing or (status is not None and status < 500 and status not in (408, 429)):
-                raise UserError(f"the hub doesn't give {what}: {cause}") from None
-            if wait is None:
-                raise UserError(f"the hub keeps failing for {what}: {cause}\nGive the same command later.") from None
-            print(f"\nthe hub fails for {what}, trying again in {wait} s: {cause}", file=sys.stderr)
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+    return hub.call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -325,7 +269,7 @@ def read(task: Task) -> Iterator[str]:
         repo, config, split, revision, index, count = task.paths
         shard = _stream(repo, config or None, split, revision).shard(num_shards=int(count), index=int(index))
         rows = iter(shard)
-        while (row := hub_call(lambda: next(rows, None), f"{repo}, shard {index}", waits=())) is not None:
+        while (row := hub.call(lambda: next(rows, None), f"{repo}, shard {index}", waits=())) is not None:
             yield _text(row, task.column, f"{repo}, shard {index}")
     else:
         for path in task.paths:

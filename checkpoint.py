@@ -1,0 +1,196 @@
+"""Checkpoints: written whole or not at all, verified when they are read; and models from any weights.
+
+`out/<run>/checkpoints/step_00005000/` holds `model.safetensors`, `optimizer.pt` (tensors by parameter name,
+whatever the number of ranks), `state.json` (step, place in the data, architecture) and, written last,
+`manifest.json` with the sha256 of each. A checkpoint is written beside its place, synced, and renamed.
+
+    >>> path = latest("out/gpt2")
+    >>> checkpoint = load(path)
+    >>> loaded = load_model("out/gpt2", device)      # or a checkpoint's folder, "gpt2", a Hugging Face folder
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import hub
+from errors import UserError
+from model import GPT, GPTConfig, from_gpt2, gpt2_config
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclass
+class Checkpoint:
+    """What a run needs to go on: weights and optimizer tensors by name, and `state.json`."""
+
+    path: Path
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, dict[str, torch.Tensor]]
+    state: dict
+
+
+def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights by name; a tied head is the embedding, and is not stored again."""
+    tied = {"lm_head.weight"} if model.config.tie_head else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def load_model_tensors(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"} or ("lm_head.weight" in missing and not model.config.tie_head):
+        raise UserError(f"the weights don't fit the model: {[*missing, *unexpected]}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# writing
+
+
+def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: int) -> Path:
+    """Writes the checkpoint of `step`, then deletes all but the newest `keep` (0: keeps all)."""
+    folder = run / "checkpoints"
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
+    torch.save(optimizer, temporary / OPTIMIZER)
+    (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    hashes = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
+    (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
+    for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
+        _sync(path)
+    if final.exists():  # the same step again: out of the way first, a folder can't be renamed onto another
+        outdated = folder / f".{final.name}.old"
+        shutil.rmtree(outdated, ignore_errors=True)
+        os.rename(final, outdated)
+    os.rename(temporary, final)
+    _sync(folder)
+    for old in [*(checkpoints(run)[:-keep] if keep else []), *folder.glob(".step_*.old")]:
+        shutil.rmtree(old)
+    return final
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reading
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run by step, oldest first; they may turn out damaged when they are read."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted((p for p in found if re.fullmatch(r"step_\d+", p.name)), key=lambda p: int(p.name[5:]))
+
+
+def latest(run: str | Path) -> Path | None:
+    """The newest sound checkpoint of a run, or None; a damaged one is told of on stderr and passed over."""
+    for path in reversed(checkpoints(Path(run))):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            print(f"warning: {error} Going back to the one before.", file=sys.stderr)
+    return None
+
+
+def verify(path: Path) -> None:
+    """UserError unless every file of the checkpoint has the sha256 of its manifest."""
+    try:
+        hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        wrong = [name for name in (MODEL, OPTIMIZER, STATE) if _sha256(path / name) != hashes[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint {path} is not whole ({error!r}).") from None
+    if wrong:
+        raise UserError(f"the checkpoint {path} is damaged: {', '.join(wrong)} changed since it was written.")
+
+
+def read_state(path: Path) -> dict:
+    """`state.json` of a checkpoint that has been verified."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def load(path: Path) -> Checkpoint:
+    """All of a checkpoint, on the CPU; UserError where it is damaged."""
+    verify(path)
+    try:
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its hash is the manifest's, so someone wrote both
+        raise UserError(f"{path / OPTIMIZER} holds more than tensors, and is not loaded: it could run code.") from None
+    return Checkpoint(path, load_file(path / MODEL), optimizer, read_state(path))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# a model from any weights
+
+
+@dataclass
+class LoadedModel:
+    model: GPT
+    tokenizer: str  # what load_tokenizer takes
+    step: int | None  # of the run; None for weights that come from elsewhere
+    source: str
+
+
+def load_model(spec: str | Path, device: torch.device) -> LoadedModel:
+    """A model in eval mode from a run's folder (its latest checkpoint), one checkpoint's folder, a local
+    Hugging Face GPT-2 folder, or the hub's gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    path = Path(spec)
+    if (path / MANIFEST).exists():
+        found = path
+    elif checkpoints(path):
+        found = latest(path)
+        if found is None:
+            raise UserError(f"none of the {len(checkpoints(path))} checkpoints of {path} is sound.")
+    elif ((path / "config.json").exists() and (path / MODEL).exists()) or str(spec) in HUB_MODELS:
+        model = load_gpt2(spec)
+        return LoadedModel(model.to(device).eval(), "gpt2", None, str(spec))
+    else:
+        raise UserError(
+            f"there is no model at {spec}. Give a run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 "
+            f"folder, or one of {', '.join(HUB_MODELS)}."
+        )
+    verify(found)
+    state = read_state(found)
+    model = GPT(GPTConfig(**state["model"]))
+    load_model_tensors(model, load_file(found / MODEL))
+    run = found.parent.parent
+    tokenizer = "gpt2" if state["tokenizer"]["name"] == "gpt2" else str(run / state["tokenizer"]["name"])
+    return LoadedModel(model.to(device).eval(), tokenizer, state["step"], f"{found}")
+
+
+def load_gpt2(spec: str | Path, **overrides: object) -> GPT:
+    """GPT-2 from Hugging Face: one of HUB_MODELS (downloaded once to data/), or a local folder.
+
+    `overrides` are fields of GPTConfig that the weights leave free: dropout, a smaller block_size.
+    """
+    folder = Path(spec)
+    if not folder.is_dir():
+        folder = Path("data") / "huggingface" / str(spec)
+        for name in ("config.json", MODEL):
+            if not (folder / name).exists():
+                hub.download(f"openai-community/{spec}", name, None, folder, "model")
+    config = dataclasses.replace(gpt2_config(folder / "config.json"), **overrides)
+    return from_gpt2(load_file(folder / MODEL), config)

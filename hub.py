@@ -1,0 +1,83 @@
+"""The Hugging Face hub: what a name stands for now, files that arrive whole, and faults that pass.
+
+    >>> revision = hub.revision_of("HuggingFaceFW/fineweb-edu")
+    >>> path = hub.download("openai-community/gpt2", "model.safetensors", None, Path("data/gpt2"), "model")
+
+HF_ENDPOINT names another hub (a mirror).
+"""
+
+import errno
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from errors import UserError
+
+
+class Unreachable(UserError):
+    """There is no way to the hub from here."""
+
+
+def library():
+    """The hub's library, told to download by plain HTTP: its faults are what our tests know."""
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    import huggingface_hub
+
+    return huggingface_hub
+
+
+def revision_of(repo: str, revision: str | None = None, repo_type: str = "dataset") -> str:
+    """The commit that `revision` (None: the main branch) is now; at once a UserError where the hub is out of reach."""
+    api = library().HfApi()
+    return call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo).sha
+
+
+def download(
+    repo: str, name: str, revision: str | None, folder: Path, repo_type: str, sha256: str | None = None
+) -> Path:
+    """Brings one file of the hub to `folder`/`name`, and holds it against its sha256 where that is given."""
+    revision = revision or revision_of(repo, repo_type=repo_type)
+
+    def fetch() -> Path:
+        path = Path(library().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
+        with open(path, "rb") as file:
+            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                path.unlink()
+                raise OSError("the file that came is not the one of the hub (its sha256 differs)")
+        return path
+
+    return call(fetch, f"{repo}/{name}")
+
+
+def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16)):
+    """Calls the hub, once more after each of `waits` seconds while the fault may pass; then a UserError.
+
+    The library goes on by itself where a body was cut off and waits for a lost network, but raises at once
+    on a 5xx to a GET, and on a connection dropped before the answer or reset within it.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub's stands on
+    for wait in (*waits, None):
+        try:
+            return ask()
+        except (http_error, OSError, ValueError) as error:
+            cause = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            if type(cause).__name__ in ("ConnectError", "ConnectionError", "OfflineModeIsEnabled"):
+                raise Unreachable(
+                    f"the hub can't be reached for {what} ({cause}). HF_ENDPOINT can name a mirror of it."
+                ) from None
+            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise UserError(f"{what} can't be stored: {cause}") from None
+            missing = isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
+            if missing or (status is not None and status < 500 and status not in (408, 429)):
+                raise UserError(f"the hub doesn't give {what}: {cause}") from None
+            if wait is None:
+                raise UserError(f"the hub keeps failing for {what}: {cause}\nGive the same command later.") from None
+            print(f"\nthe hub fails for {what}, trying again in {wait} s: {cause}", file=sys.stderr)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")

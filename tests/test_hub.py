@@ -1,0 +1,137 @@
+"""The hub, by a server on this machine that speaks its endpoints: cut-off bodies, 5xx, 404, no network."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import HubServer
+
+ROOT = Path(__file__).parent.parent
+REPO = "HuggingFaceFW/fineweb-edu"
+
+
+def parquet(texts: list[str], row_group_size: int = 20) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), file, row_group_size=row_group_size)
+    return file.getvalue()
+
+
+TEXTS = {
+    f"sample/10BT/{number:03d}_00000.parquet": [f"document {i} of file {number}. " + "word " * i for i in range(50)]
+    for number in range(3)
+}
+
+
+@pytest.fixture
+def server():
+    files = {path: parquet(texts) for path, texts in TEXTS.items()}
+    with HubServer({REPO: files, "owner/tiny": {"data/train-0.parquet": parquet(["one", "two", "three"] * 9)}}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def prepare(server, tmp_path):
+    """Runs fineweb.py against the server; returns the finished process."""
+
+    def run(*arguments: object, endpoint: str | None = None) -> subprocess.CompletedProcess:
+        env = os.environ | {"HF_ENDPOINT": endpoint or server.endpoint, "HF_HOME": str(tmp_path / "hf")}
+        env |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments), "--workers", "1"]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def downloads(server) -> list[str]:
+    return [path.rsplit("/", 1)[-1] for method, path, _ in server.requests if method == "GET" and "/resolve/" in path]
+
+
+def test_a_named_source_is_downloaded_a_file_at_a_time_and_the_files_go(prepare, server, tmp_path):
+    done = prepare("fineweb-edu-10BT", "--val-tokens", 100)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data" / "fineweb-edu-10BT"
+    manifest = json.loads((folder / "dataset.json").read_text())
+    assert manifest["counts"]["documents"]["kept"] == 150
+    assert manifest["settings"]["revision"] == server.sha(REPO)
+    assert downloads(server) == [path.rsplit("/", 1)[-1] for path in TEXTS]
+    assert not list(folder.rglob("*.parquet"))
+    assert not (folder / "parts").exists()
+
+
+def test_a_cut_off_body_and_a_503_change_no_byte(prepare, server, tmp_path):
+    assert prepare("fineweb-edu-10BT", "--out-dir", tmp_path / "a" / "set").returncode == 0
+    server.cut("000_00000", after_bytes=500)
+    server.fail("001_00000", status=503, times=1, method="GET")
+    server.cut("002_00000", after_bytes=300, reset=True)
+    done = prepare("fineweb-edu-10BT", "--out-dir", tmp_path / "b" / "set")
+    assert done.returncode == 0, done.stderr
+    assert "trying again in 1 s" in done.stderr
+    names = sorted(path.name for path in (tmp_path / "a" / "set").iterdir())
+    assert all((tmp_path / "a/set" / n).read_bytes() == (tmp_path / "b/set" / n).read_bytes() for n in names)
+
+
+def test_a_kill_between_files_fetches_only_what_is_missing(prepare, server, tmp_path):
+    server.fail("001_00000", status=404, times=1)
+    assert prepare("fineweb-edu-10BT").returncode == 2
+    before = len(downloads(server))
+    done = prepare("fineweb-edu-10BT")
+    assert done.returncode == 0, done.stderr
+    assert downloads(server)[before:] == ["001_00000.parquet", "002_00000.parquet"]
+
+
+def test_a_file_other_than_the_hubs_is_fetched_again(prepare, server, tmp_path):
+    files = server.repos["datasets", REPO][server.sha(REPO)]
+    path = next(iter(files))
+    good = files[path].source
+    bodies = iter([b"x" * len(good), good])
+
+    def chunks(start, stop):
+        if stop > start:  # not for a HEAD
+            yield next(bodies)[start:stop]
+
+    files[path].chunks = chunks
+    done = prepare("fineweb-edu-10BT")
+    assert done.returncode == 0, done.stderr
+    assert "its sha256 differs" in done.stderr
+
+
+def test_any_data_set_of_the_hub_is_streamed(prepare, tmp_path):
+    done = prepare("owner/tiny", "--val-tokens", 0)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "data" / "tiny" / "dataset.json").read_text())["counts"]["documents"]
+    assert (counts["seen"], counts["kept"], counts["duplicate"]) == (27, 3, 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["owner/none"], "the hub doesn't give owner/none"),
+        (["fineweb2-pl"], "the hub doesn't give HuggingFaceFW/fineweb-2"),
+        (["owner/tiny", "--text-column", "body"], "has no column 'body': it has text, id"),
+        (["owner/tiny", "--split", "dev"], "Bad split: dev"),
+        (["fineweb-edu-10BT", "--text-column", "body"], "no column 'body': it has text, id"),
+        (["fineweb-edu-10B"], "Did you mean fineweb-edu-10BT?"),
+    ],
+)
+def test_what_the_hub_has_not_is_told_in_one_message(arguments, words, prepare):
+    done = prepare(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_network_the_offline_ways_are_named_at_once(prepare):
+    begin = time.perf_counter()
+    done = prepare("fineweb-edu-10BT", endpoint="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "python fineweb.py stdlib" in done.stderr
+    assert "python fineweb.py files --input" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.perf_counter() - begin < 6
