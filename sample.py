@@ -1,0 +1,185 @@
+"""Text from a model, token by token, with a KV cache.
+
+    python sample.py out/gpt2 --prompt "The meaning of life is" --num-samples 3
+    python sample.py out/gpt2                          # asks for prompts
+    python sample.py gpt2-xl --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
+
+The prompt is put behind an end-of-text token, as every document of the training data begins with one.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from checkpoint import LoadedModel, load_model
+from distributed import autocast, process_group
+from errors import UserError, run
+from model import GPT, KVCache
+from tokenizer import Tokenizer, load_tokenizer, stream_decode
+
+
+def choose(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    """The next token of each row: logits (B, V) to ids (B,) int64.
+
+    Temperature 0 takes the likeliest. Else logits are divided by the temperature, cut to the top_k likeliest
+    and to the fewest that hold top_p of the probability (Holtzman et al. 2019), and drawn from.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, ids = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones hold
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered)
+    # drawn on the CPU: the same seed gives the same numbers whatever the device
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None, generator: torch.Generator | None = None,
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    """Yields the next token of each row, (B,) int64, `max_new_tokens` times; prompt is (B, T) int64.
+
+    Keys and values of the past are kept, so a token costs one token's work. Where the context is full, its
+    older half is let go and the newer half read in again: learned positions can't be moved on.
+    """
+    T = model.config.block_size
+    tokens = prompt[:, -T:]
+    cache, logits = _read_in(model, tokens)
+    for i in range(max_new_tokens):
+        next_token = choose(logits, temperature, top_k, top_p, generator)
+        yield next_token
+        if i == max_new_tokens - 1:
+            return
+        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+        if cache.length < T:
+            logits = model.logits(model.hidden(next_token[:, None], cache)[:, -1])
+        else:
+            tokens = tokens[:, -max(1, T // 2) :]
+            cache, logits = _read_in(model, tokens)
+
+
+def _read_in(model: GPT, tokens: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
+    """A cache filled with tokens (B, T), and the logits behind the last, (B, V)."""
+    weight = model.wte.weight
+    dtype = (
+        torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    )
+    cache = KVCache(model.config, tokens.size(0), weight.device, dtype)
+    return cache, model.logits(model.hidden(tokens, cache)[:, -1])
+
+
+def sample(
+    model: GPT, tokenizer: Tokenizer, prompt: str, num_samples: int, max_new_tokens: int, temperature: float,
+    top_k: int | None, top_p: float | None, seed: int, dtype: str = "auto", show=None,
+) -> list[str]:  # fmt: skip
+    """`num_samples` continuations of a prompt, without it, each up to its end-of-text token.
+
+    `show` is called with pieces of the first sample's text as it grows. The model's training mode is put
+    back, and PyTorch's own random state is left alone.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.wte.weight.device
+    ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(prompt)]] * num_samples, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[int]] = [[] for _ in range(num_samples)]
+    open_rows = set(range(num_samples))
+
+    def first_row() -> Iterator[int]:
+        with autocast(device, dtype):
+            for tokens in generate(model, ids, max_new_tokens, temperature, top_k, top_p, generator):
+                for row, token in enumerate(tokens.tolist()):
+                    if token == tokenizer.eot_id:
+                        open_rows.discard(row)
+                    elif row in open_rows:
+                        rows[row].append(token)
+                        if row == 0:
+                            yield token
+                if not open_rows:
+                    return
+
+    for text in stream_decode(tokenizer, first_row()):
+        if show is not None:
+            show(text)
+    model.train(was_training)
+    return [tokenizer.decode(row) for row in rows]
+
+
+def main() -> None:
+    import tyro
+
+    def command(
+        model: tyro.conf.Positional[str],
+        /,
+        *,
+        prompt: str | None = None,
+        num_samples: int = 1,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        seed: int = 1337,
+        device: Literal["auto", "cuda", "cpu", "mps"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    ) -> None:
+        """Writes on from a prompt. Without --prompt it asks for prompts until an empty line.
+
+        Args:
+            model: A run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 folder, or gpt2[-medium|-large|-xl].
+            prompt: The beginning of the text.
+            num_samples: Texts to write; the first is shown as it grows.
+            max_new_tokens: Longest text, in tokens.
+            temperature: 1 samples as the model believes, less is more careful, 0 takes the likeliest token always.
+            top_k: Only the k likeliest tokens.
+            top_p: Only the likeliest tokens that hold this share of the probability.
+            seed: The same seed gives the same texts.
+            device: auto is cuda where there is one, else cpu.
+            dtype: Of matrix products; auto is bfloat16 on CUDA, else float32.
+        """
+        if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise UserError("--num-samples, --max-new-tokens and --top-k must be at least 1, --temperature at least 0.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"--top-p {top_p} must be above 0, up to 1.")
+        with process_group(device) as ranks:
+            loaded = load_model(model, ranks.device)
+            tokenizer = load_tokenizer(loaded.tokenizer)
+            settings = (num_samples, max_new_tokens, temperature, top_k, top_p, seed, dtype)
+            if prompt is not None:
+                return show_samples(loaded, tokenizer, prompt, settings)
+            while text := _ask():
+                show_samples(loaded, tokenizer, text, settings)
+
+    tyro.cli(command, prog="sample.py", description=__doc__)
+
+
+def show_samples(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, settings: tuple) -> None:
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    show(prompt)
+    texts = sample(loaded.model, tokenizer, prompt, *settings, show=show)
+    print()
+    for text in texts[1:]:
+        print(f"\n---\n\n{prompt}{text}")
+
+
+def _ask() -> str:
+    try:
+        return input("\nprompt> ")
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    run(main)
