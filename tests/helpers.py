@@ -1,0 +1,47 @@
+"""What more than one test file uses."""
+
+import gzip
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from unittest import mock
+
+import pyarrow as pa
+
+
+def call(main: Callable[[], None], *arguments) -> None:
+    """Runs a script's `main()` in this process, with these arguments on its command line."""
+    with mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]):
+        main()
+
+
+def save(path: Path, data: bytes) -> Path:
+    """Writes a file, compressed as its ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zst":
+        file = pa.output_stream(str(path), compression="zstd")
+    else:
+        file = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "wb")
+    with file:
+        file.write(data)
+    return path
+
+
+def save_jsonl(path: Path, texts: Iterable[str], ascii: bool = True) -> Path:
+    lines = (json.dumps({"text": text}, ensure_ascii=ascii) + "\n" for text in texts)
+    return save(path, "".join(lines).encode("utf-8"))
+
+
+def save_hellaswag(path: Path, count: int) -> Path:
+    """Questions in HellaSwag's format."""
+    rows = [
+        {
+            "ind": i, "activity_label": "Reading data", "ctx_a": f"the model reads {i} tokens.", "ctx_b": "it",
+            "ctx": f"the model reads {i} tokens. it", "label": i % 4, "source_id": "activitynet~x",
+            "endings": [f"writes a {word} shard" + " of data" * (i % 3) for word in ("small", "large", "new", "old")],
+        }
+        for i in range(count)
+    ]  # fmt: skip
+    return save(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

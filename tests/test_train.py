@@ -1,0 +1,359 @@
+"""Training: the same run on any machine, stopped or not, and nothing that looks on changes it."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import call, save_hellaswag
+from safetensors.torch import load_file
+
+import checkpoint
+import train
+from errors import ConfigError, UserError
+from log import COLUMNS, read_log
+
+ROOT = Path(__file__).parent.parent
+TIMING = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
+STEPS = 14  # the data has 8 steps an epoch
+
+
+def flags(dataset: Path, out: Path, **changes: object) -> list[str]:
+    """The command line of a small run; changes as section__field=value."""
+    fields = {
+        "data__dataset": dataset, "general__out_dir": out, "data__num_streams": 4, "data__chunk_tokens": 100,
+        "model__block_size": 16, "model__n_layer": 2, "model__n_head": 2, "model__n_embd": 16, "model__dropout": 0.1,
+        "training__max_steps": STEPS, "training__batch_tokens": 256, "training__micro_batch_size": 4,
+        "optimizer__warmup_steps": 3, "optimizer__max_lr": 1e-2, "validation__every_n_steps": 4,
+        "evaluation__every_n_steps": 0, "sampling__every_n_steps": 5, "sampling__max_new_tokens": 8,
+        "saving__every_n_steps": 1, "saving__keep": 0, "general__device": "cpu",
+    } | changes  # fmt: skip
+    line = ["gpt2"]
+    for name, value in fields.items():
+        section, field = name.split("__")
+        line += [f"--{section}.{field.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def torchrun(
+    world: int, *arguments: object, script: str = "train.py", check: bool = True
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    done = subprocess.run(
+        [*command, str(ROOT / script), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def measured(out: Path) -> list[dict]:
+    """The log but for what a clock says."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_log(out / "log.csv")]
+
+
+def weights(out: Path, step: int) -> tuple[dict, dict]:
+    loaded = checkpoint.load(out / "checkpoints" / f"step_{step:08d}")
+    return loaded.model, loaded.optimizer
+
+
+def assert_equal_to_the_bit(one: Path, other: Path, step: int = STEPS) -> None:
+    assert measured(one) == measured(other)
+    (model, optimizer), (model_2, optimizer_2) = weights(one, step), weights(other, step)
+    assert model.keys() == model_2.keys()
+    assert all(torch.equal(model[name], model_2[name]) for name in model)
+    assert optimizer.keys() == optimizer_2.keys()
+    for name in optimizer:
+        assert all(torch.equal(optimizer[name][key], optimizer_2[name][key]) for key in optimizer[name])
+    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
+
+
+def cut_back_to(run: Path, step: int, to: Path) -> Path:
+    """A copy of a run as a kill behind `step` leaves it: no later checkpoint, half a line in the log."""
+    shutil.copytree(run, to)
+    for path in checkpoint.checkpoints(to):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    text = (to / "log.csv").read_text()
+    (to / "log.csv").write_text(text[: len(text) - 15])
+    return to
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    call(train.main, *flags(dataset, out))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_a_run_learns_and_writes_its_files(unbroken):
+    rows = read_log(unbroken / "log.csv")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["tokens"] for row in rows] == [256 * step for step in range(STEPS + 1)]
+    assert (unbroken / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert [row["step"] for row in rows if row["val_loss"]] == [0, 4, 8, 12, STEPS]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
+    assert rows[-1]["loss"] is None
+    assert rows[-1]["val_bpb"]
+    assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the test run crosses the end of an epoch"
+    assert (unbroken / "plot.png").stat().st_size > 10_000
+    assert json.loads((unbroken / "config.json").read_text())["model"]["n_embd"] == 16
+    sampled = re.findall(r"^\| (\d+) \| Hello, I'm a language model,", (unbroken / "samples.txt").read_text(), re.M)
+    assert sampled == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
+    names = load_file(unbroken / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
+    assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
+
+
+def test_a_cosine_follows_the_warm_up(unbroken):
+    lr = [row["lr"] for row in read_log(unbroken / "log.csv")[:-1]]
+    assert lr[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+    assert lr[3 + 5] == pytest.approx(
+        1e-2 * (0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 5 / 11)).item()))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# stop and resume
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_behind_any_step_ends_as_if_never_stopped(step, unbroken, dataset, tmp_path):
+    out = cut_back_to(unbroken, step, tmp_path / "stopped")
+    call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+def test_two_ranks_stopped_across_an_epochs_end_go_on_equal_to_the_bit(dataset, tmp_path):
+    torchrun(2, *flags(dataset, tmp_path / "unbroken"))
+    out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
+    torchrun(2, *flags(dataset, out, general__init_from="resume"))
+    assert_equal_to_the_bit(out, tmp_path / "unbroken")
+
+
+def test_resume_without_a_checkpoint_starts_from_scratch(unbroken, dataset, tmp_path):
+    call(train.main, *flags(dataset, tmp_path / "fresh", general__init_from="resume"))
+    assert_equal_to_the_bit(tmp_path / "fresh", unbroken)
+
+
+def test_a_stop_signal_saves_ends_well_and_loses_nothing(unbroken, dataset, tmp_path):
+    out = tmp_path / "stopped"
+    line = flags(dataset, out, saving__every_n_steps=1000)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *line],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for text in process.stdout:
+        if text.startswith("step      3 | loss"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped_at = int(re.search(r"stopped at step (\d+), saved", rest).group(1))
+    assert 4 <= stopped_at < STEPS
+    assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
+    call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# any number of ranks, any micro-batch
+
+
+def traced(dataset: Path, out: Path, world: int, micro: int) -> tuple[list[list], list[float]]:
+    """Rows of every step over all ranks, and losses, of a run without dropout."""
+    line = flags(
+        dataset, out, training__micro_batch_size=micro, model__dropout=0.0, saving__every_n_steps=0,
+        sampling__every_n_steps=0,
+    )  # fmt: skip
+    torchrun(world, *line, script="tests/traced_train.py")
+    ranks = [json.loads((out / f"trace_{rank}.json").read_text()) for rank in range(world)]
+    return [sorted(row for steps in ranks for row in steps[i]) for i in range(STEPS)], [
+        row[key]
+        for row in read_log(out / "log.csv")
+        for key in ("loss", "val_loss", "grad_norm")
+        if row[key] is not None
+    ]
+
+
+def test_rows_and_losses_are_the_same_for_any_number_of_ranks_and_any_micro_batch(dataset, tmp_path):
+    rows, losses = traced(dataset, tmp_path / "1x16", 1, 16)
+    assert len({tuple(row) for step in rows[:8] for row in step}) == 8 * 16
+    for world, micro in ((1, 1), (2, 2), (4, 4)):
+        rows_too, losses_too = traced(dataset, tmp_path / f"{world}x{micro}", world, micro)
+        assert rows_too == rows
+        assert losses_too == pytest.approx(losses, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# looking on changes nothing
+
+
+def test_validation_evaluation_and_sampling_leave_training_alone(unbroken, dataset, tmp_path):
+    questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
+    line = flags(
+        dataset, tmp_path / "watched", validation__every_n_steps=1, evaluation__every_n_steps=1,
+        evaluation__file=questions, evaluation__limit=5, sampling__every_n_steps=1, model__block_size=16,
+    )  # fmt: skip
+    call(train.main, *line)
+    watched, alone = read_log(tmp_path / "watched" / "log.csv"), read_log(unbroken / "log.csv")
+    assert [(row["loss"], row["grad_norm"]) for row in watched] == [(row["loss"], row["grad_norm"]) for row in alone]
+    assert all(row["hellaswag"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in watched[1:])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            weights(tmp_path / "watched", STEPS)[0].values(), weights(unbroken, STEPS)[0].values(), strict=True
+        )
+    )
+
+
+def test_throughput_leaves_evaluation_out(dataset, tmp_path, monkeypatch):
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: (time.sleep(0.5), validate(*args))[1])
+    call(train.main, *flags(dataset, tmp_path / "slow", validation__every_n_steps=2, training__max_steps=6))
+    rows = read_log(tmp_path / "slow" / "log.csv")
+    assert max(row["step_ms"] for row in rows[:-1]) < 450
+    assert all(row["tokens_per_s"] == pytest.approx(256 / row["step_ms"] * 1e3) for row in rows[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# bad numbers
+
+
+def test_a_step_that_is_not_finite_is_not_applied_logged_or_saved(dataset, tmp_path, monkeypatch):
+    step_of = train.train_step
+    steps = []
+
+    def poisoned(model, optimizer, data, *rest, **named):
+        before = [p.detach().clone() for p in model.parameters()]
+        if len(steps) == 5:
+            with torch.no_grad():
+                model.wte.weight[0, 0] = float("inf")  # in the forward pass of this step alone
+        status = step_of(model, optimizer, data, *rest, **named)
+        if len(steps) == 5:
+            with torch.no_grad():
+                model.wte.weight[0, 0] = before[0][0, 0]
+        steps.append([torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)])
+        return status
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match=r"step 5: loss is .*, gradient norm nan"):
+        call(
+            train.main,
+            *flags(
+                dataset,
+                tmp_path / "bad",
+                validation__every_n_steps=0,
+                saving__every_n_steps=7,
+                sampling__every_n_steps=0,
+            ),
+        )
+    assert not any(steps[4]), "a good step changes all weights"
+    assert all(steps[5]), "a bad one changes none"
+    assert all(steps[6]), "nor does the one that was under way"
+    assert [row["step"] for row in read_log(tmp_path / "bad" / "log.csv")] == [0, 1, 2, 3, 4]
+    assert checkpoint.checkpoints(tmp_path / "bad") == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# other ways to begin, other modes
+
+
+def test_a_folder_with_a_run_is_not_overwritten(unbroken, dataset):
+    before = (unbroken / "log.csv").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a run already.*--general.init-from resume.*--general.out-dir"):
+        call(train.main, *flags(dataset, unbroken))
+    assert (unbroken / "log.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"model__n_layer": 3}, "model.n_layer: 2 there, 3 now"),
+        ({"model__block_size": 8}, "data.block_size: 16 there, 8 now"),
+        ({"general__seed": 7}, "data.seed: 1337 there, 7 now"),
+        ({"data__num_streams": 2}, "data.num_streams: 4 there, 2 now"),
+        ({"data__chunk_tokens": 50}, "data.chunk_tokens: 100 there, 50 now"),
+    ],
+)
+def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, unbroken, dataset):
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        call(train.main, *flags(dataset, unbroken, general__init_from="resume", **change))
+
+
+def test_a_resume_tells_what_else_has_changed(unbroken, dataset, tmp_path, capsys):
+    out = cut_back_to(unbroken, 10, tmp_path / "stopped")
+    call(train.main, *flags(dataset, out, general__init_from="resume", optimizer__max_lr=1e-3))
+    assert "optimizer.max_lr was 0.01, is 0.001 now" in capsys.readouterr().out
+
+
+def test_weights_of_another_run_can_begin_one(unbroken, dataset, tmp_path):
+    line = flags(dataset, tmp_path / "tuned", general__init_from=unbroken, training__max_steps=1)
+    call(train.main, *line)
+    assert read_log(tmp_path / "tuned" / "log.csv")[0]["val_loss"] == read_log(unbroken / "log.csv")[-1]["val_loss"]
+    with pytest.raises(ConfigError, match="n_embd: 16 there, 32 here"):
+        call(train.main, *flags(dataset, tmp_path / "wide", general__init_from=unbroken, model__n_embd=32))
+
+
+@pytest.mark.parametrize("mode", ["val", "eval", "sample"])
+def test_each_mode_works_alone_on_a_checkpoint_and_writes_nothing(mode, unbroken, dataset, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+    questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
+    call(train.main, *flags(dataset, unbroken, general__mode=[mode], evaluation__file=questions))
+    out = capsys.readouterr().out
+    val_loss = read_log(unbroken / "log.csv")[-1]["val_loss"]
+    assert {"val": f"validation loss {val_loss:.4f}", "eval": "hellaswag karpathy acc_norm", "sample": "Hello, I'm"}[
+        mode
+    ] in out
+    assert before == {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+
+
+def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
+    call(train.main, *flags(dataset, tmp_path / "bare", general__mode=["train"], training__max_steps=5))
+    assert not [row for row in read_log(tmp_path / "bare" / "log.csv") if row["val_loss"]]
+    assert "Hello" not in (tmp_path / "bare" / "samples.txt").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# mistakes of a person
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training__batch_tokens": 250}, "--training.batch-tokens 250: must be a multiple of micro_batch_size 4"),
+        ({"model__n_head": 3}, "--model.n-embd 16: must be a multiple of n_head 3"),
+        ({"data__dataset": "data/none"}, "there is no data set at data/none"),
+        ({"training__batch_tokens": 4096}, "an epoch has no step"),
+        ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
+        ({"training__max_stpes": 3}, "Perhaps you meant"),
+        ({"model__vocab_size": 200}, "--model.vocab-size 200 is less than the 300"),
+        ({"general__init_from": "out/none"}, "there is no model at out/none"),
+    ],
+)
+def test_a_mistake_gets_one_message_in_time(change, words, dataset, tmp_path):
+    begin = time.perf_counter()
+    line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", **change)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert words in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "never").exists()
+    assert time.perf_counter() - begin < 6  # 3 s on a machine that does nothing else
+
+
+def test_all_mistakes_are_told_at_once(dataset, tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        call(train.main, *flags("data/none", tmp_path, model__n_head=3, sampling__top_p=2.0))
+    assert all(words in str(raised.value) for words in ("data/none", "n_head 3", "--sampling.top-p 2.0"))

@@ -1,0 +1,100 @@
+"""Settings: presets are what they say, flags change one field, mistakes are told."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from errors import ConfigError
+from model import GPT
+from train_config import PRESETS, Config, check, differences, parse, to_json, variant
+
+
+def parameters(name: str, vocab_size: int = 50257) -> int:
+    with torch.device("meta"):
+        return GPT(dataclasses.replace(PRESETS[name].model, vocab_size=vocab_size)).num_params()
+
+
+def test_the_default_is_gpt2_124m_on_10_billion_tokens():
+    name, config = parse([])
+    assert name == "gpt2"
+    assert config == variant(Config(), general={"out_dir": "out/gpt2"})
+    assert parameters("gpt2") == 124_439_808
+    assert config.training.max_steps * config.training.batch_tokens == pytest.approx(10e9, rel=1e-4)
+    o = config.optimizer
+    assert (o.max_lr, o.min_lr_ratio, o.warmup_steps, o.weight_decay, o.grad_clip) == (6e-4, 0.1, 715, 0.1, 1.0)
+    assert (o.beta1, o.beta2, o.eps) == (0.9, 0.95, 1e-8)
+    assert config.data.dataset == "data/fineweb-edu-10BT"
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558), ("babygpt-en", 124), ("edu-270m", 268),
+     ("gpt-xs", 124), ("smollgpt", 135)],
+)  # fmt: skip
+def test_presets_have_the_size_they_are_known_by(name, millions):
+    assert parameters(name) / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_every_preset_passes_the_checks(name, world_size):
+    if (name, world_size) == ("demo", 8):
+        return  # a demo is for one or two processes
+    assert check(variant(PRESETS[name], model={"vocab_size": 50257}), world_size) == []
+
+
+def test_a_flag_changes_its_field_alone():
+    _, config = parse(["smollgpt", "--model.dropout", "0.2", "--general.mode", "val", "eval", "--model.no-bias"])
+    expected = variant(
+        PRESETS["smollgpt"],
+        model={"dropout": 0.2, "bias": False},
+        general={"mode": ("val", "eval"), "out_dir": "out/smollgpt"},
+    )
+    assert config == expected
+    assert parse(["demo"])[1].general.out_dir == "out/demo"
+
+
+def test_help_shows_every_field_with_its_comment(capsys):
+    with pytest.raises(SystemExit):
+        parse(["demo", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default_factory()):
+            assert f"--{section.name}.{field.name.replace('_', '-')}" in text or field.type is bool
+    assert "tokens an optimizer step, over all ranks" in text
+
+
+def test_an_unknown_preset_gets_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"no preset 'gpt2-medum'. Did you mean gpt2-medium\?"):
+        parse(["gpt2-medum"])
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("training", "batch_tokens", 524_289), ("training", "micro_batch_size", 0), ("training", "max_steps", 0),
+        ("model", "n_kv_head", 5), ("model", "dropout", 1.0), ("model", "n_embd", 770), ("optimizer", "max_lr", -1.0),
+        ("optimizer", "max_lr", float("nan")), ("optimizer", "beta2", 1.0), ("optimizer", "eps", 0.0),
+        ("optimizer", "min_lr_ratio", 1.5), ("sampling", "top_p", 0.0), ("sampling", "top_k", 0),
+        ("sampling", "temperature", -0.1), ("saving", "keep", -1), ("evaluation", "limit", 0), ("general", "mode", ()),
+        ("general", "seed", -1), ("data", "num_streams", 0), ("validation", "every_n_steps", -5),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_told_with_its_flag(section, field, value):
+    (problem,) = check(variant(Config(), **{section: {field: value}}), world_size=8)
+    assert problem.startswith(f"--{section}.{field.replace('_', '-')} ")
+
+
+def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
+    (problem,) = check(Config(), world_size=3)
+    assert "micro_batch_size 16 x block_size 1,024 x 3 ranks = 49,152, such as 491,520" in problem
+    assert check(variant(Config(), general={"mode": ("eval",)}), world_size=3) == []
+
+
+def test_differences_name_the_field_and_both_values():
+    now = variant(Config(), optimizer={"max_lr": 1e-3}, model={"n_layer": 6})
+    assert differences(to_json(Config()), to_json(now)) == [
+        ("model.n_layer", 12, 6),
+        ("optimizer.max_lr", 6e-4, 1e-3),
+    ]

@@ -1,0 +1,328 @@
+"""All settings of a run: the one file to edit. Each field is a flag too, and `--help` shows every one.
+
+    python train.py                                    # the preset gpt2
+    python train.py demo --training.max-steps 100      # another preset, and one field changed
+
+A section is a dataclass; PRESETS at the end are data. 0 for an `every_n_steps` means never.
+"""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from errors import ConfigError, UserError
+from model import GPTConfig
+from shards import Dataset, open_dataset
+
+Mode = Literal["train", "val", "eval", "sample"]
+
+
+@dataclass(frozen=True)
+class General:
+    """What to do, where, from what."""
+
+    mode: tuple[Mode, ...] = ("train", "val", "eval", "sample")  # any subset; without train, a checkpoint is read
+    init_from: str = "scratch"  # scratch, resume (scratch where there is no checkpoint), gpt2[-medium ...], or a path
+    out_dir: str | None = None  # folder of the run [out/PRESET]
+    seed: int = 1337  # of the initial weights, the order of the data, and dropout
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set and its order."""
+
+    dataset: str = "data/fineweb-edu-10BT"  # a folder that fineweb.py prepared
+    chunk_tokens: int | None = None  # shuffled as one piece, about [from the data's size, 1 M at most]
+    num_streams: int = 64  # equal pieces of the shuffled data that a step reads side by side
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training loop."""
+
+    max_steps: int = 19_073  # optimizer steps; 19,073 of 524,288 tokens are 10 B
+    batch_tokens: int = 524_288  # tokens an optimizer step, over all ranks
+    micro_batch_size: int = 16  # rows of block_size that one rank computes at once; changes memory and speed alone
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA, else float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning rate."""
+
+    max_lr: float = 6e-4  # after the warm-up (GPT-3 paper, table 2.1, for 125 M parameters)
+    min_lr_ratio: float = 0.1  # of max_lr, at the last step
+    warmup_steps: int = 715  # 375 M tokens, as in the GPT-3 paper
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms
+    beta1: float = 0.9  # decay of the mean of gradients
+    beta2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of the latter
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on the validation split: always the same tokens."""
+
+    every_n_steps: int = 250  # also before the first step and after the last
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """HellaSwag."""
+
+    every_n_steps: int = 250  # also after the last step
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # the log's column takes karpathy's acc_norm alone
+    file: str | None = None  # path or URL of a file in HellaSwag's jsonl format [fetched]
+    language: str = "en"  # of a translation on the hub (openGPT-X/hellaswagx): de, fr, pl, ...
+    limit: int | None = None  # only the first so many examples [all 10,042]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Texts that the model writes along the way, into samples.txt."""
+
+    every_n_steps: int = 250  # also after the last step
+    prompt: str = "Hello, I'm a language model,"
+    num_samples: int = 4
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int | None = 50  # only the k likeliest tokens
+    top_p: float | None = None  # only the likeliest tokens that hold this share of the probability
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints."""
+
+    every_n_steps: int = 1000  # also after the last step, and when the run is told to stop
+    keep: int = 2  # the newest so many; 0: all
+
+
+@dataclass(frozen=True)
+class Logging:
+    """The console; log.csv has every step anyhow."""
+
+    every_n_steps: int = 1  # a line
+
+
+@dataclass(frozen=True)
+class Config:
+    general: General = field(default_factory=General)
+    data: Data = field(default_factory=Data)
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=0))
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    validation: Validation = field(default_factory=Validation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    sampling: Sampling = field(default_factory=Sampling)
+    saving: Saving = field(default_factory=Saving)
+    logging: Logging = field(default_factory=Logging)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# presets
+
+
+def variant(base: Config, **sections: dict[str, object]) -> Config:
+    """A config with some fields changed: variant(base, training={"max_steps": 10})."""
+    return replace(base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()})
+
+
+GPT2 = Config()
+
+PRESETS: dict[str, Config] = {
+    # GPT-2's four sizes; learning rates are the GPT-3 paper's (table 2.1) for models of those sizes
+    "gpt2": GPT2,
+    "gpt2-medium": variant(
+        GPT2,
+        model={"n_layer": 24, "n_head": 16, "n_embd": 1024},
+        training={"micro_batch_size": 8},
+        optimizer={"max_lr": 3e-4},
+    ),
+    "gpt2-large": variant(
+        GPT2,
+        model={"n_layer": 36, "n_head": 20, "n_embd": 1280},
+        training={"micro_batch_size": 4},
+        optimizer={"max_lr": 2.5e-4},
+    ),
+    "gpt2-xl": variant(
+        GPT2,
+        model={"n_layer": 48, "n_head": 25, "n_embd": 1600},
+        training={"micro_batch_size": 2},
+        optimizer={"max_lr": 2e-4},
+    ),
+    # three minutes on a laptop: Python from Python's own standard library
+    "demo": variant(
+        GPT2,
+        data={"dataset": "data/demo"},
+        model={"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 192},
+        training={"max_steps": 450, "batch_tokens": 16_384, "micro_batch_size": 16, "compile": "off"},
+        optimizer={"max_lr": 3e-3, "warmup_steps": 40},
+        validation={"every_n_steps": 50},
+        evaluation={"every_n_steps": 450, "limit": 200},
+        sampling={"every_n_steps": 150, "prompt": "def ", "num_samples": 2, "temperature": 0.8},
+        saving={"every_n_steps": 150},
+        logging={"every_n_steps": 10},
+    ),
+    # the recipes of known systems; the README tells what their authors reported
+    "babygpt-en": variant(
+        GPT2,
+        data={"dataset": "data/fineweb-10BT", "chunk_tokens": 30_000_000},
+    ),
+    "babygpt-pl": variant(
+        GPT2,
+        data={"dataset": "data/fineweb2-pl", "chunk_tokens": 30_000_000},
+        model={"n_kv_head": 6},
+        training={"max_steps": 10_000, "micro_batch_size": 32},
+        optimizer={"warmup_steps": 1000},
+        validation={"every_n_steps": 300},
+        evaluation={"every_n_steps": 300, "language": "pl"},
+        sampling={"prompt": "Jestem modelem językowym,"},
+        saving={"every_n_steps": 5000},
+    ),
+    "edu-270m": variant(
+        GPT2,
+        model={"n_layer": 16, "n_head": 16, "n_embd": 1056},
+        sampling={"prompt": "Once upon a time"},
+        saving={"every_n_steps": 5000},
+    ),
+    "gpt-xs": variant(
+        GPT2,
+        model={"block_size": 512},
+        training={"micro_batch_size": 64},
+        validation={"every_n_steps": 500},
+        sampling={"every_n_steps": 1000},
+        saving={"every_n_steps": 5000},
+    ),
+    "smollgpt": variant(
+        GPT2,
+        data={"dataset": "data/wikipedia-en"},
+        model={"n_layer": 8, "n_head": 8, "tie_head": False, "dropout": 0.1},
+        training={"max_steps": 33_500, "batch_tokens": 262_144, "micro_batch_size": 32},
+        optimizer={"max_lr": 1.2e-3, "warmup_steps": 6_700},
+        saving={"every_n_steps": 500},
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# from the command line to a checked config
+
+
+def parse(arguments: list[str]) -> tuple[str, Config]:
+    """The preset's name and the config that `[PRESET] [--SECTION.FIELD VALUE ...]` makes."""
+    import tyro
+
+    name, rest = "gpt2", arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"there is no preset {name!r}.{hint} Known: {', '.join(PRESETS)}.")
+    description = f"Trains, validates, evaluates and samples a GPT. Presets: {', '.join(PRESETS)}. These are {name}'s."
+    config = tyro.cli(Config, default=PRESETS[name], args=rest, prog=f"train.py {name}", description=description)
+    if config.general.out_dir is None:
+        config = variant(config, general={"out_dir": f"out/{name}"})
+    return name, config
+
+
+def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
+    """Fills in what the data set decides and checks all fields; a ConfigError tells everything that is wrong."""
+    problems, dataset = [], None
+    if {"train", "val"} & set(config.general.mode):
+        try:
+            dataset = open_dataset(config.data.dataset)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            if config.model.vocab_size == 0:
+                config = variant(config, model={"vocab_size": dataset.vocab_size})
+            elif config.model.vocab_size < dataset.vocab_size:
+                problems.append(
+                    f"--model.vocab-size {config.model.vocab_size:,} is less than the {dataset.vocab_size:,} of "
+                    f"{config.data.dataset}'s tokenizer. Leave it out to have the data set's."
+                )
+    problems += check(config, world_size)
+    if problems:
+        raise ConfigError("\n  - ".join(["the settings don't work:", *problems]) if len(problems) > 1 else problems[0])
+    return config, dataset
+
+
+def check(config: Config, world_size: int) -> list[str]:
+    """What is wrong with the values themselves, a sentence each."""
+    problems = []
+
+    def need(condition: bool, flag: str, value: object, what: str) -> None:
+        if not condition:
+            problems.append(f"--{flag} {value}: {what}.")
+
+    def at_least(low: float, section: str, *names: str) -> None:
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            need(value is None or value >= low, f"{section}.{name.replace('_', '-')}", value, f"give at least {low}")
+
+    model, training, optimizer, sampling = config.model, config.training, config.optimizer, config.sampling
+    need(len(config.general.mode) > 0, "general.mode", "", "give at least one of train, val, eval, sample")
+    at_least(0, "general", "seed")
+    at_least(1, "data", "chunk_tokens", "num_streams")
+    at_least(1, "model", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head")
+    at_least(0, "model", "vocab_size")
+    at_least(1, "training", "max_steps", "batch_tokens", "micro_batch_size")
+    at_least(0, "optimizer", "max_lr", "warmup_steps", "weight_decay", "grad_clip")
+    for section in ("validation", "evaluation", "sampling", "saving", "logging"):
+        at_least(0, section, "every_n_steps")
+    at_least(0, "saving", "keep")
+    at_least(1, "evaluation", "limit")
+    at_least(1, "sampling", "num_samples", "max_new_tokens", "top_k")
+    at_least(0, "sampling", "temperature")
+    if problems:  # the rest divides by these
+        return problems
+    need(model.n_embd % model.n_head == 0, "model.n-embd", model.n_embd, f"must be a multiple of n_head {model.n_head}")
+    need(model.n_head % model.kv_heads == 0, "model.n-kv-head", model.n_kv_head, f"must divide n_head {model.n_head}")
+    need(0 <= model.dropout < 1, "model.dropout", model.dropout, "must be from 0 to below 1")
+    row_tokens = training.micro_batch_size * model.block_size * world_size
+    need(
+        training.batch_tokens % row_tokens == 0 or "train" not in config.general.mode,
+        "training.batch-tokens",
+        f"{training.batch_tokens:,}",
+        f"must be a multiple of micro_batch_size {training.micro_batch_size} x block_size {model.block_size:,} x "
+        f"{world_size} ranks = {row_tokens:,}, such as {max(1, training.batch_tokens // row_tokens) * row_tokens:,}"
+        "; or change micro_batch_size",
+    )
+    need(0 <= optimizer.min_lr_ratio <= 1, "optimizer.min-lr-ratio", optimizer.min_lr_ratio, "must be from 0 to 1")
+    need(0 <= optimizer.beta1 < 1, "optimizer.beta1", optimizer.beta1, "must be from 0 to below 1")
+    need(0 <= optimizer.beta2 < 1, "optimizer.beta2", optimizer.beta2, "must be from 0 to below 1")
+    need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be above 0")
+    need(
+        sampling.top_p is None or 0 < sampling.top_p <= 1, "sampling.top-p", sampling.top_p, "must be above 0, up to 1"
+    )
+    return problems
+
+
+def to_json(config: Config) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
+    """Fields (section.name, earlier value, value now) in which two configs as JSON differ."""
+    keys = [(section, name) for section in now for name in now[section]]
+    return [
+        (f"{section}.{name}", earlier.get(section, {}).get(name), now[section][name])
+        for section, name in keys
+        if earlier.get(section, {}).get(name) != now[section][name]
+    ]
+
+
+def read_config(path: Path) -> dict:
+    """`config.json` of a run."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
