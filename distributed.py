@@ -64,10 +64,14 @@ class Ranks:
             dist.barrier()
 
     def main_first(self, call):
-        """Calls on rank 0 alone, then on the others: what one downloads, the others find."""
-        result = call() if self.is_main else None
-        self.wait()
-        return result if self.is_main else call()
+        """Calls on rank 0, then on the first rank of each node, then on the others: what one downloads, the
+        next ones find, whether or not the nodes share a disk."""
+        result, called = None, False
+        for my_turn in (self.is_main, self.local_rank == 0, True):
+            if my_turn and not called:
+                result, called = call(), True
+            self.wait()
+        return result
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

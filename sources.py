@@ -97,6 +97,8 @@ class Source:
 
 @dataclass
 class LocalFiles(Source):
+    """Files of this machine, by path; also the standard library's."""
+
     paths: list[str] = field(default_factory=list)
     batches: list[list[str]] = field(default_factory=list)
 

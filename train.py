@@ -11,7 +11,6 @@ A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpo
 import hashlib
 import math
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,145 +21,29 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 import checkpoint
-from dataloader import IGNORED, DataLoader, Order, Position, Step, inputs_and_targets, validation_batches
+from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
 from distributed import Mark, Ranks, StopSignals, autocast, peak_flops, peak_memory_mib, process_group
-from errors import ConfigError, UserError, run
+from errors import ConfigError, UserError
+from errors import run as run_script
 from hellaswag import Example, evaluate, fetch, load_examples
 from log import Log, Samples
 from model import GPT
 from optim import adamw, learning_rate, load_optimizer_state, optimizer_state
 from plot import plot
 from sample import sample
-from shards import Dataset, write_json
+from shards import Dataset
+from start import Start, begin, identity
 from tokenizer import Tokenizer, load_tokenizer
-from train_config import Config, differences, parse, read_config, resolve, to_json
+from train_config import Config, parse, resolve, to_json
 
 # ---------------------------------------------------------------------------------------------------------
-# set-up
-
-
-@dataclass
-class Start:
-    """What the loop begins with. `position` is the place in the data, `tokens` were trained on before."""
-
-    model: GPT
-    optimizer: dict | None  # tensors to put into it, of a resumed run
-    step: int
-    tokens: int
-    position: Position
-
-
-def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
-    """The weights and the place to begin at, as --general.init-from says; writes config.json."""
-    out, init_from = Path(config.general.out_dir), config.general.init_from
-    found = None
-    if init_from == "resume":
-        found = checkpoint.latest(out)
-    elif (out / "config.json").exists() or checkpoint.checkpoints(out):
-        raise ConfigError(
-            f"{out} holds a run already. Go on with it: --general.init-from resume, or begin another beside it: "
-            "--general.out-dir out/NAME."
-        )
-    state = checkpoint.read_state(found) if found else {}
-    if found:
-        _refuse_other_run(state, _identity(config, dataset, order, tokenizer), found)
-        ranks.print(f"resuming {found}")
-        for name, earlier, now in differences(read_config(out / "config.json"), to_json(config)):
-            if not name.startswith("general."):
-                ranks.print(f"  {name} was {earlier}, is {now} now")
-    torch.manual_seed(config.general.seed)
-    if found:
-        loaded = checkpoint.load(found)
-        model = GPT(config.model)
-        checkpoint.load_model_tensors(model, loaded.model)
-        start = Start(model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]))
-    elif init_from in ("scratch", "resume"):
-        start = Start(GPT(config.model), None, 0, 0, Position())
-    else:
-        model = ranks.main_first(lambda: checkpoint.load_model(init_from, torch.device("cpu"))).model
-        start = Start(_fitted(model, config, init_from), None, 0, 0, Position())
-
-    ranks.wait()  # all have looked at the folder before rank 0 writes to it
-    if ranks.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", to_json(config))
-        if tokenizer.name != "gpt2":
-            shutil.copyfile(tokenizer.file, out / tokenizer.name)
-    return start
-
-
-def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:
-    """Weights from elsewhere in a model of this run's settings; ConfigError where they don't fit."""
-    theirs, ours = asdict(loaded.config), asdict(config.model)
-    free = {"dropout"}
-    if ours["block_size"] < theirs["block_size"]:
-        free.add("block_size")  # the first positions are kept
-    differing = [name for name in ours if theirs[name] != ours[name] and name not in free]
-    if differing:
-        raise ConfigError(
-            f"the weights of {init_from} are of another architecture:\n"
-            + "".join(f"  {name}: {theirs[name]} there, {ours[name]} here\n" for name in differing)
-            + "Give the preset or the flags that fit them."
-        )
-    model, tensors = GPT(config.model), checkpoint.model_tensors(loaded)
-    tensors["wpe.weight"] = tensors["wpe.weight"][: config.model.block_size]
-    checkpoint.load_model_tensors(model, tensors)
-    return model
-
-
-def _identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict:
-    """What a run can't change when it is resumed: architecture, data and their order."""
-    return {
-        "model": asdict(config.model),
-        "data": {
-            "fingerprint": dataset.fingerprint, "block_size": order.block_size, "num_streams": order.num_streams,
-            "chunk_tokens": order.chunk_tokens, "seed": order.seed,
-        },
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
-    }  # fmt: skip
-
-
-def _refuse_other_run(state: dict, identity: dict, path: Path) -> None:
-    wrong = [
-        f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
-        for section, values in identity.items()
-        for name, value in values.items()
-        if state[section].get(name) != value
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{path} can't be gone on with: model and order of the data must stay.\n{''.join(wrong)}"
-            "Give the earlier values, or begin anew with another --general.out-dir."
-        )
+# the training step
 
 
 def mix(*numbers: int) -> int:
     """A seed from several numbers, 63 bits."""
     digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def describe(config: Config, order: Order, model: GPT, ranks: Ranks) -> None:
-    """Prints the resolved settings and what follows from them."""
-    for section, values in to_json(config).items():
-        ranks.print(f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items()))
-    training, rows = config.training, config.training.batch_tokens // config.model.block_size
-    steps = order.rows_per_epoch // rows
-    unread = len(order.tokens) - steps * training.batch_tokens
-    ranks.print(
-        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
-        f"{training.batch_tokens:,} tokens a step in "
-        f"{rows // (training.micro_batch_size * ranks.world_size)} micro-batches a rank\n"
-        f"{len(order.tokens):,} tokens in {len(order.cuts):,} chunks of about {order.chunk_tokens:,}\n"
-        f"{steps:,} steps an epoch ({unread:,} tokens unread in each), "
-        f"{training.max_steps / steps:.2f} epochs in {training.max_steps:,} steps"
-    )
-    if order.forced_cuts:
-        ranks.print(f"{order.forced_cuts:,} chunks begin inside a document: no end of text was near")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the training step
 
 
 @dataclass
@@ -222,12 +105,11 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(
-    model: GPT, dataset: Dataset, token_bytes: torch.Tensor, config: Config, ranks: Ranks
-) -> tuple[float, float]:
+def validate(model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> tuple[float, float]:
     """Mean loss over the validation tokens, in nats a token, and the same in bits a byte of their text."""
     was_training = model.training
     model.eval()
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
     nats = count = text_bytes = 0.0
     batches = validation_batches(
         dataset.val, model.config.block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size
@@ -261,8 +143,44 @@ def hellaswag_examples(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> li
 # training
 
 
-def train(config: Config, dataset: Dataset, ranks: Ranks, signals: StopSignals) -> None:
-    device, out, max_steps = ranks.device, Path(config.general.out_dir), config.training.max_steps
+@dataclass
+class Run:
+    """All that the scenes share. `raw_model` is what is saved, validated, evaluated and sampled; `model` is the
+    same weights, compiled and wrapped for training. Log, samples and bar are rank 0's."""
+
+    config: Config
+    dataset: Dataset
+    ranks: Ranks
+    tokenizer: Tokenizer
+    order: Order
+    start: Start
+    raw_model: GPT
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    examples: list[Example]
+    log: Log | None = None
+    samples: Samples | None = None
+    bar: tqdm | None = None
+
+    def due(self, section: str, mode: str, step: int) -> bool:
+        """Whether a scene comes before update `step`: every n steps, and behind the last."""
+        n = getattr(self.config, section).every_n_steps
+        last = step == self.config.training.max_steps
+        return mode in self.config.general.mode and n > 0 and (last or step % n == 0)
+
+    def say(self, line: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write(line)
+
+    def plot(self) -> None:
+        if self.ranks.is_main:
+            out = Path(self.config.general.out_dir)
+            plot([out], out / "plot.png")
+
+
+def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
+    """Everything from the settings to the first step: order, examples, weights, optimizer, log."""
+    device, out = ranks.device, Path(config.general.out_dir)
     tokenizer = load_tokenizer(dataset.tokenizer)
     if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
         raise ConfigError(f"{dataset.tokenizer} is not the tokenizer that {dataset.folder} was made with.")
@@ -270,15 +188,12 @@ def train(config: Config, dataset: Dataset, ranks: Ranks, signals: StopSignals) 
         dataset.train, dataset.eot_id, config.model.block_size, config.data.num_streams, config.general.seed,
         config.data.chunk_tokens,
     )  # fmt: skip
-    rows_per_step = config.training.batch_tokens // config.model.block_size
-    order.check(rows_per_step)
-    modes = config.general.mode
-    examples = (
-        hellaswag_examples(config, tokenizer, ranks) if "eval" in modes and config.evaluation.every_n_steps else []
-    )
+    order.check(config.training.batch_tokens // config.model.block_size)
+    evaluating = "eval" in config.general.mode and config.evaluation.every_n_steps > 0
+    examples = hellaswag_examples(config, tokenizer, ranks) if evaluating else []
 
     start = begin(config, dataset, order, tokenizer, ranks)
-    raw_model = start.model.to(device)  # what is saved, validated, evaluated and sampled
+    raw_model = start.model.to(device)
     o = config.optimizer
     optimizer = adamw(raw_model, o.weight_decay, o.beta1, o.beta2, o.eps)
     if start.optimizer:
@@ -288,132 +203,155 @@ def train(config: Config, dataset: Dataset, ranks: Ranks, signals: StopSignals) 
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
     describe(config, order, raw_model, ranks)
+    run = Run(config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizer, examples)
+    if ranks.is_main:
+        run.log = Log(out / "log.csv", start.step)
+        run.samples = Samples(out / "samples.txt", start.step)
+        run.bar = tqdm(total=config.training.max_steps, initial=start.step, unit="step", disable=None)
+    return run
 
-    log = Log(out / "log.csv", start.step) if ranks.is_main else None
-    samples = Samples(out / "samples.txt", start.step) if ranks.is_main else None
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    peak, flops = peak_flops(device), raw_model.flops_per_token()
-    halted = torch.zeros((), device=device)
-    bar = tqdm(total=max_steps, initial=start.step, unit="step", disable=None if ranks.is_main else True)
+
+def describe(config: Config, order: Order, model: GPT, ranks: Ranks) -> None:
+    """Prints the resolved settings and what follows from them."""
+    for section, values in to_json(config).items():
+        ranks.print(f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items()))
+    training, rows = config.training, config.training.batch_tokens // config.model.block_size
+    steps = order.rows_per_epoch // rows
+    unread = len(order.tokens) - steps * training.batch_tokens
+    ranks.print(
+        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
+        f"{training.batch_tokens:,} tokens a step in "
+        f"{rows // (training.micro_batch_size * ranks.world_size)} micro-batches a rank\n"
+        f"{len(order.tokens):,} tokens in {len(order.cuts):,} chunks of about {order.chunk_tokens:,}\n"
+        f"{steps:,} steps an epoch ({unread:,} tokens unread in each), "
+        f"{training.max_steps / steps:.2f} epochs in {training.max_steps:,} steps"
+    )
+    if order.forced_cuts:
+        ranks.print(f"{order.forced_cuts:,} chunks begin inside a document: no end of text was near")
+
+
+def finish(run: Run, pending: Pending) -> bool:
+    """Reads the status of a step, writes its row of the log, and tells whether a rank was told to stop."""
+    pending.end.wait()
+    loss, norm, stops, *not_finite = pending.status.tolist()
+    row, step = pending.row, pending.row["step"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        where = [rank for rank, flag in enumerate(not_finite) if flag]
+        raise UserError(
+            f"step {step}: loss is {loss}, gradient norm {norm}"
+            + (f", first on rank {where[0]}" if where else "")
+            + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
+            "--optimizer.max-lr: --general.init-from resume."
+        )
+    row["loss"], row["grad_norm"] = loss, norm
+    row["step_ms"] = pending.end.ms_since(pending.begin)
+    row["tokens_per_s"] = run.config.training.batch_tokens / row["step_ms"] * 1e3
+    if peak := peak_flops(run.ranks.device):
+        row["mfu"] = row["tokens_per_s"] * run.raw_model.flops_per_token() / (peak * run.ranks.world_size)
+    row["memory_mib"] = peak_memory_mib(run.ranks.device)
+    if run.ranks.is_main:
+        run.log.write(row)
+        run.bar.update()
+    every = run.config.logging.every_n_steps
+    if every and step % every == 0:
+        run.say(console_line(row))
+    if step == run.start.step + 10:
+        hours = row["step_ms"] / 3.6e6 * (run.config.training.max_steps - step)
+        run.say(f"about {hours:.1f} hours of training to go, without evaluations")
+    return stops > 0
+
+
+def train(run: Run, signals: StopSignals) -> None:
+    """The loop: before update k the scenes that are due look at the weights after k updates."""
+    config, ranks, raw_model = run.config, run.ranks, run.raw_model
+    out, max_steps, o = Path(config.general.out_dir), config.training.max_steps, config.optimizer
+    tokens, position = run.start.tokens, run.start.position
     loader = DataLoader(
-        order, start.position, rows_per_step, config.training.micro_batch_size, ranks.rank, ranks.world_size,
-        pin=device.type == "cuda",
+        run.order, position, config.training.batch_tokens // config.model.block_size,
+        config.training.micro_batch_size, ranks.rank, ranks.world_size, pin=ranks.device.type == "cuda",
     )  # fmt: skip
-
-    def say(line: str) -> None:
-        if ranks.is_main:
-            tqdm.write(line)
-
-    def finish(step: Pending) -> bool:
-        """Reads a step's status, writes its row, and tells whether a rank was told to stop."""
-        step.end.wait()
-        loss, norm, stops, *not_finite = step.status.tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            where = [rank for rank, flag in enumerate(not_finite) if flag]
-            raise UserError(
-                f"step {step.row['step']}: loss is {loss}, gradient norm {norm}"
-                + (f", first on rank {where[0]}" if where else "")
-                + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
-                "--optimizer.max-lr: --general.init-from resume."
-            )
-        ms = step.end.ms_since(step.begin)
-        speed = config.training.batch_tokens / ms * 1e3
-        step.row |= {
-            "loss": loss, "grad_norm": norm, "tokens_per_s": speed, "step_ms": ms,
-            "mfu": speed * flops / (peak * ranks.world_size) if peak else None,
-            "memory_mib": peak_memory_mib(device),
-        }  # fmt: skip
-        if log:
-            log.write(step.row)
-        bar.update()
-        if config.logging.every_n_steps and step.row["step"] % config.logging.every_n_steps == 0:
-            say(console_line(step.row))
-        if step.row["step"] == start.step + 10:
-            say(f"about {ms / 3.6e6 * (max_steps - step.row['step']):.1f} hours of training to go, without evaluations")
-        return stops > 0
-
-    tokens, position, pending, begin_mark = start.tokens, start.position, None, None
+    halted = torch.zeros((), device=ranks.device)
+    pending: Pending | None = None  # the step before, whose status the host has not read
+    begin_mark: Mark | None = None  # where the time of the next step begins; None behind other work
     stopping = False
-    for step in range(start.step, max_steps + 1):
+
+    for step in range(run.start.step, max_steps + 1):
         last = step == max_steps
-
-        def due(section: str, mode: str, step: int = step, last: bool = last) -> bool:
-            n = getattr(config, section).every_n_steps
-            return mode in modes and n > 0 and (last or step % n == 0)
-
-        validating = due("validation", "val") and not stopping
-        evaluating = due("evaluation", "eval") and step > 0 and not stopping
-        sampling = due("sampling", "sample") and step > 0 and not stopping
-        saving = (due("saving", "train") or stopping) and step > start.step
+        validating = run.due("validation", "val", step) and not stopping
+        evaluating = run.due("evaluation", "eval", step) and step > 0 and not stopping
+        sampling = run.due("sampling", "sample", step) and step > 0 and not stopping
+        saving = (run.due("saving", "train", step) or stopping) and step > run.start.step
         row = {"step": step, "tokens": tokens, "epoch": position.epoch}
         if pending and (validating or evaluating or sampling or saving or last):
-            stopping |= finish(pending)
+            stopping |= finish(run, pending)
             pending = begin_mark = None
 
         # --- validate
         if validating:
-            row["val_loss"], row["val_bpb"] = validate(raw_model, dataset, token_bytes, config, ranks)
-            say(f"step {step:>6} | validation loss {row['val_loss']:.4f} | {row['val_bpb']:.4f} bits a byte")
+            row["val_loss"], row["val_bpb"] = validate(raw_model, run.dataset, run.tokenizer, config, ranks)
+            run.say(f"step {step:>6} | validation loss {row['val_loss']:.4f} | {row['val_bpb']:.4f} bits a byte")
 
         # --- evaluate
         if evaluating:
-            scores = evaluate(raw_model, examples, config.evaluation.style, ranks, config.training.dtype)
-            say(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
+            scores = evaluate(raw_model, run.examples, config.evaluation.style, ranks, config.training.dtype)
+            run.say(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
             if config.evaluation.style == "karpathy":
                 row["hellaswag"] = scores["acc_norm"].value
 
         # --- sample
         if sampling:
-            texts = write_samples(raw_model, tokenizer, config, step)
-            if samples:
-                samples.write(step, texts)
-            say(f"step {step:>6} | {texts[0]}")
+            texts = write_samples(raw_model, run.tokenizer, config, step)
+            if ranks.is_main:
+                run.samples.write(step, texts)
+            run.say(f"step {step:>6} | {texts[0]}")
 
         # --- save
         if saving and ranks.is_main:
             state = {"step": step, "tokens": tokens, "position": asdict(position)}
             checkpoint.save(
-                out, step, checkpoint.model_tensors(raw_model), optimizer_state(optimizer, raw_model),
-                state | _identity(config, dataset, order, tokenizer), config.saving.keep,
+                out, step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizer, raw_model),
+                state | identity(config, run.dataset, run.order, run.tokenizer), config.saving.keep,
             )  # fmt: skip
         if last or stopping:
-            if last and log:
-                log.write(row)
             break
-        if (validating or evaluating) and log and step > start.step:
-            plot([out], out / "plot.png")
 
         # --- step
         data = next(loader)
         if data.start.epoch > position.epoch:
-            unread = len(dataset.train) - position.n * order.block_size
-            say(f"epoch {data.start.epoch} begins; {unread:,} tokens of the one before stay unread")
+            unread = len(run.dataset.train) - position.n * run.order.block_size
+            run.say(f"epoch {data.start.epoch} begins; {unread:,} tokens of the one before stay unread")
         row["epoch"] = data.start.epoch
         row["lr"] = learning_rate(step, o.max_lr, o.min_lr_ratio, o.warmup_steps, max_steps)
-        begin_mark = begin_mark or Mark(device)
+        begin_mark = begin_mark or Mark(ranks.device)
         status = train_step(
-            model, optimizer, data, row["lr"], config, ranks, mix(config.general.seed, step, ranks.rank), halted,
-            stop=signals.received is not None,
+            run.model, run.optimizer, data, row["lr"], config, ranks, mix(config.general.seed, step, ranks.rank),
+            halted, stop=signals.received is not None,
         )  # fmt: skip
-        end_mark = Mark(device)
-        launched = Pending(row, status.to("cpu", non_blocking=True), begin_mark, end_mark)
+        end_mark = Mark(ranks.device)
+        begun = Pending(row, status.to("cpu", non_blocking=True), begin_mark, end_mark)
+        begin_mark = end_mark
         if pending:  # read a step late, while the device is busy with this one
-            stopping |= finish(pending)
-        pending, begin_mark = launched, end_mark
-        tokens, position = tokens + config.training.batch_tokens, data.end
+            stopping |= finish(run, pending)
+            if {"val_loss", "hellaswag"} & pending.row.keys():
+                run.plot()
+                begin_mark = None
+        pending, tokens, position = begun, tokens + config.training.batch_tokens, data.end
 
     loader.close()
-    bar.close()
-    if log:
-        log.close()
-        plot([out], out / "plot.png")
-    if stopping and not last:
-        say(f"stopped at step {step}, saved. Go on with the same command and --general.init-from resume.")
+    if ranks.is_main:
+        if last:
+            run.log.write(row)
+        run.log.close()
+        run.bar.close()
+    run.plot()
+    if not last:
+        run.say(f"stopped at step {step}, saved. Go on with the same command and --general.init-from resume.")
 
 
 def console_line(row: dict) -> str:
-    mfu = f" | mfu {row['mfu']:.1%}" if row["mfu"] else ""
+    mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     return (
         f"step {row['step']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f} | "
         f"{row['step_ms']:,.0f} ms | {row['tokens_per_s']:,.0f} tokens/s{mfu}"
@@ -434,7 +372,7 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
     if "val" in config.general.mode:
         if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
             raise ConfigError(f"{dataset.folder} was made with another tokenizer than the model of {spec}.")
-        loss, bpb = validate(loaded.model, dataset, torch.from_numpy(tokenizer.token_bytes()), config, ranks)
+        loss, bpb = validate(loaded.model, dataset, tokenizer, config, ranks)
         ranks.print(f"validation loss {loss:.4f} | {bpb:.4f} bits a byte")
     if "eval" in config.general.mode:
         examples = hellaswag_examples(config, tokenizer, ranks)
@@ -448,12 +386,14 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
 def main() -> None:
     _, config = parse(sys.argv[1:])
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with process_group(config.general.device) as ranks, StopSignals() as signals:
+    with process_group(config.general.device) as ranks:
         if "train" in config.general.mode:
-            train(config, dataset, ranks, signals)
+            run = set_up(config, dataset, ranks)
+            with StopSignals() as signals:
+                train(run, signals)
         else:
             assess(config, dataset, ranks)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

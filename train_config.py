@@ -312,7 +312,7 @@ def to_json(config: Config) -> dict:
 
 def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
     """Fields (section.name, earlier value, value now) in which two configs as JSON differ."""
-    keys = [(section, name) for section in now for name in now[section]]
+    keys = [(section, name) for section in now if section in earlier for name in now[section]]
     return [
         (f"{section}.{name}", earlier.get(section, {}).get(name), now[section][name])
         for section, name in keys
@@ -321,7 +321,9 @@ def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
 
 
 def read_config(path: Path) -> dict:
-    """`config.json` of a run."""
+    """`config.json` of a run; empty where it is gone."""
+    if not path.exists():
+        return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -61,9 +61,10 @@ def test_bfloat16_is_used_where_it_is_asked_for():
 def test_what_the_main_rank_fetches_the_others_find(monkeypatch):
     calls = []
     monkeypatch.setattr(distributed.dist, "barrier", lambda: calls.append("all wait"))
-    Ranks(0, 0, 2, CPU).main_first(lambda: calls.append("main"))
-    Ranks(1, 1, 2, CPU).main_first(lambda: calls.append("other"))
-    assert calls == ["main", "all wait", "all wait", "other"]
+    for rank, local_rank in ((0, 0), (4, 0), (5, 1)):
+        Ranks(rank, local_rank, 8, CPU).main_first(lambda rank=rank: calls.append(rank))
+    wait = "all wait"
+    assert calls == [0, wait, wait, wait, wait, 4, wait, wait, wait, wait, 5, wait]
 
 
 def test_marks_measure_time():

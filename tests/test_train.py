@@ -196,8 +196,47 @@ def test_rows_and_losses_are_the_same_for_any_number_of_ranks_and_any_micro_batc
         assert losses_too == pytest.approx(losses, rel=1e-5)
 
 
+def test_a_step_is_the_same_whatever_the_micro_batch(dataset, tmp_path):
+    logs = []
+    for micro in (1, 4, 16):
+        line = flags(
+            dataset, tmp_path / str(micro), training__micro_batch_size=micro, model__dropout=0.0, training__max_steps=6,
+            optimizer__grad_clip=0.05, saving__every_n_steps=0, sampling__every_n_steps=0,
+        )  # fmt: skip
+        call(train.main, *line)
+        logs.append([row["loss"] for row in read_log(tmp_path / str(micro) / "log.csv")[:-1]])
+    assert logs[0] == pytest.approx(logs[2], rel=1e-5)
+    assert logs[1] == pytest.approx(logs[2], rel=1e-5)
+
+
+def test_ranks_average_their_gradients(dataset, tmp_path):
+    line = {"model__dropout": 0.0, "training__max_steps": 6, "saving__every_n_steps": 0, "sampling__every_n_steps": 0}
+    call(train.main, *flags(dataset, tmp_path / "one", **line))
+    torchrun(2, *flags(dataset, tmp_path / "two", **line))
+    one, two = (read_log(tmp_path / name / "log.csv") for name in ("one", "two"))
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert [row[key] for row in two if row[key]] == pytest.approx([row[key] for row in one if row[key]], rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # looking on changes nothing
+
+
+def test_looking_on_is_done_without_gradients_and_without_dropout(dataset, tmp_path, monkeypatch):
+    forward, seen = train.GPT.hidden, []
+
+    def watched(self, idx, cache=None):
+        seen.append((torch.is_grad_enabled(), self.training))
+        return forward(self, idx, cache)
+
+    monkeypatch.setattr(train.GPT, "hidden", watched)
+    line = flags(
+        dataset, tmp_path / "run", training__max_steps=2, evaluation__every_n_steps=1, validation__every_n_steps=1,
+        sampling__every_n_steps=1, evaluation__file=save_hellaswag(tmp_path / "questions.jsonl", 6),
+    )  # fmt: skip
+    call(train.main, *line)
+    assert seen.count((True, True)) == 2 * 4, "the micro-batches of two steps"
+    assert seen.count((False, False)) == len(seen) - 2 * 4 > 0
 
 
 def test_validation_evaluation_and_sampling_leave_training_alone(unbroken, dataset, tmp_path):

@@ -1,0 +1,114 @@
+"""How a run begins: from scratch, from its own last checkpoint, or from other weights; and what is refused.
+
+python train.py gpt2                                 # scratch; refused where a run is already
+python train.py gpt2 --general.init-from resume      # the last checkpoint, or scratch where there is none
+python train.py gpt2 --general.init-from gpt2        # OpenAI's weights, a Hugging Face folder, another run
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from dataloader import Order, Position
+from distributed import Ranks
+from errors import ConfigError
+from model import GPT
+from shards import Dataset, write_json
+from tokenizer import Tokenizer
+from train_config import Config, differences, read_config, to_json
+
+
+@dataclass
+class Start:
+    """What the loop begins with. `position` is the place in the data, `tokens` were trained on before."""
+
+    model: GPT
+    optimizer: dict | None  # tensors to put into it, of a resumed run
+    step: int
+    tokens: int
+    position: Position
+
+
+def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
+    """The weights and the place to begin at, as --general.init-from says; writes config.json."""
+    out, init_from = Path(config.general.out_dir), config.general.init_from
+    found = checkpoint.latest(out) if init_from == "resume" else None
+    if init_from != "resume" and ((out / "config.json").exists() or checkpoint.checkpoints(out)):
+        raise ConfigError(
+            f"{out} holds a run already. Go on with it: --general.init-from resume, or begin another beside it: "
+            "--general.out-dir out/NAME."
+        )
+    torch.manual_seed(config.general.seed)
+    if found:
+        start = _resumed(found, config, identity(config, dataset, order, tokenizer), ranks)
+    elif init_from in ("scratch", "resume"):
+        start = Start(GPT(config.model), None, 0, 0, Position())
+    else:
+        loaded = ranks.main_first(lambda: checkpoint.load_model(init_from, torch.device("cpu")))
+        start = Start(_fitted(loaded.model, config, init_from), None, 0, 0, Position())
+
+    ranks.wait()  # all have looked at the folder before rank 0 writes to it
+    if ranks.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", to_json(config))
+        if tokenizer.name != "gpt2":
+            shutil.copyfile(tokenizer.file, out / tokenizer.name)
+    return start
+
+
+def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
+    """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
+    loaded = checkpoint.load(found)
+    state = loaded.state
+    wrong = [
+        f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
+        for section, values in now.items()
+        for name, value in values.items()
+        if state[section].get(name) != value
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{found} can't be gone on with: model and order of the data must stay.\n{''.join(wrong)}"
+            "Give the earlier values, or begin anew with another --general.out-dir."
+        )
+    ranks.print(f"resuming {found}")
+    for name, earlier, value in differences(read_config(found.parent.parent / "config.json"), to_json(config)):
+        if not name.startswith("general."):
+            ranks.print(f"  {name} was {earlier}, is {value} now")
+    model = GPT(config.model)
+    checkpoint.load_model_tensors(model, loaded.model)
+    return Start(model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]))
+
+
+def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:
+    """Weights from elsewhere in a model of this run's settings; ConfigError where they don't fit."""
+    theirs, ours = asdict(loaded.config), asdict(config.model)
+    free = {"dropout"}
+    if ours["block_size"] < theirs["block_size"]:
+        free.add("block_size")  # the first positions are kept
+    differing = [name for name in ours if theirs[name] != ours[name] and name not in free]
+    if differing:
+        raise ConfigError(
+            f"the weights of {init_from} are of another architecture:\n"
+            + "".join(f"  {name}: {theirs[name]} there, {ours[name]} here\n" for name in differing)
+            + "Give the preset or the flags that fit them."
+        )
+    model, tensors = GPT(config.model), checkpoint.model_tensors(loaded)
+    tensors["wpe.weight"] = tensors["wpe.weight"][: config.model.block_size]
+    checkpoint.load_model_tensors(model, tensors)
+    return model
+
+
+def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict:
+    """What a run can't change when it is resumed: architecture, data and their order."""
+    return {
+        "model": asdict(config.model),
+        "data": {
+            "fingerprint": dataset.fingerprint, "block_size": order.block_size, "num_streams": order.num_streams,
+            "chunk_tokens": order.chunk_tokens, "seed": order.seed,
+        },
+        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+    }  # fmt: skip
