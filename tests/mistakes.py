@@ -1,0 +1,136 @@
+"""Puts each mistake of this kind of code into a copy of ours, and sees a test fail.
+
+    python tests/mistakes.py            # all, some minutes
+    python tests/mistakes.py 7 13       # those numbers alone
+
+The numbers are of a list of mistakes found in public GPT-2 training code. A mistake is (number, what it is,
+the tests that must fail, and replacements (file, ours, the mistake)).
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+MISTAKES = [
+    (1, "zero_grad inside the micro-step loop", "test_train.py -k whatever_the_micro_batch",
+     [("train.py", "        loss_sum += loss.detach()\n",
+       "        loss_sum += loss.detach()\n        if i < len(data.micro_batches) - 1:\n            optimizer.zero_grad()\n")]),
+    (2, "gradients never averaged over ranks", "test_train.py -k average_their_gradients",
+     [("train.py", "grad_sync = i == len(data.micro_batches) - 1", "grad_sync = False")]),
+    (3, "the sync flag set after the forward", "test_train.py -k average_their_gradients",
+     [("train.py", "        if ranks.world_size > 1:  # read", "        if False:  # read"),
+      ("train.py", "            loss = model(idx, targets)\n",
+       "            loss = model(idx, targets)\n        if ranks.world_size > 1:\n"
+       "            model.require_backward_grad_sync = i == len(data.micro_batches) - 1\n")]),
+    (4, "clipping once a micro-batch", "test_train.py -k whatever_the_micro_batch",
+     [("train.py", "        loss_sum += loss.detach()\n",
+       "        loss_sum += loss.detach()\n        clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)\n")]),
+    (5, "validation with gradients on", "test_train.py -k without_gradients",
+     [("train.py", "@torch.no_grad()\ndef validate", "def validate")]),
+    (5, "HellaSwag with gradients on", "test_train.py -k without_gradients",
+     [("hellaswag.py", "@torch.no_grad()\n", "")]),
+    (5, "sampling with gradients on", "test_train.py -k without_gradients", [("sample.py", "@torch.no_grad()\n", "")]),
+    (5, "validation over an amount that depends on the ranks", "test_dataloader.py -k validation",
+     [("dataloader.py", "for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]",
+       "for n in range(validation_rows(tokens, block_size))]")]),
+    (6, "random state taken by sampling is missing in training", "test_train.py -k leave_training_alone",
+     [("train.py", "    torch.manual_seed(seed)  # of dropout", "    # of dropout"),
+      ("sample.py", "generator=generator)[:, 0]", "generator=None)[:, 0]")]),
+    (6, "the model stays in eval mode", "test_train.py -k without_gradients",
+     [("train.py", "    model.train()\n    loss_sum", "    loss_sum"),
+      ("train.py", "    model.train(was_training)\n", "")]),
+    (7, "the tail of the data is dropped", "test_dataloader.py -k every_token_once",
+     [("dataloader.py", "        at = np.concatenate", "        chunks = chunks[:-1]\n        at = np.concatenate")]),
+    (7, "every epoch in the same order", "test_dataloader.py -k two_epochs",
+     [("dataloader.py", "shuffled(len(chunks), self.seed, epoch)", "shuffled(len(chunks), self.seed, 0)")]),
+    (7, "the last partial batch of validation is dropped", "test_dataloader.py -k validation",
+     [("dataloader.py", "for i in range(0, len(rows), micro_batch_size):\n        batch = torch.zeros",
+       "for i in range(0, len(rows) - micro_batch_size + 1, micro_batch_size):\n        batch = torch.zeros")]),
+    (8, "no shuffle", "test_dataloader.py -k two_epochs",
+     [("dataloader.py", "        if self.shuffle:\n            chunks = chunks", "        if False:\n            chunks = chunks")]),
+    (9, "a document on both sides of the split", "test_fineweb.py",
+     [("fineweb.py", "    decision[by_hash[again]] = DUPLICATE\n", "")]),
+    (10, "the search for an end of text never widens", "test_dataloader.py -k nearest",
+     [("dataloader.py", "            if width == widest:", "            if True:")]),
+    (10, "a target beyond the end of the data", "test_dataloader.py -k every_token_once",
+     [("dataloader.py", "max(0, int(self.at[-1]) - 1) //", "max(0, int(self.at[-1])) //")]),
+    (11, "rows drawn with replacement", "test_dataloader.py -k every_token_once",
+     [("dataloader.py", "        ranges = []\n", "        begin = hash(n) % 7 * self.block_size\n"
+       "        end = begin + self.block_size + 1\n        ranges = []\n")]),
+    (11, "a resume that replays the last batch", "test_train.py -k stopped_behind_any_step",
+     [("train.py", "config.training.batch_tokens, data.end", "config.training.batch_tokens, data.start")]),
+    (11, "optimizer missing from a resume", "test_train.py -k stopped_behind_any_step",
+     [("train.py", "    if start.optimizer:\n", "    if False:\n")]),
+    (12, "a checkpoint overwritten in place", "test_checkpoint.py",
+     [("checkpoint.py", 'temporary = folder / f".{final.name}.tmp"', "temporary = final")]),
+    (12, "a half-written checkpoint is the latest", "test_checkpoint.py -k latest",
+     [("checkpoint.py", "            verify(path)\n            return path", "            return path")]),
+    (13, "HellaSwag's last partial batch dropped", "test_hellaswag.py",
+     [("hellaswag.py", "range(0, len(by_size), batch_size)", "range(0, len(by_size) - batch_size + 1, batch_size)")]),
+    (13, "the ending cut instead of the context", "test_hellaswag.py",
+     [("hellaswag.py", "(context + ending)[-(T + 1) :]", "(context + ending)[: T + 1]")]),
+    (13, "picked by sum where the mean is reported", "test_hellaswag.py",
+     [("hellaswag.py", "means.argmin(1)", "sums.argmin(1)")]),
+    (13, "padding of the vocabulary is scored", "test_hellaswag.py -k padding",
+     [("model.py", '        logits[..., self.config.vocab_size :] = float("-inf")\n', "")]),
+    (14, "the log is wiped at a restart", "test_log.py",
+     [("log.py", 'if row["step"] < step] if path.exists()', 'if row["step"] < step] if False')]),
+    (14, "steps stand twice in the log", "test_log.py", [("log.py", ' if row["step"] < step]', "]")]),
+    (15, "MFU by an A100's peak", "test_distributed.py -k peak",
+     [("distributed.py", "return PEAK_FLOPS[max(known, key=len)] if known else None", "return 312e12")]),
+    (15, "throughput counts evaluation", "test_train.py -k throughput",
+     [("train.py", "            pending = begin_mark = None\n", "            pending = None\n")]),
+    (16, "all ranks download at once", "test_distributed.py -k fetches",
+     [("distributed.py", "            if my_turn and not called:", "            if not called:")]),
+    (17, "a shortened file is mapped in silence", "test_shards.py",
+     [("shards.py", "    if size != expected:", "    if False:")]),
+    (17, "a large id wraps into a small one", "test_shards.py",
+     [("shards.py", "            if len(piece) and not 0 <=", "            if False and not 0 <=")]),
+    (17, "flipped bytes of a checkpoint are loaded", "test_checkpoint.py -k damaged",
+     [("checkpoint.py", "    if wrong:\n", "    if False:\n")]),
+    (18, "the whole prefix again for every token", "test_sample.py -k one_tokens_work",
+     [("sample.py", "        if cache.length < T:", "        if False:")]),
+    (19, "the cosine runs over the total steps", "test_optim.py -k cosine",
+     [("optim.py", "(step - warmup_steps) / max(1, max_steps - warmup_steps)", "step / max_steps")]),
+    (20, "an untrusted pickle is loaded", "test_checkpoint.py -k pickle",
+     [("checkpoint.py", "weights_only=True", "weights_only=False")]),
+]  # fmt: skip
+
+
+def survives(tests: str, changes: list[tuple[str, str, str]]) -> bool:
+    """Whether the tests pass in a copy with the changes made. (With none: they must, or they prove nothing.)"""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "data", "out", "__pycache__"))
+        for file, ours, mistake in changes:
+            text = (copy / file).read_text(encoding="utf-8")
+            if ours not in text:
+                sys.exit(f"error: {file} has no longer the place {ours!r}: this mistake needs a new one.")
+            (copy / file).write_text(text.replace(ours, mistake), encoding="utf-8")
+        file, *options = tests.split()
+        command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{file}", *options]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+        if done.returncode not in (0, 1):
+            sys.exit(f"error: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 0
+
+
+def main() -> None:
+    wanted = {int(number) for number in sys.argv[1:]}
+    chosen = [mistake for mistake in MISTAKES if not wanted or mistake[0] in wanted]
+    for tests in sorted({tests for _, _, tests, _ in chosen}):
+        if not survives(tests, []):
+            sys.exit(f"error: {tests} fails without any mistake.")
+    missed = 0
+    for number, what, tests, changes in chosen:
+        missed += (survived := survives(tests, changes))
+        print(f"{number:>2}  {'NOT SEEN' if survived else 'seen':<8}  {what}  [{tests}]", flush=True)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
