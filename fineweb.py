@@ -14,27 +14,27 @@ Each task is committed by a rename, so the bytes follow from source and settings
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError, run
+from plan import EMPTY, KEPT, Plan, load_index, plan, shard_ranges
 from shards import MANIFEST, read_manifest, shard_name, token_dtype, verify, write_json, write_shard
 from sources import Source, Task, find, read
 from tokenizer import Tokenizer, load_tokenizer
 
-KEPT, EMPTY, DUPLICATE = 0, 1, 2  # what becomes of a document; only the plan knows the duplicates
-DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a run reads the first 20 x 524,288
 BATCH = 256  # documents encoded at once
 WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
 
@@ -131,7 +131,7 @@ class MapStage:
 
     def done(self, unit: int, stem: Path) -> None:
         """Counts a finished task; the last of its unit lets the unit go."""
-        index = np.load(f"{stem}.npz")
+        index = load_index(stem)
         self.documents += len(index["tokens"])
         self.tokens += int(index["tokens"].sum())
         self.left[unit] -= 1
@@ -139,7 +139,7 @@ class MapStage:
             write_json(self.parts / f"{unit:05d}.json", {"tasks": self.tasks[unit]})
             self.source.release(unit, self.parts / "download")
             del self.left[unit]
-        self.bar.update(self.source.units[unit].bytes / self.tasks[unit])
+        self.bar.update(self.source.units[unit].bytes // self.tasks[unit])
         rate = self.tokens / max(self.bar.format_dict["elapsed"], 1e-3)
         self.bar.set_postfix_str(f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
 
@@ -154,80 +154,7 @@ class MapStage:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# plan: which documents stay, in which split, and where
-
-
-@dataclass
-class Plan:
-    """Where every kept document goes. `runs[split]` is (n, 4) int64: part, first and last-plus-one token in the
-    part, first token in the split; documents that follow each other in both are one run."""
-
-    runs: dict[str, np.ndarray]
-    starts: dict[str, np.ndarray]  # of the documents in the split, (documents,) int64
-    tokens: dict[str, int]
-    documents: dict[str, int]
-    bytes: dict[str, int]
-
-
-def plan(stems: list[Path], val_tokens: int | None, max_tokens: int | None) -> Plan:
-    """The first of equal documents stays; source order up to max_tokens; the smallest hashes validate."""
-    indexes = [np.load(f"{stem}.npz") for stem in stems]
-    part = np.repeat(np.arange(len(stems)), [len(index["tokens"]) for index in indexes])
-    hashes = np.concatenate([index["hash"] for index in indexes])
-    tokens = np.concatenate([index["tokens"] for index in indexes]).astype(np.int64)
-    sizes = np.concatenate([index["bytes"] for index in indexes]).astype(np.int64)
-    decision = np.concatenate([index["decision"] for index in indexes])
-    offset = np.concatenate([np.cumsum(index["tokens"], dtype=np.int64) - index["tokens"] for index in indexes])
-
-    kept = np.flatnonzero(decision == KEPT)
-    by_hash = kept[np.lexsort((kept, hashes[kept, 1], hashes[kept, 0]))]
-    again = np.flatnonzero((hashes[by_hash[1:]] == hashes[by_hash[:-1]]).all(axis=1)) + 1
-    decision[by_hash[again]] = DUPLICATE
-    kept = np.flatnonzero(decision == KEPT)
-    seen = len(decision)
-    if max_tokens is not None and tokens[kept].sum() > max_tokens:
-        kept = kept[: int(np.searchsorted(np.cumsum(tokens[kept]), max_tokens)) + 1]
-        seen = int(kept[-1]) + 1
-
-    total = int(tokens[kept].sum())
-    wanted = min(DEFAULT_VAL_TOKENS, total // 20) if val_tokens is None else val_tokens
-    by_hash = kept[np.lexsort((hashes[kept, 1], hashes[kept, 0]))]
-    num_val = int(np.searchsorted(np.cumsum(tokens[by_hash]), wanted)) + 1 if wanted > 0 else 0
-    val = np.sort(by_hash[: min(num_val, len(kept) - 1)])
-    split = {"val": val, "train": np.setdiff1d(kept, val, assume_unique=True)}
-
-    runs, starts = {}, {}
-    for name, documents in split.items():
-        starts[name] = np.cumsum(tokens[documents]) - tokens[documents]
-        begin, end = offset[documents], offset[documents] + tokens[documents]
-        fresh = np.ones(len(documents), bool)  # where a document doesn't follow its predecessor in the part
-        fresh[1:] = (part[documents[1:]] != part[documents[:-1]]) | (begin[1:] != end[:-1])
-        first = np.flatnonzero(fresh)
-        last = np.append(first[1:], len(documents)) - 1 if len(first) else first
-        runs[name] = np.stack([part[documents[first]], begin[first], end[last], starts[name][first]], axis=1)
-    counts = {"seen": seen, "kept": len(kept)}
-    counts |= {"empty": int((decision[:seen] == EMPTY).sum()), "duplicate": int((decision[:seen] == DUPLICATE).sum())}
-    counts |= {"filtered": 0, "train": len(split["train"]), "val": len(split["val"])}
-    return Plan(
-        runs, starts,
-        {name: int(tokens[documents].sum()) for name, documents in split.items()},
-        counts,
-        {name: int(sizes[documents].sum()) for name, documents in split.items()},
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------
 # write: a task a shard
-
-
-def shard_ranges(runs: np.ndarray, begin: int, end: int) -> list[tuple[int, int, int]]:
-    """(part, first, last-plus-one token in it) of the split's tokens begin ... end - 1."""
-    stops = runs[:, 3] + runs[:, 2] - runs[:, 1]
-    touched = runs[(stops > begin) & (runs[:, 3] < end)]
-    ranges = []
-    for part, first, last, at in touched.tolist():
-        ranges.append((part, first + max(0, begin - at), last - max(0, at + last - first - end)))
-    return ranges
 
 
 def write_task(
@@ -272,6 +199,9 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
     parts = folder / "parts"
     manifest = read_manifest(folder)
     if manifest is not None:
+        if not source.downloads:  # what is here can be looked at again, the hub need not be asked
+            source.open()
+            settings = settings | {"revision": source.revision}
         _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
         shutil.rmtree(parts, ignore_errors=True)  # all that can be left of a run killed in its last breath
         print(f"{folder} is complete already.")
@@ -302,13 +232,15 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
     with _workers(workers, tokenizer) as pool:
         max_tokens = settings["max_tokens"]
         stems = MapStage(source, parts, pool, max_tokens).run(ahead=2 * workers if max_tokens else 4096)
-        placed = plan(stems, settings["val_tokens"], max_tokens)
-        if placed.documents["kept"] == 0:
-            raise UserError(f"the source {source.name} has no text: {placed.documents['seen']:,} documents, all empty.")
+        placed = plan(stems, settings["val_tokens"], max_tokens) if stems else None
+        if placed is None or placed.documents["kept"] == 0:
+            raise UserError(f"the source {source.name} has no text in its {len(source.units):,} files or batches.")
         print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
         shards = write_shards(placed, stems, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
 
-    shutil.copyfile(tokenizer.file, folder / _tokenizer_file(tokenizer))
+    beside = folder / _tokenizer_file(tokenizer)
+    if beside.absolute() != tokenizer.file.absolute():
+        shutil.copyfile(tokenizer.file, beside)
     manifest = {
         "format": 1,
         "name": folder.name,
@@ -347,9 +279,16 @@ def _workers(count: int, tokenizer: Tokenizer) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker(tokenizer_spec: str | Path) -> None:
     global _worker_tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     _worker_tokenizer = load_tokenizer(tokenizer_spec)
+
+
+def _end_with_parent() -> None:
+    """A killed parent can't end its workers, and they would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> str:
@@ -379,22 +318,29 @@ def _check_room(source: Source, settings: dict, folder: Path, workers: int, voca
     )
     memory = workers * WORKER_MEMORY + tokens // 500 * 100  # the plan: about 100 bytes a document
     there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    written = sum(path.stat().st_size for path in folder.rglob("*.bin"))  # by a run that was stopped
     free = shutil.disk_usage(there).free
     print(
         f"{source.name}: {len(source.units):,} files or batches, {source_bytes / 1e9:,.2f} GB, roughly "
         f"{tokens / 1e6:,.0f} M tokens; needs about {disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} free) and "
         f"{memory / 1e9:,.1f} GB of memory."
     )
-    if disk > free:
+    if disk - written > free:
         raise UserError(
             f"{there} has too little room: {free / 1e9:,.2f} GB free. Give another --out-dir, or --max-tokens."
         )
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if memory > available:
-            raise UserError(
-                f"too little memory: {available / 1e9:,.1f} GB are free. Give fewer --workers than {workers}."
-            )
+    available = _available_memory()
+    if available is not None and memory > available:
+        raise UserError(f"too little memory: {available / 1e9:,.1f} GB are free. Give fewer --workers than {workers}.")
+
+
+def _available_memory() -> int | None:
+    """Bytes that programs can have, file caches counted in; None where the system doesn't tell (macOS)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _cores() -> int:

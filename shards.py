@@ -137,9 +137,7 @@ def open_dataset(folder: str | Path) -> Dataset:
             f"there is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the "
             "sources), or name another folder with --data.dataset."
         )
-    found = {
-        path.name: path for path in sorted(folder.glob("*.bin")) if re.search(r"_(train|val)_\d+\.bin$", path.name)
-    }
+    found = {path.name: path for path in sorted(folder.glob("*.bin")) if _split_of(path.name)}
     manifest = read_manifest(folder)
     if manifest is not None:
         named = [shard["file"] for shard in manifest["shards"]]
@@ -152,6 +150,8 @@ def open_dataset(folder: str | Path) -> Dataset:
                 + "\nCopy the folder again, or prepare it again with fineweb.py."
             )
         counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+    elif (folder / "parts").exists():
+        raise UserError(f"{folder} is not finished. Give the command that began it again: python fineweb.py ...")
     opened = {name: open_shard(path) for name, path in found.items()}
     if not opened:
         raise UserError(f"{folder} holds no shards (*_train_*.bin). Prepare it with fineweb.py.")
@@ -163,7 +163,7 @@ def open_dataset(folder: str | Path) -> Dataset:
                 f"{folder / name} holds {shard.dtype.name} tokens, but a vocabulary of {manifest['vocab_size']:,} "
                 f"({MANIFEST}) is stored as {token_dtype(manifest['vocab_size']).name}."
             )
-    splits = {split: Tokens([s for name, s in opened.items() if f"_{split}_" in name]) for split in SPLITS}
+    splits = {split: Tokens([s for name, s in opened.items() if _split_of(name) == split]) for split in SPLITS}
     if manifest is not None:
         return Dataset(
             folder, manifest, splits["train"], splits["val"], manifest["eot_id"], manifest["vocab_size"],
@@ -178,6 +178,12 @@ def open_dataset(folder: str | Path) -> Dataset:
         for n, s in opened.items()
     ]
     return Dataset(folder, None, splits["train"], splits["val"], 50256, 50257, "gpt2", None, _fingerprint(edges))
+
+
+def _split_of(file_name: str) -> str | None:
+    """train or val, as a shard's name ends; None for other files."""
+    match = re.search(r"_(train|val)_\d+\.bin$", file_name)
+    return match and match[1]
 
 
 def _tokenizer_spec(folder: Path, manifest: dict) -> str:

@@ -17,6 +17,7 @@ import lzma
 import os
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import glob
@@ -26,7 +27,7 @@ import hub
 from errors import UserError
 
 TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
-READABLE = (".parquet", ".jsonl", ".txt", ".py")
+READABLE = (".jsonl", ".txt", ".py")  # and .parquet
 COMPRESSED = (".gz", ".xz", ".zst")
 
 # name -> (hub data set, folder of its parquet files)
@@ -104,20 +105,22 @@ class LocalFiles(Source):
 
     def open(self, revision: str | None = None) -> None:
         """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
-        digest = hashlib.sha256()
+        digest, sizes = hashlib.sha256(), []
         for path in self.paths:
             size = os.path.getsize(path)
             with open(path, "rb") as file:  # both ends stand for the contents: reading all would take minutes
-                digest.update(f"{os.path.basename(path)} {size}\n".encode() + file.read(1 << 16))
+                digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n") + file.read(1 << 16))
                 file.seek(max(0, size - (1 << 16)))
                 digest.update(file.read())
-            last = self.batches[-1] if self.batches else None
-            if path.endswith(".parquet") or not last or last[0].endswith(".parquet") or self._size(last) > TASK_BYTES:
+            alone = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
+            if alone or sizes[-1] + size > TASK_BYTES:
                 self.batches.append([path])
+                sizes.append(size)
             else:
-                last.append(path)
+                self.batches[-1].append(path)
+                sizes[-1] += size
         self.revision = digest.hexdigest()
-        self.units = [Unit(os.path.basename(batch[0]), self._size(batch)) for batch in self.batches]
+        self.units = [Unit(os.path.basename(batch[0]), size) for batch, size in zip(self.batches, sizes, strict=True)]
         packed = any(path.endswith((".parquet", *COMPRESSED)) for path in self.paths)
         self.tokens_per_byte = 0.7 if packed else 0.35  # plain English has 0.25
 
@@ -127,23 +130,23 @@ class LocalFiles(Source):
             return parquet_tasks(batch[0], self.column)
         return [Task("files", tuple(batch), self.column)]
 
-    @staticmethod
-    def _size(paths: list[str]) -> int:
-        return sum(map(os.path.getsize, paths))
-
 
 def _match(patterns: tuple[str, ...]) -> list[str]:
     """Files that the patterns name, sorted by path; a folder stands for all files below it."""
     if not patterns:
         raise UserError("the source `files` needs --input, for instance --input 'pages/*.jsonl.gz'.")
     paths: set[str] = set()
-    for pattern in patterns:
-        below = os.path.join(pattern, "**") if os.path.isdir(pattern) else os.path.expanduser(pattern)
-        matched = [path for path in glob(below, recursive=True) if os.path.isfile(path)]
+    for pattern in map(os.path.expanduser, patterns):
+        if os.path.isdir(pattern):
+            matched = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
+        elif os.path.exists(pattern):
+            matched = [pattern]
+        else:
+            matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
             raise UserError(f"--input {pattern} names no file (looked from {os.getcwd()}).")
         paths.update(matched)
-    unknown = sorted(path for path in paths if not _plain_name(path).endswith(READABLE))
+    unknown = sorted(p for p in paths if not p.endswith(".parquet") and not _plain_name(p).endswith(READABLE))
     if unknown:
         raise UserError(
             f"--input names {len(unknown)} files of an unknown kind, {unknown[0]} for one. Known are parquet, jsonl "
@@ -253,7 +256,9 @@ def parquet_tasks(path: str, column: str) -> list[Task]:
     names = metadata.schema.to_arrow_schema().names
     if column not in names:
         raise UserError(f"{path} has no column {column!r}: it has {', '.join(names)}. Give --text-column.")
-    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
+    leaf = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column), None)
+    if leaf is None:
+        raise UserError(f"{path}: the column {column!r} is nested, not text. Give --text-column.")
     tasks, first, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).column(leaf).total_uncompressed_size
@@ -275,11 +280,14 @@ def read(task: Task) -> Iterator[str]:
             yield _text(row, task.column, f"{repo}, shard {index}")
     else:
         for path in task.paths:
-            if _plain_name(path).endswith(".jsonl"):
-                yield from _read_jsonl(path, task.column)
-            else:
-                with _open(path) as file:
-                    yield file.read().decode("utf-8", "replace")
+            try:
+                if _plain_name(path).endswith(".jsonl"):
+                    yield from _read_jsonl(path, task.column)
+                else:
+                    with _open(path) as file:
+                        yield file.read().decode("utf-8", "replace")
+            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+                raise UserError(f"{path} can't be read, it may be damaged: {error}") from None
 
 
 def _read_parquet(task: Task) -> Iterator[str]:
@@ -292,7 +300,7 @@ def _read_parquet(task: Task) -> Iterator[str]:
         for batch in file.iter_batches(batch_size=256, row_groups=range(*task.groups), columns=[task.column]):
             for text in batch.column(0).to_pylist():
                 yield _text({task.column: text}, task.column, path)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged, in {where}: {error}. Fetch it again.") from None
 
 
@@ -303,7 +311,7 @@ def _read_jsonl(path: str, column: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is no JSON object: {line[:60]!r}")

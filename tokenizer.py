@@ -76,28 +76,31 @@ class FileTokenizer:
             self.bpe = Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for whatever it can't parse
             raise UserError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}") from None
-        self.bpe.encode_special_tokens = True  # a literal "<|endoftext|>" in a text stays text
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.vocab_size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
-        ids = [self.bpe.token_to_id(name) for name in END_OF_TEXT_NAMES]
-        self.eot_id = next((i for i in ids if i is not None), None)
-        if self.eot_id is None:
+        self.eot = next((name for name in END_OF_TEXT_NAMES if self.bpe.token_to_id(name) is not None), None)
+        if self.eot is None:
             raise UserError(
                 f"{path} has no end-of-text token: none of {', '.join(END_OF_TEXT_NAMES)} is in its vocabulary."
             )
+        self.eot_id = self.bpe.token_to_id(self.eot)
+        self.bpe.encode_special_tokens = True  # a literal "<|endoftext|>" in a text stays text
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """One list of ids a text. Lone surrogates, which UTF-8 can't hold, become U+FFFD, as in tiktoken."""
-        try:
-            encodings = self.bpe.encode_batch_fast(texts, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError):
-            texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
-            encodings = self.bpe.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        encodings = self.bpe.encode_batch_fast(list(map(_without_surrogates, texts)), add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        # a file may not mark its end-of-text token as special, or its model may know it as a piece
+        return [self._encode_apart(t) if self.eot_id in i else i for t, i in zip(texts, ids, strict=True)]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """Encodes a text with every literal end-of-text broken behind its first character."""
+        pieces = text.replace(self.eot, f"{self.eot[0]}\0\0{self.eot[1:]}").split("\0\0")
+        return [i for piece in self.encode_batch(pieces) for i in piece]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode(list(ids), skip_special_tokens=False)
@@ -117,6 +120,14 @@ class FileTokenizer:
             else:
                 lengths[i] = len(token.replace("▁", " ").encode("utf-8"))
         return lengths
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 Tokenizer = GPT2Tokenizer | FileTokenizer
@@ -160,7 +171,7 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, progress: bool = Tru
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(map(_without_surrogates, texts), trainer)
     if bpe.get_vocab_size() != vocab_size - 1:
         raise UserError(
             f"the text is too small for {vocab_size:,} entries: it gives {bpe.get_vocab_size() + 1:,} at the most. "

@@ -1,0 +1,668 @@
+"""fineweb.py: every document once, split without leaks, the same bytes however often it is killed and by how many
+workers it is done, and a clear word about what can't be read."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import call, save, save_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import fineweb
+import sources
+from errors import UserError
+from plan import EMPTY, KEPT, plan, shard_ranges
+from shards import MANIFEST, open_dataset, read_manifest, verify
+from tokenizer import load_tokenizer, train
+
+TEXTS = [  # doubles, empties, long and short, and signs that have broken readers
+    "The first document.",
+    "",
+    "Twice the same.",
+    "A literal <|endoftext|> is text.",
+    " \n\t ",
+    "Twice the same.",
+    "Řeka, 你好, 😀, a line\u2028separator, \x85 and \x1c.",
+    "The first document.",
+    *(f"Page {i}:\n" + f"word{i} and more, " * (i % 13) for i in range(60)),
+    *(f"Page {i}:\n" + f"word{i} and more, " * (i % 13) for i in range(50, 55)),
+]
+SETTINGS = {"val_tokens": 200, "shard_tokens": 500}
+GPT2 = load_tokenizer("gpt2")
+
+
+def prepare(out_dir: Path, *inputs: Path, source="files", task_bytes=500, workers=1, **options) -> dict:
+    """`python fineweb.py files --input ... --out-dir ...` in this process, with small tasks; returns the manifest."""
+    arguments = [source, *(["--input", *inputs] if inputs else []), "--out-dir", out_dir, "--workers", workers]
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    with mock.patch.object(sources, "TASK_BYTES", task_bytes):
+        call(fineweb.main, *arguments)
+    return read_manifest(out_dir)
+
+
+def start(out_dir: Path, *inputs: Path, workers=2, **streams) -> subprocess.Popen:
+    """The same as a command of its own, in a process group of its own."""
+    command = [sys.executable, fineweb.__file__, "files", "--input", *inputs, "--out-dir", out_dir]
+    return subprocess.Popen([*map(str, command), "--workers", str(workers)], start_new_session=True, **streams)
+
+
+def documents(folder: Path) -> dict[str, list[list[int]]]:
+    """The documents on disk, each from its end-of-text token to the next."""
+    dataset, splits = open_dataset(folder), {}
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        ids = tokens.read(0, len(tokens)).tolist()
+        begins = [i for i, token in enumerate(ids) if token == dataset.eot_id]
+        assert begins[:1] == [0][: len(ids)]
+        splits[split] = [ids[a:b] for a, b in itertools.pairwise([*begins, len(ids)])]
+    return splits
+
+
+def expected(texts: list[str], val_tokens: int, max_tokens=float("inf"), tokenizer=GPT2) -> dict[str, list[list[int]]]:
+    """What the documents on disk must be, in plain Python."""
+    kept, total, val, val_total = {}, 0, set(), 0
+    for text in texts:
+        if text.strip() and text not in kept and total < max_tokens:
+            kept[text] = [tokenizer.eot_id, *tokenizer.encode(text)]
+            total += len(kept[text])
+    for text in sorted(kept, key=digest)[: len(kept) - 1]:
+        if val_total < val_tokens:
+            val.add(text)
+            val_total += len(kept[text])
+    return {
+        "train": [ids for text, ids in kept.items() if text not in val],
+        "val": [ids for text, ids in kept.items() if text in val],
+    }
+
+
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> Path:
+    """TEXTS in a folder of jsonl files."""
+    folder = tmp_path_factory.mktemp("pages")
+    for i in range(0, len(TEXTS), 20):
+        save_jsonl(folder / f"{i:03d}.jsonl", TEXTS[i : i + 20])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(pages, tmp_path_factory) -> Path:
+    prepare(tmp_path_factory.mktemp("finished") / "d", pages, **SETTINGS)
+    return tmp_path_factory.getbasetemp() / "finished0" / "d"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# every document, once
+
+
+def write_texts(folder: Path, kind: str) -> None:
+    if kind == "parquet":
+        folder.mkdir()
+        rows = pa.table({"id": range(len(TEXTS)), "text": [text or None for text in TEXTS]})  # None: a missing value
+        pq.write_table(rows, folder / "a.parquet", row_group_size=7)
+    elif kind.startswith("jsonl"):
+        save_jsonl(folder / f"a.{kind}", TEXTS[:30], ascii=False)
+        save_jsonl(folder / f"b.{kind}", TEXTS[30:])
+    else:
+        for i, text in enumerate(TEXTS):
+            save(folder / f"{i:03d}.{kind}", text.encode())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.xz", "txt.zst"])
+def test_every_document_is_there_once_as_if_encoded_by_itself(tmp_path, kind):
+    write_texts(tmp_path / "in", kind)
+    prepare(tmp_path / "d", tmp_path / "in", **SETTINGS)
+    assert documents(tmp_path / "d") == expected(TEXTS, 200)
+    assert verify(tmp_path / "d")["documents"] == len({text for text in TEXTS if text.strip()})
+
+
+def test_documents_of_one_large_task_come_in_order(tmp_path):
+    texts = [f"number {i}" for i in range(700)]
+    prepare(tmp_path / "d", save_jsonl(tmp_path / "a.jsonl", texts), task_bytes=10**6, val_tokens=100)
+    assert documents(tmp_path / "d") == expected(texts, 100)
+
+
+def test_shards_hold_the_tokens_asked_for_and_val_comes_first(finished):
+    rows = read_manifest(finished)["shards"]
+    splits = [row["file"].split("_")[1] for row in rows]
+    assert [row["file"] for row in rows] == [f"d_{split}_{number:06d}.bin" for number, split in enumerate(splits)]
+    assert splits == sorted(splits, reverse=True)
+    for split in ("val", "train"):
+        tokens = [row["tokens"] for row in rows if f"_{split}_" in row["file"]]
+        assert tokens[:-1] == [500] * (len(tokens) - 1)
+        assert 1 <= tokens[-1] <= 500
+
+
+def test_a_trained_tokenizer_lies_beside_its_shards(tmp_path, pages):
+    own = train(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
+    prepare(tmp_path / "d", pages, tokenizer=tmp_path / "own.json", **SETTINGS)
+    assert documents(tmp_path / "d") == expected(TEXTS, 200, tokenizer=own)
+    dataset = open_dataset(tmp_path / "d")
+    assert (dataset.eot_id, dataset.vocab_size) == (299, 300)
+    assert load_tokenizer(dataset.tokenizer).sha256 == dataset.tokenizer_sha256 == own.sha256
+
+
+def test_a_tokenizer_may_lie_in_the_folder_it_is_used_for(tmp_path, pages):
+    train(TEXTS * 2, 300, tmp_path / "d" / "tokenizer.json", progress=False)
+    prepare(tmp_path / "d", pages, tokenizer=tmp_path / "d" / "tokenizer.json")
+    assert open_dataset(tmp_path / "d").vocab_size == 300
+
+
+def test_a_vocabulary_over_65536_keeps_its_ids(tmp_path, pages):
+    signs = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"unused{i}" for i in range(70_000))]
+    large = Tokenizer(models.BPE({sign: i for i, sign in enumerate(reversed(signs))}, []))
+    large.pre_tokenizer, large.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    large.add_special_tokens(["<|endoftext|>"])
+    large.save(str(tmp_path / "large.json"))
+    prepare(tmp_path / "d", pages, tokenizer=tmp_path / "large.json", val_tokens=1000)
+    assert documents(tmp_path / "d") == expected(TEXTS, 1000, tokenizer=load_tokenizer(tmp_path / "large.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the split, and --max-tokens
+
+
+def test_no_text_stands_on_both_sides_of_the_split(tmp_path):
+    texts = [f"text {i}" for i in range(40)]
+    for copy in range(3):
+        save_jsonl(tmp_path / "in" / f"{copy}.jsonl", texts[copy:] + texts[:copy])
+    prepare(tmp_path / "d", tmp_path / "in", val_tokens=60)  # each text is 3 tokens
+    splits = documents(tmp_path / "d")
+    assert len(splits["val"]) == 20 == len(splits["train"])
+    assert sorted(splits["val"] + splits["train"]) == sorted([GPT2.eot_id, *GPT2.encode(text)] for text in texts)
+
+
+@pytest.mark.parametrize("val_tokens", [0, 1, 10**6])
+def test_validation_is_whole_documents_and_leaves_one_for_training(tmp_path, pages, val_tokens):
+    prepare(tmp_path / "d", pages, val_tokens=val_tokens)
+    assert documents(tmp_path / "d") == expected(TEXTS, val_tokens)
+    assert len(documents(tmp_path / "d")["val"]) == {0: 0, 1: 1, 10**6: 63}[val_tokens]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 300, "all"])
+def test_max_tokens_keeps_whole_documents_in_source_order_whatever_the_workers(tmp_path, max_tokens):
+    texts = [f"document {i // 2} has {i // 2} words" for i in range(80)]
+    if max_tokens == "all":  # reached by the very last new document; doubles, which need not be read, follow
+        max_tokens = sum(len(ids) for ids in expected(texts, 0)["train"])
+        texts += texts
+    for i in range(0, len(texts), 5):
+        save_jsonl(tmp_path / "in" / f"{i:03d}.jsonl", texts[i : i + 5])
+    options = {"max_tokens": max_tokens, "val_tokens": 20, "task_bytes": 100}
+    one, three = [prepare(tmp_path / str(n) / "d", tmp_path / "in", workers=n, **options) for n in (1, 3)]
+    assert documents(tmp_path / "1" / "d") == expected(texts, 20, max_tokens)
+    assert one == three
+
+
+# ---------------------------------------------------------------------------------------------------------
+# plan and shard_ranges against the design's sentences, one document and one token at a time
+
+
+def write_index(stem: Path, rows: list[tuple[str, int]]) -> Path:
+    """What map writes of a part whose documents are (text, tokens); no tokens stand for an empty document."""
+    np.savez(
+        f"{stem}.npz",
+        hash=np.frombuffer(b"".join(digest(text) for text, _ in rows), ">u8").reshape(-1, 2),
+        tokens=np.array([tokens for _, tokens in rows], np.uint32),
+        bytes=np.array([len(text) for text, _ in rows], np.uint64),
+        decision=np.array([KEPT if tokens else EMPTY for _, tokens in rows], np.uint8),
+    )
+    return stem
+
+
+def slow_plan(parts, val_tokens, max_tokens):
+    """(part, position in it) of every token of each split, in order, and the counts of documents."""
+    counts, kept, total = Counter(seen=0, kept=0, empty=0, duplicate=0, filtered=0, train=0, val=0), {}, 0
+    for part, rows in enumerate(parts):
+        for row, (text, tokens) in enumerate(rows):
+            if max_tokens is not None and total >= max_tokens:
+                break
+            at = sum(tokens for _, tokens in rows[:row])
+            what = "empty" if not tokens else "duplicate" if text in kept else "kept"
+            counts[what] += 1
+            counts["seen"] += 1
+            if what == "kept":
+                kept[text] = [(part, at + i) for i in range(tokens)]
+                total += tokens
+    wanted, val = min(11_000_000, total // 20) if val_tokens is None else val_tokens, set()
+    for text in sorted(kept, key=digest):
+        if sum(len(kept[name]) for name in val) < wanted and len(val) < len(kept) - 1:
+            val.add(text)
+    tokens = {"train": [], "val": []}
+    for text, places in kept.items():
+        counts["val" if text in val else "train"] += 1
+        tokens["val" if text in val else "train"] += places
+    return tokens, counts
+
+
+def test_the_plan_and_the_shards_ranges_equal_a_slow_reference(tmp_path):
+    rng = random.Random(0)
+    for case in range(400):
+        length = {f"{case} {i}": rng.choice([0, 1, 1, 2, 5, 30]) for i in range(rng.choice([1, 3, 15, 40]))}
+        parts = [rng.choices(list(length.items()), k=rng.randint(0, 12)) for _ in range(rng.randint(1, 5))]
+        most = sum(length.values())
+        val_tokens, max_tokens = (rng.choice([None, 0, 1, rng.randint(1, most + 1)]) for _ in "vm")
+        stems = [write_index(tmp_path / str(i), rows) for i, rows in enumerate(parts)]
+        placed = plan(stems, val_tokens, max_tokens or None)
+        places, counts = slow_plan(parts, val_tokens, max_tokens or None)
+        assert placed.documents == counts
+        for split in ("train", "val"):
+            assert placed.tokens[split] == len(places[split])
+            shard = rng.randint(1, 20)
+            for begin in range(0, len(places[split]), shard):
+                end = min(begin + shard, len(places[split]))
+                ranges = shard_ranges(placed.runs[split], begin, end)
+                assert [(part, i) for part, a, b in ranges for i in range(a, b)] == places[split][begin:end]
+
+
+def test_a_plan_holds_no_file_open_for_each_part(tmp_path):
+    stems = [write_index(tmp_path / str(i), [(str(i), 3)]) for i in range(200)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        assert plan(stems, 0, None).documents["train"] == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_validation_is_eleven_million_tokens_unless_five_percent_are_less(tmp_path):
+    for documents_, val in ((400, 11), (100, 5)):
+        stem = write_index(tmp_path / "part", [(str(i), 1_000_000) for i in range(documents_)])
+        assert plan([stem], None, None).documents["val"] == val
+
+
+# ---------------------------------------------------------------------------------------------------------
+# dataset.json
+
+
+def test_the_counts_add_up(finished):
+    manifest, splits = read_manifest(finished), expected(TEXTS, 200)
+    documents, tokens, sizes = (manifest["counts"][what] for what in ("documents", "tokens", "text_bytes"))
+    assert documents["seen"] == len(TEXTS)
+    assert documents["seen"] == sum(documents[what] for what in ("kept", "empty", "duplicate", "filtered"))
+    assert (documents["empty"], documents["duplicate"], documents["filtered"]) == (2, 7, 0)
+    assert documents["kept"] == documents["train"] + documents["val"]
+    assert sum(sizes.values()) == sum(len(text.encode()) for text in {text for text in TEXTS if text.strip()})
+    for split in ("train", "val"):
+        rows = [row for row in manifest["shards"] if f"_{split}_" in row["file"]]
+        assert documents[split] == len(splits[split]) == sum(row["documents"] for row in rows)
+        assert tokens[split] == sum(map(len, splits[split])) == sum(row["tokens"] for row in rows)
+        assert sizes[split] == sum(len(GPT2.decode(ids[1:]).encode()) for ids in splits[split])
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers_the_place_or_the_time(tmp_path, pages, finished, monkeypatch):
+    shutil.copytree(pages, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    prepare(Path("d"), Path("elsewhere"), workers=3, **SETTINGS)
+    assert snapshot(tmp_path / "d") == snapshot(finished)
+    assert all(word not in (finished / MANIFEST).read_text() for word in (str(pages), str(finished.parent)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# killed and started again
+
+
+def test_a_rerun_of_a_finished_set_changes_nothing(finished, pages, capsys):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished.rglob("*")}
+    (finished / "parts").mkdir()  # of a run killed in its last breath
+    prepare(finished, pages, workers=2, **SETTINGS)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished.rglob("*")} == before
+    assert "complete already" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def killed_at(moment):
+    """Ends the preparation within before the rename for which `moment` holds, given its number and the final name."""
+    real, number = os.replace, itertools.count(1)
+
+    def replace(source, target):
+        if moment(next(number), Path(target).name):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with mock.patch.object(os, "replace", replace), contextlib.suppress(KeyboardInterrupt):
+        yield
+
+
+def test_killed_before_every_commit_the_bytes_are_the_same(tmp_path, pages, finished):
+    kills = 0
+    while not (tmp_path / "d" / MANIFEST).exists():
+        kills += 1
+        with killed_at(lambda number, _, kill=kills: number == kill):
+            prepare(tmp_path / "d", pages, **SETTINGS)
+    assert kills > 4
+    assert snapshot(tmp_path / "d") == snapshot(finished)
+
+
+@pytest.fixture(scope="module")
+def unfinished(pages, tmp_path_factory) -> Path:
+    """A preparation killed just before its last commit: all shards and parts are there, but no dataset.json."""
+    folder = tmp_path_factory.mktemp("unfinished") / "d"
+    with killed_at(lambda _, name: name == MANIFEST):
+        prepare(folder, pages, **SETTINGS)
+    assert list(folder.glob("*.bin"))
+    assert not (folder / MANIFEST).exists()
+    return folder
+
+
+WRITTEN = ["*.bin", "parts/*.bin.json"]
+LOST = {
+    "dataset.json": [],
+    "the records of the shards": ["parts/*.bin.json"],
+    "some shards": ["*1.bin", "parts/*1.bin.json"],
+    "all shards": WRITTEN,
+    "a unit": [*WRITTEN, "parts/00001*"],
+    "an index beside its tokens": [*WRITTEN, "parts/00001.json", "parts/00001-*.npz"],
+    "all but the settings": [*WRITTEN, "parts/0*"],
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_whatever_a_kill_leaves_is_gone_on_with_to_the_same_bytes(tmp_path, pages, finished, unfinished, lost):
+    folder = shutil.copytree(unfinished, tmp_path / "d")
+    for path in [path for pattern in LOST[lost] for path in folder.glob(pattern)]:
+        path.rename(f"{path}.tmp")
+        os.truncate(f"{path}.tmp", path.with_name(f"{path.name}.tmp").stat().st_size // 2)
+    prepare(folder, pages, workers=2, **SETTINGS)
+    assert snapshot(folder) == snapshot(finished)
+
+
+@pytest.fixture(scope="module")
+def long_pages(tmp_path_factory) -> Path:
+    """Parquet files that take a second or so."""
+    folder, rng = tmp_path_factory.mktemp("long_pages"), random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
+    for i in range(6):
+        texts = [" ".join(rng.choices(words, k=100)) for _ in range(2000)]
+        pq.write_table(pa.table({"text": texts}), folder / f"{i}.parquet")
+    return folder
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def files_in(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def kill_group(process: subprocess.Popen, how=signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+
+
+def test_killed_by_the_system_again_and_again_the_bytes_are_the_same(tmp_path, long_pages):
+    prepare(tmp_path / "calm" / "d", long_pages, workers=2)
+    folder, rng, kills = tmp_path / "d", random.Random(0), 0
+    while True:
+        enough, quiet = files_in(folder) + 4, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = start(folder, long_pages, **quiet)
+        wait_until(lambda process=process, enough=enough: process.poll() is not None or files_in(folder) >= enough)
+        time.sleep(rng.uniform(0, 0.1))
+        kill_group(process)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    assert snapshot(folder) == snapshot(tmp_path / "calm" / "d")
+
+
+def test_a_killed_preparation_leaves_no_worker_behind(tmp_path, long_pages):
+    process = start(tmp_path / "d", long_pages, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: list((tmp_path / "d").glob("parts/*.bin*")))
+        process.kill()
+        process.communicate(timeout=5)  # ends when nobody holds the pipe's other end any more
+    finally:
+        kill_group(process)
+
+
+def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
+    with ThreadPoolExecutor() as thread:
+        running = thread.submit(prepare, tmp_path / "d", long_pages, workers=2)
+        wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(UserError, match=r"(?s)worker was killed.*kept.*--workers"):
+            running.result()
+    assert list((tmp_path / "d").glob("parts/*.npz"))
+
+
+def test_control_c_says_that_the_same_command_goes_on(tmp_path, long_pages):
+    process = start(tmp_path / "d", long_pages, workers=1, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
+    kill_group(process, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "what is done is kept" in stderr
+    assert "Traceback" not in stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# a folder that is in use
+
+
+def test_an_unfinished_preparation_is_not_opened_as_a_data_set(unfinished):
+    with pytest.raises(UserError, match=r"fineweb\.py"):
+        open_dataset(unfinished)
+
+
+OTHER = [("val_tokens", 201), ("shard_tokens", 501), ("max_tokens", 300), ("text_column", "body")]
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_other_settings_on_a_folder_in_use_are_refused_by_name(tmp_path, request, pages, state):
+    folder = request.getfixturevalue(state)
+    before = snapshot(folder)
+    for name, value in OTHER:
+        with pytest.raises(UserError, match=rf"(?s)other settings.*{name}.*{value}"):
+            prepare(folder, pages, **SETTINGS | {name: value})
+    train(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
+    with pytest.raises(UserError, match="tokenizer"):
+        prepare(folder, pages, tokenizer=tmp_path / "own.json", **SETTINGS)
+    with pytest.raises(UserError, match="source: 'files' there, 'stdlib' now"):
+        prepare(folder, source="stdlib", **SETTINGS)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_another_input_on_a_folder_in_use_is_refused(tmp_path, request, state):
+    other = save_jsonl(tmp_path / "other.jsonl", ["Something else."])
+    with pytest.raises(UserError, match="other"):
+        prepare(request.getfixturevalue(state), other, **SETTINGS)
+
+
+def test_shards_of_somebody_else_are_not_written_over(tmp_path, pages):
+    save(tmp_path / "d" / "d_train_000001.bin", b"theirs")
+    with pytest.raises(UserError, match="holds shards but no"):
+        prepare(tmp_path / "d", pages)
+    assert snapshot(tmp_path / "d") == {"d_train_000001.bin": b"theirs"}
+
+
+def test_what_is_written_already_counts_as_room(tmp_path, pages, unfinished):
+    folder = shutil.copytree(unfinished, tmp_path / "d")
+    source = sources.find("files", (str(pages),))
+    source.open()
+    disk = 4 * int(sum(unit.bytes for unit in source.units) * source.tokens_per_byte)  # 4 bytes a token at the peak
+    usage = mock.Mock(free=disk - sum(path.stat().st_size for path in folder.glob("parts/*-*.bin")))
+    with mock.patch.object(shutil, "disk_usage", return_value=usage):
+        prepare(folder, pages, **SETTINGS)
+
+
+def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, pages):
+    with (
+        mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=100)),
+        pytest.raises(UserError, match="too little room"),
+    ):
+        prepare(tmp_path / "d", pages)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux counts its file cache as used")
+def test_memory_that_only_caches_files_counts_as_free(tmp_path, pages):
+    real = os.sysconf
+    with mock.patch.object(os, "sysconf", lambda name: 1000 if name == "SC_AVPHYS_PAGES" else real(name)):
+        prepare(tmp_path / "d", pages)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what can't be read
+
+
+def read_all(*inputs: Path, column="text") -> list[str]:
+    return list(sources.documents(sources.find("files", tuple(map(str, inputs)), column)))
+
+
+def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path):
+    texts = ["line\u2028paragraph\u2029next\x85form\x0cfile\x1c", "carriage\rreturn", "a\nb"]
+    assert read_all(save_jsonl(tmp_path / "a.jsonl", texts, ascii=False)) == texts
+    save(tmp_path / "b.jsonl", b'\n{"text": "a"}\r\n\n  \n{"text": "b"}')
+    assert read_all(tmp_path / "b.jsonl") == ["a", "b"]
+
+
+def test_a_lone_surrogate_is_a_text_like_others(tmp_path):
+    texts = ["lone \ud800 surrogate", "another"]
+    prepare(tmp_path / "d", save_jsonl(tmp_path / "a.jsonl", texts), val_tokens=0)
+    assert open_dataset(tmp_path / "d").train.read(0, 4).tolist() == expected(texts, 0)["train"][0][:4]
+    assert GPT2.encode(texts[0]) == GPT2.encode("lone \ufffd surrogate")
+
+
+BAD_LINES = {
+    "no JSON": b'{"text": ',
+    "no UTF-8": b'{"text": "\xff"}',
+    "no object": b'["text"]',
+    "a number": b"7",
+    "no such column": b'{"body": "b"}',
+    "no text": b'{"text": 7}',
+    "a list of texts": b'{"text": ["b"]}',
+    "a pit": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_told_with_its_file_and_number(tmp_path, bad):
+    save(tmp_path / "a.jsonl", b'{"text": "a"}\n\n' + BAD_LINES[bad] + b"\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3"):
+        read_all(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array([["a"], ["b"]])])
+def test_a_parquet_column_that_is_no_text_is_told_with_its_file(tmp_path, column):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet.*text"):
+        read_all(tmp_path / "a.parquet")
+
+
+def test_a_missing_parquet_column_is_told_with_those_that_are_there(tmp_path):
+    pq.write_table(pa.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'text': it has id, body"):
+        read_all(tmp_path / "a.parquet")
+
+
+def test_a_damaged_parquet_file_is_told_by_name(tmp_path):
+    texts = [f"text number {i}" for i in range(100)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    data = (tmp_path / "a.parquet").read_bytes()
+    not_utf8 = data.replace(b"text number 50", b"text \xff\xff\xff\xff\xff\xff 50")
+    for damaged in (data[:-100], b"", data[:4] + b"\xff" * 60 + data[64:], not_utf8):
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.parquet"):
+            read_all(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz", "zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_damaged_compressed_file_is_told_by_name(tmp_path, kind, ending):
+    text = "".join(random.Random(0).choices("abcdefgh ", k=20_000))
+    path = save(tmp_path / f"a.{kind}.{ending}", json.dumps({"text": text}).encode())
+    data = path.read_bytes()
+    half = len(data) // 2
+    for damaged in (data[:half], b"garbage", data[:half] + bytes(byte ^ 255 for byte in data[half:])):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=path.name):
+            read_all(path)
+
+
+def test_compressed_files_of_several_pieces_are_read_whole(tmp_path):
+    for ending in ("gz", "xz", "zst"):
+        path = save_jsonl(tmp_path / f"a.jsonl.{ending}", ["first"])
+        path.write_bytes(path.read_bytes() + save_jsonl(tmp_path / f"b.jsonl.{ending}", ["second"]).read_bytes())
+        assert read_all(path) == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.json", "a.parquet.gz", "a.gz"])
+def test_a_file_of_an_unknown_kind_is_refused_by_name(tmp_path, name):
+    save(tmp_path / "b.txt", b"b")
+    save(tmp_path / name, b"a")
+    with pytest.raises(UserError, match=rf"(?s)unknown kind, .*{name}"):
+        read_all(tmp_path)
+
+
+def test_a_pattern_that_names_no_file_is_refused_by_name(tmp_path):
+    save(tmp_path / "a.txt", b"a")
+    with pytest.raises(UserError, match=r"\*\.jsonl names no file"):
+        read_all(tmp_path / "a.txt", tmp_path / "*.jsonl")
+
+
+def test_a_source_without_text_is_refused(tmp_path):
+    pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])).close()  # no row group at all
+    for source in (tmp_path / "rows.parquet", save(tmp_path / "empty.jsonl", b""), save(tmp_path / "a.txt", b" \n")):
+        with pytest.raises(UserError, match="no text"):
+            prepare(tmp_path / "out" / source.name, source)
+
+
+@pytest.mark.parametrize("option", ["val_tokens=-1", "shard_tokens=0", "max_tokens=0", "workers=0"])
+def test_a_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
+    name, value = option.split("=")
+    with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} {value}"):
+        prepare(tmp_path / "d", pages, **{name: value})
+
+
+def test_a_mistake_found_by_a_worker_is_one_message_and_exit_code_2(tmp_path):
+    save(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": 7}\n')
+    process = start(tmp_path / "d", tmp_path / "a.jsonl", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr.count("error: ") == 1
+    assert f"{tmp_path / 'a.jsonl'}, line 2: 'text' is int" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_the_verify_command_tells_sound_from_damaged(tmp_path, finished, capsys):
+    call(fineweb.main, "verify", finished)
+    assert "is sound" in capsys.readouterr().out
+    folder = shutil.copytree(finished, tmp_path / "d")
+    with open(folder / "d_train_000001.bin", "r+b") as file:
+        file.seek(1100)
+        file.write(b"\xff")
+    with pytest.raises(UserError, match=r"d_train_000001\.bin"):
+        call(fineweb.main, "verify", folder)
+    with pytest.raises(UserError, match="give one folder"):
+        call(fineweb.main, "verify")
