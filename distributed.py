@@ -117,9 +117,14 @@ def process_group(device_name: str) -> Iterator[Ranks]:
 
 
 def autocast(device: torch.device, dtype: str):
-    """The context a forward pass runs in. `auto` is bfloat16 on a CUDA device that has it, else float32."""
+    """The context a forward pass runs in. `auto` is bfloat16 where the device has it in hardware, else float32."""
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # twice as fast as float32 on a CPU with these instructions, several times slower without
+            cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+            fast = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+        dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 

@@ -298,7 +298,7 @@ def main() -> None:
             language: Of a translation on the hub (openGPT-X/hellaswagx): de, fr, pl, ...
             limit: Only the first so many examples.
             device: auto is cuda where there is one, else cpu.
-            dtype: Of matrix products; auto is bfloat16 on CUDA, else float32.
+            dtype: Of matrix products; auto is bfloat16 where the device has it, else float32.
             batch_size: Examples computed at once.
         """
         if (limit is not None and limit < 1) or batch_size < 1:

@@ -145,7 +145,7 @@ def main() -> None:
             top_p: Only the likeliest tokens that hold this share of the probability.
             seed: The same seed gives the same texts.
             device: auto is cuda where there is one, else cpu.
-            dtype: Of matrix products; auto is bfloat16 on CUDA, else float32.
+            dtype: Of matrix products; auto is bfloat16 where the device has it, else float32.
         """
         if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise UserError("--num-samples, --max-new-tokens and --top-k must be at least 1, --temperature at least 0.")

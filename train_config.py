@@ -47,7 +47,7 @@ class Training:
     max_steps: int = 19_073  # optimizer steps; 19,073 of 524,288 tokens are 10 B
     batch_tokens: int = 524_288  # tokens an optimizer step, over all ranks
     micro_batch_size: int = 16  # rows of block_size that one rank computes at once; changes memory and speed alone
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
 
 
@@ -162,12 +162,12 @@ PRESETS: dict[str, Config] = {
         GPT2,
         data={"dataset": "data/demo"},
         model={"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 192},
-        training={"max_steps": 450, "batch_tokens": 16_384, "micro_batch_size": 16, "compile": "off"},
+        training={"max_steps": 400, "batch_tokens": 4096, "micro_batch_size": 16, "compile": "off"},
         optimizer={"max_lr": 3e-3, "warmup_steps": 40},
-        validation={"every_n_steps": 50},
-        evaluation={"every_n_steps": 450, "limit": 200},
-        sampling={"every_n_steps": 150, "prompt": "def ", "num_samples": 2, "temperature": 0.8},
-        saving={"every_n_steps": 150},
+        validation={"every_n_steps": 40},
+        evaluation={"every_n_steps": 400, "limit": 200},
+        sampling={"every_n_steps": 200, "prompt": "def ", "num_samples": 2, "temperature": 0.8},
+        saving={"every_n_steps": 200},
         logging={"every_n_steps": 10},
     ),
     # the recipes of known systems; the README tells what their authors reported

@@ -24,7 +24,7 @@ echo; echo "--- 1. a vocabulary of 4,096 entries, learnt from Python's standard 
 [ -e data/demo-tokenizer.json ] || python tokenizer.py train stdlib --vocab-size 4096 --out data/demo-tokenizer.json
 
 echo; echo "--- 2. the same files as token shards"
-python fineweb.py stdlib --tokenizer data/demo-tokenizer.json --out-dir data/demo
+python fineweb.py stdlib --tokenizer data/demo-tokenizer.json --val-tokens 50000 --out-dir data/demo
 
 echo; echo "--- 3. training, with validation, HellaSwag and samples"
 python train.py demo --general.init-from resume --general.out-dir "out/$run" ${options[@]+"${options[@]}"}

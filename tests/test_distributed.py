@@ -51,11 +51,17 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert choose_device("auto") == CPU
 
 
-def test_bfloat16_is_used_where_it_is_asked_for():
-    with autocast(CPU, "bfloat16"):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with autocast(CPU, "auto"):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "expected"),
+    [
+        ("bfloat16", {}, torch.bfloat16), ("float32", {"amx_bf16": True}, torch.float32), ("auto", {}, torch.float32),
+        ("auto", {"avx512_bf16": True}, torch.bfloat16), ("auto", {"amx_bf16": True}, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_bfloat16_is_used_where_it_is_asked_for_or_the_device_has_it(dtype, capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with autocast(CPU, dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
 
 def test_what_the_main_rank_fetches_the_others_find(monkeypatch):

@@ -32,7 +32,7 @@ def flags(dataset: Path, out: Path, **changes: object) -> list[str]:
         "training__max_steps": STEPS, "training__batch_tokens": 256, "training__micro_batch_size": 4,
         "optimizer__warmup_steps": 3, "optimizer__max_lr": 1e-2, "validation__every_n_steps": 4,
         "evaluation__every_n_steps": 0, "sampling__every_n_steps": 5, "sampling__max_new_tokens": 8,
-        "saving__every_n_steps": 1, "saving__keep": 0, "general__device": "cpu",
+        "saving__every_n_steps": 1, "saving__keep": 0, "general__device": "cpu", "training__dtype": "float32",
     } | changes  # fmt: skip
     line = ["gpt2"]
     for name, value in fields.items():
