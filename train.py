@@ -143,6 +143,9 @@ def hellaswag_examples(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> li
 # training
 
 
+SCENES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
+
+
 @dataclass
 class Run:
     """All that the scenes share. `raw_model` is what is saved, validated, evaluated and sampled; `model` is the
@@ -162,15 +165,24 @@ class Run:
     samples: Samples | None = None
     bar: tqdm | None = None
 
-    def due(self, section: str, mode: str, step: int) -> bool:
-        """Whether a scene comes before update `step`: every n steps, and behind the last."""
-        n = getattr(self.config, section).every_n_steps
-        last = step == self.config.training.max_steps
-        return mode in self.config.general.mode and n > 0 and (last or step % n == 0)
+    def due(self, step: int) -> set[str]:
+        """The scenes that come before update `step`: every n steps and behind the last, at step 0 only the first.
+
+        What a run begins with is not saved again.
+        """
+        config, found = self.config, set()
+        for scene, mode in SCENES.items():
+            n = getattr(config, scene).every_n_steps
+            if mode in config.general.mode and n > 0 and (step % n == 0 or step == config.training.max_steps):
+                found.add(scene)
+        if step == self.start.step:
+            found.discard("saving")
+        return found & {"validation"} if step == 0 else found
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
             tqdm.write(line)
+            sys.stdout.flush()  # into a file too, line by line
 
     def plot(self) -> None:
         if self.ranks.is_main:
@@ -279,36 +291,35 @@ def train(run: Run, signals: StopSignals) -> None:
 
     for step in range(run.start.step, max_steps + 1):
         last = step == max_steps
-        validating = run.due("validation", "val", step) and not stopping
-        evaluating = run.due("evaluation", "eval", step) and step > 0 and not stopping
-        sampling = run.due("sampling", "sample", step) and step > 0 and not stopping
-        saving = (run.due("saving", "train", step) or stopping) and step > run.start.step
         row = {"step": step, "tokens": tokens, "epoch": position.epoch}
-        if pending and (validating or evaluating or sampling or saving or last):
+        due = run.due(step)
+        if pending and (due or last or stopping):
             stopping |= finish(run, pending)
             pending = begin_mark = None
+        if stopping:
+            due = {"saving"}  # the others wait for the resume
 
         # --- validate
-        if validating:
+        if "validation" in due:
             row["val_loss"], row["val_bpb"] = validate(raw_model, run.dataset, run.tokenizer, config, ranks)
             run.say(f"step {step:>6} | validation loss {row['val_loss']:.4f} | {row['val_bpb']:.4f} bits a byte")
 
         # --- evaluate
-        if evaluating:
+        if "evaluation" in due:
             scores = evaluate(raw_model, run.examples, config.evaluation.style, ranks, config.training.dtype)
             run.say(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
             if config.evaluation.style == "karpathy":
                 row["hellaswag"] = scores["acc_norm"].value
 
         # --- sample
-        if sampling:
+        if "sampling" in due:
             texts = write_samples(raw_model, run.tokenizer, config, step)
             if ranks.is_main:
                 run.samples.write(step, texts)
             run.say(f"step {step:>6} | {texts[0]}")
 
         # --- save
-        if saving and ranks.is_main:
+        if "saving" in due and ranks.is_main:
             state = {"step": step, "tokens": tokens, "position": asdict(position)}
             checkpoint.save(
                 out, step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizer, raw_model),
@@ -329,9 +340,9 @@ def train(run: Run, signals: StopSignals) -> None:
             run.model, run.optimizer, data, row["lr"], config, ranks, mix(config.general.seed, step, ranks.rank),
             halted, stop=signals.received is not None,
         )  # fmt: skip
-        end_mark = Mark(ranks.device)
-        begun = Pending(row, status.to("cpu", non_blocking=True), begin_mark, end_mark)
-        begin_mark = end_mark
+        status = status.to("cpu", non_blocking=ranks.device.type == "cuda")
+        end_mark = Mark(ranks.device)  # behind the copy: who has waited for it can read the status
+        begun, begin_mark = Pending(row, status, begin_mark, end_mark), end_mark
         if pending:  # read a step late, while the device is busy with this one
             stopping |= finish(run, pending)
             if {"val_loss", "hellaswag"} & pending.row.keys():
@@ -341,12 +352,12 @@ def train(run: Run, signals: StopSignals) -> None:
 
     loader.close()
     if ranks.is_main:
-        if last:
+        if not stopping:
             run.log.write(row)
         run.log.close()
         run.bar.close()
     run.plot()
-    if not last:
+    if stopping:
         run.say(f"stopped at step {step}, saved. Go on with the same command and --general.init-from resume.")
 
 

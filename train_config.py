@@ -249,6 +249,11 @@ def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
                     f"--model.vocab-size {config.model.vocab_size:,} is less than the {dataset.vocab_size:,} of "
                     f"{config.data.dataset}'s tokenizer. Leave it out to have the data set's."
                 )
+            if "val" in config.general.mode and len(dataset.val) <= config.model.block_size:
+                problems.append(
+                    f"{config.data.dataset} has {len(dataset.val):,} validation tokens, not one row of block_size "
+                    f"{config.model.block_size:,}. Prepare it with more --val-tokens, or leave val out of the mode."
+                )
     problems += check(config, world_size)
     if problems:
         raise ConfigError("\n  - ".join(["the settings don't work:", *problems]) if len(problems) > 1 else problems[0])

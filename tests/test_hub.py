@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).parent.parent
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -107,6 +108,50 @@ def test_any_data_set_of_the_hub_is_streamed(prepare, tmp_path):
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "data" / "tiny" / "dataset.json").read_text())["counts"]["documents"]
     assert (counts["seen"], counts["kept"], counts["duplicate"]) == (27, 3, 24)
+
+
+QUESTIONS = [
+    {"ind": i, "activity_label": "a", "ctx_a": "b", "ctx_b": "c", "ctx": "b c", "split": "val", "split_type": "x",
+     "label": str(i % 4), "endings": list("defg"), "source_id": "activitynet~1"}
+    for i in range(5)
+]  # fmt: skip
+
+
+def python(code: str, hub, tmp_path) -> subprocess.CompletedProcess:
+    env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def test_hellaswag_and_its_translations_come_from_the_hub(tmp_path):
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(QUESTIONS), table)
+    polish = "".join(json.dumps(row) + "\n" for row in QUESTIONS).encode()
+    repos = {
+        "Rowan/hellaswag": {"data/validation-00000-of-00001.parquet": table.getvalue()},
+        "openGPT-X/hellaswagx": {"hellaswag_PL_validation.jsonl": polish},
+    }
+    code = "import hashlib, hellaswag as h; from pathlib import Path\n"
+    code += "h._commit = lambda path, data: (setattr(h, 'ENGLISH_SHA256', hashlib.sha256(data).hexdigest()), "
+    code += "path.write_bytes(data))\n"
+    code += "print(h.fetch(None, 'en').read_text().count(chr(10)), h.fetch(None, 'pl').read_text().count(chr(10)))"
+    with HubServer(repos) as hub:
+        done = python(code, hub, tmp_path)
+    assert done.stdout == "5 5\n", done.stderr
+
+
+def test_gpt2s_weights_come_from_the_hub_once(tmp_path):
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    theirs.save_pretrained(tmp_path / "hf-gpt2")
+    files = {name: tmp_path / "hf-gpt2" / name for name in ("config.json", "model.safetensors")}
+    flags = ["gpt2", "--general.mode", "sample", "--general.init-from", "gpt2", "--sampling.num-samples", "2"]
+    flags += ["--sampling.max-new-tokens", "4", "--general.device", "cpu"]
+    code = f"import sys, train; sys.argv = ['train.py', *{flags}]; train.main()"
+    with HubServer(models={"openai-community/gpt2": files}) as hub:
+        for _ in range(2):
+            done = python(code, hub, tmp_path)
+            assert done.stdout.count("Hello, I'm a language model,") == 2, done.stderr
+        assert len(downloads(hub)) == 2, "the second time they are there"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

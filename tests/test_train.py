@@ -63,6 +63,7 @@ def weights(out: Path, step: int) -> tuple[dict, dict]:
 
 
 def assert_equal_to_the_bit(one: Path, other: Path, step: int = STEPS) -> None:
+    """Log but for timing, weights, optimizer and samples."""
     assert measured(one) == measured(other)
     (model, optimizer), (model_2, optimizer_2) = weights(one, step), weights(other, step)
     assert model.keys() == model_2.keys()
@@ -164,6 +165,24 @@ def test_a_stop_signal_saves_ends_well_and_loses_nothing(unbroken, dataset, tmp_
     assert 4 <= stopped_at < STEPS
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
     call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+@pytest.mark.parametrize("told_in", range(STEPS))
+def test_whichever_step_a_stop_falls_into_nothing_is_lost(told_in, unbroken, dataset, tmp_path, monkeypatch):
+    out, step_of, calls = tmp_path / "stopped", train.train_step, []
+
+    def told(*args, stop, **named):
+        calls.append(stop)
+        return step_of(*args, stop=len(calls) == told_in + 1, **named)
+
+    monkeypatch.setattr(train, "train_step", told)
+    call(train.main, *flags(dataset, out, saving__every_n_steps=6))
+    monkeypatch.setattr(train, "train_step", step_of)
+    last = checkpoint.read_state(checkpoint.latest(out))["step"]
+    assert told_in + 1 <= last <= told_in + 2, "saved behind the step, or behind the one that was under way"
+    assert len(calls) == last
+    call(train.main, *flags(dataset, out, general__init_from="resume"))
     assert_equal_to_the_bit(out, unbroken)
 
 
@@ -331,6 +350,11 @@ def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, u
         call(train.main, *flags(dataset, unbroken, general__init_from="resume", **change))
 
 
+def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
+    with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
+        call(train.main, *flags(dataset, unbroken, general__init_from="resume", training__max_steps=5))
+
+
 def test_a_resume_tells_what_else_has_changed(unbroken, dataset, tmp_path, capsys):
     out = cut_back_to(unbroken, 10, tmp_path / "stopped")
     call(train.main, *flags(dataset, out, general__init_from="resume", optimizer__max_lr=1e-3))
@@ -378,6 +402,7 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 is less than the 300"),
+        ({"model__block_size": 512}, "validation tokens, not one row of block_size 512"),
         ({"general__init_from": "out/none"}, "there is no model at out/none"),
     ],
 )
