@@ -123,6 +123,7 @@ class MapStage:
         else:
             tasks = self.source.fetch(unit, self.parts / "download")
         self.tasks[unit] = self.left[unit] = len(tasks)
+        self.close_if_done(unit)  # a file may have no rows
         return tasks
 
     def reap(self) -> None:
@@ -130,18 +131,21 @@ class MapStage:
             self.done(self.running.pop(future), future.result())
 
     def done(self, unit: int, stem: Path) -> None:
-        """Counts a finished task; the last of its unit lets the unit go."""
+        """Counts a finished task."""
         index = load_index(stem)
         self.documents += len(index["tokens"])
         self.tokens += int(index["tokens"].sum())
         self.left[unit] -= 1
+        self.close_if_done(unit)
+        self.bar.update(self.source.units[unit].bytes // self.tasks[unit])
+        rate = self.tokens / max(self.bar.format_dict["elapsed"], 1e-3)
+        self.bar.set_postfix_str(f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
+
+    def close_if_done(self, unit: int) -> None:
         if self.left[unit] == 0:
             write_json(self.parts / f"{unit:05d}.json", {"tasks": self.tasks[unit]})
             self.source.release(unit, self.parts / "download")
             del self.left[unit]
-        self.bar.update(self.source.units[unit].bytes // self.tasks[unit])
-        rate = self.tokens / max(self.bar.format_dict["elapsed"], 1e-3)
-        self.bar.set_postfix_str(f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
 
     def enough(self) -> bool:
         """Whether the finished tasks before the first unfinished one hold max_tokens without their doubles."""
@@ -175,7 +179,7 @@ def write_shards(placed: Plan, stems: list[Path], folder: Path, pool, shard_toke
         number = max(number, 1) if split == "train" else 0  # llm.c's numbers: training begins at 1
         for begin in range(0, placed.tokens[split], shard_tokens):
             end = min(begin + shard_tokens, placed.tokens[split])
-            name = shard_name(folder.name, split, number)
+            name = shard_name(folder.resolve().name, split, number)
             record = folder / "parts" / f"{name}.json"
             documents = np.searchsorted(placed.starts[split], [begin, end])
             rows.append({"file": name, "tokens": end - begin, "documents": int(documents[1] - documents[0])})
@@ -239,11 +243,11 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
         shards = write_shards(placed, stems, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
 
     beside = folder / _tokenizer_file(tokenizer)
-    if beside.absolute() != tokenizer.file.absolute():
+    if not (beside.exists() and beside.samefile(tokenizer.file)):
         shutil.copyfile(tokenizer.file, beside)
     manifest = {
         "format": 1,
-        "name": folder.name,
+        "name": folder.resolve().name,
         "settings": settings | {"revision": source.revision},
         "tokenizer": {"name": tokenizer.name, "file": _tokenizer_file(tokenizer), "sha256": tokenizer.sha256},
         "eot_id": tokenizer.eot_id,

@@ -69,7 +69,7 @@ def fetch(file: str | None, language: str) -> Path:
         return Path(file)
     FOLDER.mkdir(parents=True, exist_ok=True)
     if file is not None:
-        path = FOLDER / file.split("?")[0].rsplit("/", 1)[-1]
+        path = FOLDER / f"{hashlib.sha256(file.encode()).hexdigest()[:8]}-{file.split('?')[0].rsplit('/', 1)[-1]}"
         if not path.exists():
             try:
                 with urllib.request.urlopen(file, timeout=30) as answer:

@@ -20,7 +20,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 import hub
@@ -105,7 +105,7 @@ class LocalFiles(Source):
 
     def open(self, revision: str | None = None) -> None:
         """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
-        digest, sizes = hashlib.sha256(), []
+        digest, sizes, self.batches = hashlib.sha256(), [], []
         for path in self.paths:
             size = os.path.getsize(path)
             with open(path, "rb") as file:  # both ends stand for the contents: reading all would take minutes
@@ -138,11 +138,10 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
     paths: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
         if os.path.isdir(pattern):
-            matched = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
+            pattern = os.path.join(escape(pattern), "**")  # all files below it but for hidden ones
         elif os.path.exists(pattern):
-            matched = [pattern]
-        else:
-            matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+            pattern = escape(pattern)
+        matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
             raise UserError(f"--input {pattern} names no file (looked from {os.getcwd()}).")
         paths.update(matched)
@@ -210,6 +209,7 @@ class HubStream(Source):
     repo: str = ""
     config: str | None = None
     split: str = "train"
+    downloads = True
 
     def open(self, revision: str | None = None) -> None:
         self.revision = _revision(self.repo, revision)
@@ -285,7 +285,7 @@ def read(task: Task) -> Iterator[str]:
                     yield from _read_jsonl(path, task.column)
                 else:
                     with _open(path) as file:
-                        yield file.read().decode("utf-8", "replace")
+                        yield file.read().decode("utf-8-sig", "replace")
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 raise UserError(f"{path} can't be read, it may be damaged: {error}") from None
 

@@ -92,15 +92,20 @@ class FileTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """One list of ids a text. Lone surrogates, which UTF-8 can't hold, become U+FFFD, as in tiktoken."""
-        encodings = self.bpe.encode_batch_fast(list(map(_without_surrogates, texts)), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = self._ids(texts)
         # a file may not mark its end-of-text token as special, or its model may know it as a piece
         return [self._encode_apart(t) if self.eot_id in i else i for t, i in zip(texts, ids, strict=True)]
 
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encodings = self.bpe.encode_batch_fast(list(map(_without_surrogates, texts)), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def _encode_apart(self, text: str) -> list[int]:
         """Encodes a text with every literal end-of-text broken behind its first character."""
-        pieces = text.replace(self.eot, f"{self.eot[0]}\0\0{self.eot[1:]}").split("\0\0")
-        return [i for piece in self.encode_batch(pieces) for i in piece]
+        first, rest = self.eot[0], self.eot[1:]
+        pieces = text.split(self.eot)
+        pieces = [(rest if i else "") + p + (first if i < len(pieces) - 1 else "") for i, p in enumerate(pieces)]
+        return [i for ids in self._ids(pieces) for i in ids if i != self.eot_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode(list(ids), skip_special_tokens=False)

@@ -9,6 +9,7 @@ A section is a dataclass; PRESETS at the end are data. 0 for an `every_n_steps` 
 import dataclasses
 import difflib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -227,7 +228,10 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"there is no preset {name!r}.{hint} Known: {', '.join(PRESETS)}.")
     description = f"Trains, validates, evaluates and samples a GPT. Presets: {', '.join(PRESETS)}. These are {name}'s."
-    config = tyro.cli(Config, default=PRESETS[name], args=rest, prog=f"train.py {name}", description=description)
+    config = tyro.cli(
+        Config, default=PRESETS[name], args=rest, prog=f"train.py {name}", description=description,
+        console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",  # of many ranks one tells a mistake
+    )  # fmt: skip
     if config.general.out_dir is None:
         config = variant(config, general={"out_dir": f"out/{name}"})
     return name, config

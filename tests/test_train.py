@@ -417,6 +417,15 @@ def test_a_mistake_gets_one_message_in_time(change, words, dataset, tmp_path):
     assert time.perf_counter() - begin < 6  # 3 s on a machine that does nothing else
 
 
+@pytest.mark.parametrize("change", [{"model__n_head": 3}, {"training__max_stpes": 3}])
+def test_of_many_ranks_one_tells_a_mistake(change, dataset, tmp_path):
+    done = torchrun(2, *flags(dataset, tmp_path / "never", **change), check=False)
+    assert done.returncode != 0
+    assert (done.stderr + done.stdout).count("must be a multiple of n_head 3") + done.stderr.count(
+        "Perhaps you meant"
+    ) == 1
+
+
 def test_all_mistakes_are_told_at_once(dataset, tmp_path):
     with pytest.raises(ConfigError) as raised:
         call(train.main, *flags("data/none", tmp_path, model__n_head=3, sampling__top_p=2.0))
