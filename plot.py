@@ -46,25 +46,27 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
             return values
 
         name = path.name
-        raw = line("loss", "loss", color=colour, alpha=0.35, linewidth=0.8)
+        line("loss", "loss", color=colour, alpha=0.35, linewidth=0.8, label=f"{name}: training")
         marker = {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(column(rows, "val_loss")[0]) < 60 else {}
         val = line("loss", "val_loss", color=colour, label=f"{name}: validation", **marker)
-        if raw and not val:
-            axes["loss"].plot([], [], color=colour, label=name)
         if val:
             axes["loss"].annotate(
                 f"{val[-1]:.3f}", (axes["loss"].lines[-1].get_xdata()[-1], val[-1]), textcoords="offset points",
-                xytext=(4, 6), color=colour, ha="right",
+                xytext=(0, -13), color=colour, ha="center",
             )  # fmt: skip
         _hellaswag(axes["hellaswag"], rows, tokens_at if x == "tokens" else None, colour, name, _examples(path))
         line("lr", "lr", color=colour)
         line("norm", "grad_norm", color=colour, linewidth=0.8)
         line("speed", "tokens_per_s", color=colour, linewidth=0.8)
-    axes["hellaswag"].axhline(GPT2_124M_HELLASWAG, color="black", linestyle="--", linewidth=0.8)
-    axes["hellaswag"].text(
-        0.01, GPT2_124M_HELLASWAG, " GPT-2 124M, 0.2955", transform=axes["hellaswag"].get_yaxis_transform(),
-        va="bottom", fontsize=8,
-    )  # fmt: skip
+    for value, text in ((GPT2_124M_HELLASWAG, "GPT-2 124M, 0.2955"), (0.25, "chance")):
+        axes["hellaswag"].axhline(value, color="black", linestyle="--", linewidth=0.8)
+        place = axes["hellaswag"].get_yaxis_transform()
+        axes["hellaswag"].text(0.02, value, text, transform=place, va="bottom", fontsize=8)
+    axes["hellaswag"].set_xlim(axes["loss"].get_xlim())
+    axes["speed"].set_ylim(bottom=0)
+    for axis in axes.values():
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes["speed"].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes["loss"].legend()
     figure.tight_layout()
     figure.savefig(out, dpi=130)
