@@ -11,6 +11,8 @@ drop doubles, split train from validation by document, and place every document.
 Each task is committed by a rename, so the bytes follow from source and settings, not from the workers.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,7 +54,7 @@ def map_task(task: Task, stem: Path) -> Path:
     """
     tokenizer = _worker_tokenizer
     dtype = token_dtype(tokenizer.vocab_size)
-    hashes, tokens, sizes, decisions = [], [], [], []
+    hashes, tokens, sizes, decisions = bytearray(), array("I"), array("Q"), bytearray()
     texts = read(task)
     with open(f"{stem}.bin.tmp", "wb") as file:
         while batch := list(islice(texts, BATCH)):
@@ -61,21 +64,28 @@ def map_task(task: Task, stem: Path) -> Path:
                 data = text.encode("utf-8", "surrogatepass")
                 document = [] if is_empty else [tokenizer.eot_id, *next(ids)]
                 file.write(np.array(document, dtype))
-                hashes.append(hashlib.blake2b(data, digest_size=16).digest())
+                hashes += hashlib.blake2b(data, digest_size=16).digest()
                 tokens.append(len(document))
                 sizes.append(len(data))
                 decisions.append(EMPTY if is_empty else KEPT)
+        _sync(file)
     os.replace(f"{stem}.bin.tmp", f"{stem}.bin")
     with open(f"{stem}.npz.tmp", "wb") as file:
         np.savez(
             file,
-            hash=np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2),
-            tokens=np.array(tokens, np.uint32),
-            bytes=np.array(sizes, np.uint64),
-            decision=np.array(decisions, np.uint8),
+            hash=np.frombuffer(hashes, ">u8").reshape(-1, 2),
+            tokens=np.frombuffer(tokens, np.uint32),
+            bytes=np.frombuffer(sizes, np.uint64),
+            decision=np.frombuffer(decisions, np.uint8),
         )
+        _sync(file)
     os.replace(f"{stem}.npz.tmp", f"{stem}.npz")
     return stem
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class MapStage:
@@ -89,7 +99,7 @@ class MapStage:
         self.running: dict[Future, int] = {}  # future -> unit
         self.tasks: dict[int, int] = {}  # unit -> its tasks
         self.left: dict[int, int] = {}  # unit that is fetched -> its tasks that are not done
-        self.documents = self.tokens = 0
+        self.documents = self.tokens = self.found = 0  # `found`: tokens that an earlier run had done
         self.look_again_at = max_tokens or 0  # tokens at which max_tokens may be reached
         size = sum(unit.bytes for unit in source.units)
         self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="map", smoothing=0.05)
@@ -108,7 +118,9 @@ class MapStage:
                     break
                 self.stems.append(self.parts / f"{unit:05d}-{number:05d}")
                 if Path(f"{self.stems[-1]}.npz").exists():
+                    before = self.tokens
                     self.done(unit, self.stems[-1])
+                    self.found += self.tokens - before
                 else:
                     self.running[self.pool.submit(map_task, task, self.stems[-1])] = unit
         while self.running:
@@ -138,7 +150,7 @@ class MapStage:
         self.left[unit] -= 1
         self.close_if_done(unit)
         self.bar.update(self.source.units[unit].bytes // self.tasks[unit])
-        rate = self.tokens / max(self.bar.format_dict["elapsed"], 1e-3)
+        rate = (self.tokens - self.found) / max(self.bar.format_dict["elapsed"], 1e-3)
         self.bar.set_postfix_str(f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
 
     def close_if_done(self, unit: int) -> None:
@@ -179,7 +191,7 @@ def write_shards(placed: Plan, stems: list[Path], folder: Path, pool, shard_toke
         number = max(number, 1) if split == "train" else 0  # llm.c's numbers: training begins at 1
         for begin in range(0, placed.tokens[split], shard_tokens):
             end = min(begin + shard_tokens, placed.tokens[split])
-            name = shard_name(folder.resolve().name, split, number)
+            name = shard_name(_name(folder), split, number)
             record = folder / "parts" / f"{name}.json"
             documents = np.searchsorted(placed.starts[split], [begin, end])
             rows.append({"file": name, "tokens": end - begin, "documents": int(documents[1] - documents[0])})
@@ -198,7 +210,7 @@ def write_shards(placed: Plan, stems: list[Path], folder: Path, pool, shard_toke
 # the three together
 
 
-def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, workers: int) -> dict:
+def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, workers: int | None) -> dict:
     """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
     parts = folder / "parts"
     manifest = read_manifest(folder)
@@ -224,14 +236,12 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
         source.open()
     if not source.units:
         raise UserError(f"the source {source.name} has no files.")
-    _check_room(source, settings, folder, workers, tokenizer.vocab_size)
-    try:
-        (parts / "download").mkdir(parents=True, exist_ok=True)
-        for stale in (parts / "download").rglob("*.incomplete"):  # of a killed download; it can't be gone on with
-            stale.unlink()
-        write_json(begun, settings | {"revision": source.revision})
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error}. Give another --out-dir.") from None
+    workers = _check_room(source, settings, folder, workers, tokenizer.vocab_size)
+    _only_one(parts)
+    (parts / "download").mkdir(exist_ok=True)
+    for stale in (parts / "download").rglob("*.incomplete"):  # of a killed download; it can't be gone on with
+        stale.unlink()
+    write_json(begun, settings | {"revision": source.revision})
 
     with _workers(workers, tokenizer) as pool:
         max_tokens = settings["max_tokens"]
@@ -239,6 +249,9 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
         placed = plan(stems, settings["val_tokens"], max_tokens) if stems else None
         if placed is None or placed.documents["kept"] == 0:
             raise UserError(f"the source {source.name} has no text in its {len(source.units):,} files or batches.")
+        wanted = settings["val_tokens"]
+        if wanted and placed.tokens["val"] > 2 * wanted:
+            print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
         print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
         shards = write_shards(placed, stems, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
 
@@ -247,7 +260,7 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
         shutil.copyfile(tokenizer.file, beside)
     manifest = {
         "format": 1,
-        "name": folder.resolve().name,
+        "name": _name(folder),
         "settings": settings | {"revision": source.revision},
         "tokenizer": {"name": tokenizer.name, "file": _tokenizer_file(tokenizer), "sha256": tokenizer.sha256},
         "eot_id": tokenizer.eot_id,
@@ -259,6 +272,19 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
     write_json(folder / MANIFEST, manifest)
     shutil.rmtree(parts)
     return manifest
+
+
+def _only_one(parts: Path) -> None:
+    """A lock that this process holds until it ends; UserError where another one prepares the same folder."""
+    global _lock
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        _lock = open(parts / "lock", "w")  # noqa: SIM115, open as long as the process
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another fineweb.py prepares {parts.parent} right now. Let it end, or end it.") from None
+    except OSError as error:
+        raise UserError(f"can't write to {parts.parent}: {error}. Give another --out-dir.") from None
 
 
 @contextmanager
@@ -274,6 +300,10 @@ def _workers(count: int, tokenizer: Tokenizer) -> Iterator[ProcessPoolExecutor]:
             "a worker was killed, most likely because the memory ran out. What is done is kept: give the same "
             f"command with fewer --workers than {count}."
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError("the disk is full. What is done is kept: make room and give the same command.") from None
     except KeyboardInterrupt:
         print("\nstopped: what is done is kept, and the same command goes on from there.", file=sys.stderr)
         raise
@@ -295,6 +325,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _name(folder: Path) -> str:
+    return Path(os.path.abspath(folder)).name
+
+
 def _tokenizer_file(tokenizer: Tokenizer) -> str:
     return tokenizer.file.name if tokenizer.name == "gpt2" else "tokenizer.json"
 
@@ -309,33 +343,38 @@ def _same_settings(earlier: dict, now: dict, folder: Path, what: str) -> None:
         )
 
 
-def _check_room(source: Source, settings: dict, folder: Path, workers: int, vocab_size: int) -> None:
-    """Tells the disk and memory needed, and refuses what can't fit."""
+def _check_room(source: Source, settings: dict, folder: Path, workers: int | None, vocab_size: int) -> int:
+    """Tells the disk and memory needed, refuses what can't fit, and returns the number of workers: as many as
+    asked for, else one a core as far as the memory reaches."""
     source_bytes = sum(unit.bytes for unit in source.units)
-    if not source_bytes:
-        return  # a stream of unknown size
     tokens = int(source_bytes * source.tokens_per_byte)
     tokens = min(tokens, settings["max_tokens"] or tokens)
-    itemsize = token_dtype(vocab_size).itemsize
-    disk = 2 * itemsize * tokens + (
-        source.units_at_once * max(u.bytes for u in source.units) if source.downloads else 0
-    )
-    memory = workers * WORKER_MEMORY + tokens // 500 * 100  # the plan: about 100 bytes a document
+    largest = max(unit.bytes for unit in source.units) if source.downloads else 0
+    disk = 2 * token_dtype(vocab_size).itemsize * tokens + source.units_at_once * largest
+    plan_memory = tokens // 1000 * 150  # FineWeb's documents have 1,000 tokens; 150 bytes each were measured
+    available = _available_memory()
+    if workers is None:
+        most = (available - plan_memory) // WORKER_MEMORY if available is not None else _cores()
+        workers = max(1, min(_cores(), most))
+    memory = plan_memory + workers * WORKER_MEMORY
     there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     written = sum(path.stat().st_size for path in folder.rglob("*.bin"))  # by a run that was stopped
     free = shutil.disk_usage(there).free
-    print(
-        f"{source.name}: {len(source.units):,} files or batches, {source_bytes / 1e9:,.2f} GB, roughly "
-        f"{tokens / 1e6:,.0f} M tokens; needs about {disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} free) and "
-        f"{memory / 1e9:,.1f} GB of memory."
-    )
-    if disk - written > free:
+    if source_bytes:
+        print(
+            f"{source.name}: {len(source.units):,} files or batches, {source_bytes / 1e9:,.2f} GB, roughly "
+            f"{tokens / 1e6:,.0f} M tokens; needs about {disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} free) and "
+            f"{memory / 1e9:,.1f} GB of memory for {workers} workers."
+        )
+    if (disk - written) / 2 > free:  # the estimate may be twice the truth
         raise UserError(
             f"{there} has too little room: {free / 1e9:,.2f} GB free. Give another --out-dir, or --max-tokens."
         )
-    available = _available_memory()
+    if disk - written > free:
+        print("warning: the disk may not be enough.")
     if available is not None and memory > available:
         raise UserError(f"too little memory: {available / 1e9:,.1f} GB are free. Give fewer --workers than {workers}.")
+    return workers
 
 
 def _available_memory() -> int | None:
@@ -395,7 +434,7 @@ def main() -> None:
             val_tokens: Validation tokens, in whole documents [11 M, or 5 % if that is less].
             shard_tokens: Tokens a shard.
             max_tokens: Keep documents in source order up to the one that reaches it.
-            workers: Processes [one a core]. The bytes written don't depend on it.
+            workers: Processes [one a core, as memory allows]. The bytes written don't depend on it.
             text_column: The column or key that holds a document's text.
             config: Configuration of a hub data set given as OWNER/NAME.
             split: Split of a hub data set given as OWNER/NAME.
@@ -413,13 +452,18 @@ def main() -> None:
             "tokenizer_sha256": encoder.sha256, "val_tokens": val_tokens, "shard_tokens": shard_tokens,
             "max_tokens": max_tokens,
         }  # fmt: skip
-        manifest = prepare(found, encoder, folder, settings, workers or _cores())
+        manifest = prepare(found, encoder, folder, settings, workers)
         counts = manifest["counts"]
         print(
             f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "
             f"and {counts['tokens']['val']:,} to validate, in {len(manifest['shards'])} shards.\n"
             f"next: python train.py --data.dataset {folder}"
         )
+        if counts["documents"]["kept"] == 1:
+            print(
+                "note: this is a single document (a .txt file is one), and documents are never split, so nothing is "
+                "left to validate on: give several files, or train with --general.mode train."
+            )
 
     tyro.cli(command, prog="fineweb.py", description=__doc__)
 

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from errors import UserError
 
+# what the HTTP libraries, `datasets` and the hub's library call it
+UNREACHABLE = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled")
+
 
 class Unreachable(UserError):
     """There is no way to the hub from here."""
@@ -32,7 +35,7 @@ def library():
 def revision_of(repo: str, revision: str | None = None, repo_type: str = "dataset") -> str:
     """The commit that `revision` (None: the main branch) is now; at once a UserError where the hub is out of reach."""
     api = library().HfApi()
-    return call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo).sha
+    return call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo, first=True).sha
 
 
 def download(
@@ -52,8 +55,10 @@ def download(
     return call(fetch, f"{repo}/{name}")
 
 
-def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16)):
+def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16), first: bool = False):
     """Calls the hub, once more after each of `waits` seconds while the fault may pass; then a UserError.
+
+    `first` is the first word with the hub: where there is no way to it, no time is lost with waiting.
 
     The library goes on by itself where a body was cut off and waits for a lost network, but raises at once
     on a 5xx to a GET, and on a connection dropped before the answer or reset within it.
@@ -67,13 +72,14 @@ def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16)):
         except (http_error, OSError, ValueError) as error:
             cause = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            if type(cause).__name__ in ("ConnectError", "ConnectionError", "OfflineModeIsEnabled"):
+            unreachable = type(cause).__name__ in UNREACHABLE
+            if unreachable and (first or wait is None):
                 raise Unreachable(
                     f"the hub can't be reached for {what} ({cause}). HF_ENDPOINT can name a mirror of it."
                 ) from None
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise UserError(f"{what} can't be stored: {cause}") from None
-            missing = isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
+            missing = not unreachable and isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
             if missing or (status is not None and status < 500 and status not in (408, 429)):
                 raise UserError(f"the hub doesn't give {what}: {cause}") from None
             if wait is None:

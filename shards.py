@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     elif (folder / "parts").exists():
         raise UserError(f"{folder} is not finished. Give the command that began it again: python fineweb.py ...")
+    _allow_open_files(len(found) + 256)
     opened = {name: open_shard(path) for name, path in found.items()}
     if not opened:
         raise UserError(f"{folder} holds no shards (*_train_*.bin). Prepare it with fineweb.py.")
@@ -180,10 +182,23 @@ def open_dataset(folder: str | Path) -> Dataset:
     return Dataset(folder, None, splits["train"], splits["val"], 50256, 50257, "gpt2", None, _fingerprint(edges))
 
 
+def _allow_open_files(count: int) -> None:
+    """A memory map keeps its file open, and the usual limit of 1,024 (256 on macOS) is soft."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def _split_of(file_name: str) -> str | None:
     """train or val, as a shard's name ends; None for other files."""
-    match = re.search(r"_(train|val)_\d+\.bin$", file_name)
+    match = re.search(r"_(train|val)(_\d+)?\.bin$", file_name)
     return match and match[1]
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tokenizer_spec(folder: Path, manifest: dict) -> str:
@@ -203,6 +218,8 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         for key in ("shards", "tokenizer", "eot_id", "vocab_size", "counts"):
             manifest[key]
+        for shard in manifest["shards"]:
+            shard["file"], shard["tokens"], shard["documents"], shard["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Copy it or prepare the data again.") from None
     return manifest
@@ -222,7 +239,8 @@ def write_json(path: Path, content: dict) -> None:
 def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int]:
     """Reads every byte of a data set and holds it against its manifest; returns tokens and documents.
 
-    Header, size, sha256, token range and number of documents (end-of-text tokens) of each shard. UserError
+    Header, size, sha256, token range and number of documents (end-of-text tokens) of each shard, the sums, and
+    the tokenizer's file. UserError
     lists all that is wrong. `progress` is called with the bytes just read.
     """
     folder = Path(folder)
@@ -252,6 +270,14 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
             "tokens": totals["tokens"] + shard["tokens"],
             "documents": totals["documents"] + documents,
         }
+    counted = dict.fromkeys(SPLITS, 0)
+    for shard in dataset.manifest["shards"]:
+        counted[_split_of(shard["file"])] += shard["tokens"]
+    if counted != dataset.manifest["counts"]["tokens"]:
+        problems.append(f"{folder / MANIFEST}: its shards have {counted} tokens, its counts say otherwise")
+    tokenizer = folder / dataset.manifest["tokenizer"]["file"]
+    if not tokenizer.exists() or _file_sha256(tokenizer) != dataset.manifest["tokenizer"]["sha256"]:
+        problems.append(f"{tokenizer} is missing or not the tokenizer that the data was made with")
     if problems:
         raise UserError("the data set is damaged:\n  " + "\n  ".join(problems) + "\nPrepare or copy it again.")
     return totals

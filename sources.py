@@ -20,13 +20,14 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from glob import escape, glob
+from glob import glob
 from pathlib import Path
 
 import hub
 from errors import UserError
 
 TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
+WHOLE_BYTES, SAMPLE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
 READABLE = (".jsonl", ".txt", ".py")  # and .parquet
 COMPRESSED = (".gz", ".xz", ".zst")
 
@@ -108,10 +109,12 @@ class LocalFiles(Source):
         digest, sizes, self.batches = hashlib.sha256(), [], []
         for path in self.paths:
             size = os.path.getsize(path)
-            with open(path, "rb") as file:  # both ends stand for the contents: reading all would take minutes
-                digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n") + file.read(1 << 16))
-                file.seek(max(0, size - (1 << 16)))
-                digest.update(file.read())
+            digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
+            with open(path, "rb") as file:
+                whole = size <= WHOLE_BYTES
+                for place in (0,) if whole else (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                    file.seek(place)
+                    digest.update(file.read(size if whole else SAMPLE_BYTES))
             alone = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
             if alone or sizes[-1] + size > TASK_BYTES:
                 self.batches.append([path])
@@ -138,10 +141,11 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
     paths: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
         if os.path.isdir(pattern):
-            pattern = os.path.join(escape(pattern), "**")  # all files below it but for hidden ones
+            matched = _files_below(pattern)
         elif os.path.exists(pattern):
-            pattern = escape(pattern)
-        matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+            matched = [pattern]
+        else:
+            matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
             raise UserError(f"--input {pattern} names no file (looked from {os.getcwd()}).")
         paths.update(matched)
@@ -152,6 +156,18 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
             "and txt, the latter two also as .gz, .xz and .zst."
         )
     return sorted(paths)
+
+
+def _files_below(folder: str) -> list[str]:
+    """All files of a folder, links followed, hidden ones left out; no folder twice, so a circle of links ends."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return [path for path in found if os.path.isfile(path)]
 
 
 def _plain_name(path: str) -> str:
@@ -285,7 +301,9 @@ def read(task: Task) -> Iterator[str]:
                     yield from _read_jsonl(path, task.column)
                 else:
                     with _open(path) as file:
-                        yield file.read().decode("utf-8-sig", "replace")
+                        yield file.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is no UTF-8 text ({error}). Convert it, with iconv for instance.") from None
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 raise UserError(f"{path} can't be read, it may be damaged: {error}") from None
 

@@ -11,6 +11,7 @@ end-of-text token (EOT), which only the data preparation and the prompts put in,
 
 import base64
 import hashlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,11 +48,18 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:
+            # tiktoken's regular expression runs out of stack in half a million blanks, as a panic of its Rust
+            if type(error).__name__ != "PanicException":
+                raise
+            pieces = (text[i : i + 100_000] for i in range(0, len(text), 100_000))
+            return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """One list of ids a text, on one thread (preparing data runs one process a core)."""
-        return [self.encoding.encode_ordinary(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(ids))
@@ -184,7 +192,8 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, progress: bool = Tru
         )
     bpe.add_special_tokens([END_OF_TEXT])
     out.parent.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(out))
+    bpe.save(f"{out}.tmp")
+    os.replace(f"{out}.tmp", out)
     return FileTokenizer(out)
 
 

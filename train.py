@@ -217,6 +217,8 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     describe(config, order, raw_model, ranks)
+    if dataset.manifest is None:
+        ranks.print(f"warning: {dataset.folder} has no dataset.json: its tokens are taken for GPT-2's, unverified")
     run = Run(config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizer, examples)
     if ranks.is_main:
         run.log = Log(out / "log.csv", start.step)

@@ -256,7 +256,8 @@ def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
             if "val" in config.general.mode and len(dataset.val) <= config.model.block_size:
                 problems.append(
                     f"{config.data.dataset} has {len(dataset.val):,} validation tokens, not one row of block_size "
-                    f"{config.model.block_size:,}. Prepare it with more --val-tokens, or leave val out of the mode."
+                    f"{config.model.block_size:,}. Prepare it with more --val-tokens (and more than one document), "
+                    "or leave val out of the mode."
                 )
     problems += check(config, world_size)
     if problems:

@@ -7,7 +7,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/environment.sh
-environment requirements.txt
 
 run=demo
 options=()
@@ -19,6 +18,7 @@ elif [ $# -gt 0 ]; then
     echo "usage: bash runs/demo.sh [--quick]" >&2
     exit 2
 fi
+environment requirements.txt
 
 echo; echo "--- 1. a vocabulary of 4,096 entries, learnt from Python's standard library"
 [ -e data/demo-tokenizer.json ] || python tokenizer.py train stdlib --vocab-size 4096 --out data/demo-tokenizer.json

@@ -2,7 +2,8 @@
 # into it, once for each state of the files.
 
 environment() {
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then  # none yet, half made, or its Python is gone
+        rm -rf .venv
         local python=${PYTHON:-python3}
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "error: BabyGPT needs Python 3.11 or newer, $python is $("$python" --version 2>&1)." \

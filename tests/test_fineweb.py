@@ -669,3 +669,34 @@ def test_the_verify_command_tells_sound_from_damaged(tmp_path, finished, capsys)
         call(fineweb.main, "verify", folder)
     with pytest.raises(UserError, match="give one folder"):
         call(fineweb.main, "verify")
+
+
+def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages):
+    first = start(tmp_path / "d", long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
+        with pytest.raises(UserError, match=r"another fineweb\.py prepares"):
+            prepare(tmp_path / "d", long_pages, workers=1)
+    finally:
+        kill_group(first)
+        first.wait()
+
+
+def test_as_many_workers_as_the_memory_allows(tmp_path, pages, capsys):
+    with (
+        mock.patch.object(fineweb, "_available_memory", return_value=900 << 20),
+        mock.patch.object(fineweb, "_cores", return_value=64),
+    ):
+        call(fineweb.main, "files", "--input", pages, "--out-dir", tmp_path / "d")
+    assert "for 2 workers" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told(tmp_path, pages):
+    full = mock.patch.object(fineweb.MapStage, "run", side_effect=OSError(28, "No space left on device"))
+    with full, pytest.raises(UserError, match="the disk is full"):
+        prepare(tmp_path / "d", pages)
+
+
+def test_a_single_document_is_said_to_leave_nothing_to_validate_on(tmp_path, capsys):
+    prepare(tmp_path / "d", save(tmp_path / "input.txt", b"All the world's a stage. " * 50))
+    assert "a single document" in capsys.readouterr().out

@@ -1,10 +1,13 @@
 """shards.py: the bytes on disk are llm.c's, what isn't whole is refused by name, nothing is read wrongly."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +18,27 @@ from shards import MANIFEST, Tokens, open_dataset, open_shard, shard_name, token
 
 EOT = 50256
 VAL, TRAIN = [[EOT, 1, 2]], [[EOT, 3, 4, EOT], [5, 6, EOT, 7]]
+ROOT = Path(__file__).parent.parent
 
 
 def make_dataset(folder: Path, val=VAL, train=TRAIN, vocab_size=50257) -> Path:
     """A data set of these shards (lists of ids), with the manifest that fineweb.py would write."""
     folder.mkdir(parents=True)
-    rows = []
+    rows, counts = [], {"val": 0, "train": 0}
+    (folder / "gpt2.tiktoken").write_bytes(b"ranks")
     for number, (split, ids) in enumerate([*(("val", ids) for ids in val), *(("train", ids) for ids in train)]):
         file = shard_name(folder.name, split, number)
         sha256 = write_shard(folder / file, len(ids), vocab_size, [np.array(ids)])
+        counts[split] += len(ids)
         rows.append({"file": file, "tokens": len(ids), "documents": ids.count(EOT), "sha256": sha256})
     write_json(
         folder / MANIFEST,
         {
             "name": folder.name,
-            "tokenizer": {"name": "gpt2", "file": "gpt2.tiktoken", "sha256": "0" * 64},
+            "tokenizer": {"name": "gpt2", "file": "gpt2.tiktoken", "sha256": hashlib.sha256(b"ranks").hexdigest()},
             "eot_id": EOT,
             "vocab_size": vocab_size,
-            "counts": {},
+            "counts": {"tokens": counts},
             "shards": rows,
         },
     )
@@ -287,3 +293,19 @@ def test_verify_says_so_when_there_is_nothing_to_verify_by(tmp_path):
     (folder / MANIFEST).unlink()
     with pytest.raises(UserError, match=MANIFEST):
         verify(folder)
+
+
+def test_verify_finds_wrong_sums_and_another_tokenizer(tmp_path):
+    folder = make_dataset(tmp_path / "d")
+    edit_manifest(folder, counts={"tokens": {"val": 3, "train": 9}})
+    (folder / "gpt2.tiktoken").write_bytes(b"other ranks")
+    with pytest.raises(UserError, match=r"(?s)its counts say otherwise.*gpt2.tiktoken is missing or not the tokenizer"):
+        verify(folder)
+
+
+def test_more_shards_than_files_may_be_open_are_opened(tmp_path):
+    folder = make_dataset(tmp_path / "d", train=[[EOT, 1]] * 150)
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 1000)); import shards; "
+    code += f"print(len(shards.open_dataset({str(folder)!r}).train))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "300\n", done.stderr

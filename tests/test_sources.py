@@ -147,3 +147,17 @@ def test_an_unknown_source_is_refused_with_the_nearest_known_one():
         find("stdlib", ("a.txt",))
     with pytest.raises(UserError, match="--input"):
         find("files")
+
+
+def test_hidden_files_and_circles_of_links_are_left_out(tmp_path):
+    save(tmp_path / "in" / "a.txt", b"a")
+    save(tmp_path / "in" / ".cache" / "b.lock", b"")
+    os.symlink(".", tmp_path / "in" / "loop")
+    os.symlink("nowhere.txt", tmp_path / "in" / "broken.txt")
+    assert list(documents(files(tmp_path / "in"))) == ["a"]
+
+
+def test_a_text_that_is_no_utf8_is_refused_by_name(tmp_path):
+    save(tmp_path / "a.txt", "zażółć".encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.txt is no UTF-8"):
+        list(documents(files(tmp_path)))

@@ -280,3 +280,8 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused_by_name(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "t.json"))
     with pytest.raises(UserError, match=r"t\.json has no end-of-text token"):
         FileTokenizer(tmp_path / "t.json")
+
+
+def test_a_million_blanks_are_encoded_where_tiktoken_gives_up():
+    gpt2, text = load_tokenizer("gpt2"), "x" + " " * 1_000_000 + "y"
+    assert gpt2.decode(gpt2.encode_batch([text])[0]) == text
