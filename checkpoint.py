@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hub
@@ -77,7 +78,8 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         os.rename(final, outdated)
     os.rename(temporary, final)
     _sync(folder)
-    for old in [*(checkpoints(run)[:-keep] if keep else []), *folder.glob(".step_*.old")]:
+    earlier = [path for path in checkpoints(run) if path <= final]  # later ones are damaged: this run began before them
+    for old in [*(earlier[:-keep] if keep else []), *folder.glob(".step_*.old")]:
         shutil.rmtree(old)
     return final
 
@@ -112,7 +114,7 @@ def latest(run: str | Path) -> Path | None:
             verify(path)
             return path
         except UserError as error:
-            print(f"warning: {error} Going back to the one before.", file=sys.stderr)
+            print(f"warning: {error}", file=sys.stderr)
     return None
 
 
@@ -193,4 +195,7 @@ def load_gpt2(spec: str | Path, **overrides: object) -> GPT:
             if not (folder / name).exists():
                 hub.download(f"openai-community/{spec}", name, None, folder, "model")
     config = dataclasses.replace(gpt2_config(folder / "config.json"), **overrides)
-    return from_gpt2(load_file(folder / MODEL), config)
+    try:
+        return from_gpt2(load_file(folder / MODEL), config)
+    except SafetensorError as error:
+        raise UserError(f"{folder / MODEL} is damaged ({error}). Delete it to fetch it again.") from None

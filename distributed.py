@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from errors import ConfigError
+from errors import ConfigError, UserError
 
 # dense bf16 peak of the matrix units, FLOP/s, from the makers' data sheets; a longer name goes first
 PEAK_FLOPS = {
@@ -63,27 +64,39 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def gather(self, number: float) -> list[float]:
+        """The number of every rank, by rank."""
+        return self.sum([number if rank == self.rank else 0.0 for rank in range(self.world_size)])
+
     def main_first(self, call):
         """Calls on rank 0, then on the first rank of each node, then on the others: what one downloads, the
-        next ones find, whether or not the nodes share a disk."""
-        result, called = None, False
+        next ones find, whether or not the nodes share a disk. Where one fails, all do, and it alone says why."""
+        result, called, error = None, False, None
         for my_turn in (self.is_main, self.local_rank == 0, True):
             if my_turn and not called:
-                result, called = call(), True
-            self.wait()
+                called = True
+                try:
+                    result = call()
+                except UserError as mistake:
+                    error = mistake
+            failed = [rank for rank, flag in enumerate(self.gather(float(error is not None))) if flag]
+            if error:
+                raise error
+            if failed:
+                raise ConfigError(f"rank {failed[0]} failed: its message says why.")
         return result
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. ConfigError where the device isn't there."""
+def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. ConfigError where a rank of this node has no device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         count = torch.cuda.device_count()
-        if local_rank >= count:
+        if local_ranks > count:  # the same on all ranks of the node, whichever has none
             raise ConfigError(
-                f"there is no CUDA device {local_rank}: {count} seen. Give --general.device cpu, or as many "
-                "processes (--nproc_per_node) as there are devices."
+                f"{local_ranks} processes need as many CUDA devices, and {count} are seen. Give a smaller "
+                "--nproc_per_node, or --general.device cpu."
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
@@ -94,10 +107,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 @contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
     """Joins the processes that torchrun started (nccl on CUDA, gloo on the CPU), or stands alone."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    device = choose_device(device_name, local_rank)
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(device_name, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied
@@ -106,26 +118,29 @@ def process_group(device_name: str) -> Iterator[Ranks]:
         return
     if device.type == "mps":
         raise ConfigError("MPS is one device: start train.py without torchrun.")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, timeout=timedelta(minutes=30))
+    yield Ranks(rank, local_rank, world_size, device)
+    # all leave together: gloo aborts a rank whose peers hang up on it. After an error there is no farewell, it
+    # would wait for ranks that wait for this one, and keep its message
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def uses_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Whether matrix products run in bfloat16. `auto`: where the device has it in hardware."""
+    if dtype != "auto":
+        return dtype == "bfloat16"
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield Ranks(rank, local_rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # twice as fast as float32 on a CPU with these instructions, several times slower without
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
 def autocast(device: torch.device, dtype: str):
-    """The context a forward pass runs in. `auto` is bfloat16 where the device has it in hardware, else float32."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # twice as fast as float32 on a CPU with these instructions, several times slower without
-            cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-            fast = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
-        dtype = "bfloat16" if fast else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    """The context that a forward pass runs in."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_bfloat16(device, dtype) else nullcontext()
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -133,7 +148,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]  # an A40 is no A4000
+    # an A40 is no A4000, and a Ti, a laptop's or a slice of a card has a peak of its own
+    known = [
+        key for key in PEAK_FLOPS if re.search(rf"\b{key}\b(?! (?:Ti|SUPER|NVL|D)\b)(?!.*\b(?:Laptop|MIG)\b)", name)
+    ]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 

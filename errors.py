@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A mistake in the settings. Every rank finds the same one, so only the first of a node tells it."""
+    """A mistake that every rank finds alike, in the settings for instance: the first of a node tells it."""
 
 
 def run(main: Callable[[], None]) -> None:

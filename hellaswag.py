@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import hub
 from checkpoint import load_model
 from distributed import Ranks, autocast, process_group
-from errors import UserError, run
+from errors import ConfigError, UserError, run
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -151,13 +151,14 @@ def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | N
                 break
             try:
                 row = json.loads(line)
+                row["label"] = int(row["label"])  # a number in the authors' file, text in tables of the hub
                 if row["label"] not in range(4) or len(row["endings"]) != 4 or not all(row["endings"]):
                     raise ValueError("it needs four endings and a label from 0 to 3")
                 examples.append(render(row, tokenizer, style))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}, line {number} is no HellaSwag example: {error!r}") from None
+                raise ConfigError(f"{path}, line {number} is no HellaSwag example: {error!r}") from None
     if not examples:
-        raise UserError(f"{path} holds no HellaSwag examples.")
+        raise ConfigError(f"{path} holds no HellaSwag examples.")
     return examples
 
 
@@ -210,15 +211,20 @@ def losses(model: GPT, examples: list[Example], device: torch.device) -> torch.T
     return grid.sum(dim=1).cpu().double().view(len(examples), 4)
 
 
+def check_length(examples: list[Example], block_size: int) -> None:
+    """ConfigError where an ending is longer than the block size: it could not be scored whole."""
+    longest = max(len(ending) for example in examples for ending in example.endings)
+    if longest > block_size:
+        raise ConfigError(
+            f"a HellaSwag ending has {longest} tokens, more than the block size {block_size}. Train without: "
+            "--evaluation.every-n-steps 0."
+        )
+
+
 def picks(
     model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None
 ) -> Iterator[tuple[int, int, int]]:
     """For each example its index, the ending of least loss, and that of least loss a unit of length."""
-    longest = max(len(ending) for example in examples for ending in example.endings) if examples else 0
-    if longest > model.config.block_size:
-        raise UserError(
-            f"a HellaSwag ending of {longest} tokens is longer than the block size {model.config.block_size}."
-        )
     size = [len(e.context) + max(map(len, e.endings)) for e in examples]
     by_size = sorted(range(len(examples)), key=lambda i: size[i], reverse=True)  # rows of a batch are alike
     for start in range(0, len(by_size), batch_size):
@@ -257,6 +263,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
+    check_length(examples, model.config.block_size)
     was_training = model.training
     model.eval()
     mine = examples[ranks.rank :: ranks.world_size]
@@ -306,7 +313,7 @@ def main() -> None:
         if (limit is not None and limit < 1) or batch_size < 1:
             raise UserError("--limit and --batch-size must be at least 1.")
         with process_group(device) as ranks:
-            loaded = load_model(model, ranks.device)
+            loaded = ranks.main_first(lambda: load_model(model, ranks.device))
             tokenizer = load_tokenizer(loaded.tokenizer)
             path = ranks.main_first(lambda: fetch(file, language))
             examples = load_examples(path, tokenizer, style, limit)

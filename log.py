@@ -7,6 +7,7 @@ row has scores alone. Floats are written so that they read back to the bit; what
 import csv
 import math
 import os
+import re
 from pathlib import Path
 
 from errors import UserError
@@ -72,12 +73,14 @@ class Samples:
     def __init__(self, path: Path, step: int):
         """Cuts what a run resumed at `step` had written from there on."""
         self.path = path
-        rows = path.read_text(encoding="utf-8").splitlines()[2:] if path.exists() else []
-        kept = [row + "\n" for row in rows if int(row.split("|")[1]) < step]
-        path.write_text(self.HEADER + "".join(kept), encoding="utf-8")
+        rows = path.read_text(encoding="utf-8").split("\n")[2:] if path.exists() else []
+        kept = [row + "\n" for row in rows if (found := re.match(r"\| (\d+) \|", row)) and int(found[1]) < step]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.HEADER + "".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
 
     def write(self, step: int, texts: list[str]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
             for text in texts:
                 cell = text.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
                 file.write(f"| {step} | {cell} |\n")

@@ -74,18 +74,21 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
 
 
 def _hellaswag(axis, rows: list[dict], tokens_at: dict[int, int] | None, colour: str, name: str, total: int) -> None:
-    """The score with its standard error, that of a mean over `total` questions."""
+    """The score with its standard error, that of a mean over `total` questions (0: not known, not drawn)."""
     steps, values = column(rows, "hellaswag")
-    errors = [math.sqrt(p * (1 - p) / max(1, total - 1)) for p in values]
+    errors = [math.sqrt(p * (1 - p) / max(1, total - 1)) if total else 0.0 for p in values]
     at = [tokens_at[step] for step in steps] if tokens_at else steps
     axis.errorbar(at, values, yerr=errors, color=colour, marker="o", markersize=3.5, capsize=2, label=name)
 
 
 def _examples(run: Path) -> int:
-    """How many HellaSwag questions a run answers, from its config.json."""
-    path = run / "config.json"
-    limit = json.loads(path.read_text(encoding="utf-8"))["evaluation"]["limit"] if path.exists() else None
-    return limit or HELLASWAG_EXAMPLES
+    """How many HellaSwag questions a run answers, from its config.json; 0 where that doesn't tell."""
+    try:
+        evaluation = json.loads((run / "config.json").read_text(encoding="utf-8"))["evaluation"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    whole = HELLASWAG_EXAMPLES if evaluation["file"] is None and evaluation["language"] == "en" else 0
+    return evaluation["limit"] or whole
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from distributed import Ranks
 from errors import ConfigError
 from model import GPT
 from shards import Dataset, write_json
-from tokenizer import Tokenizer
-from train_config import Config, differences, read_config, to_json
+from tokenizer import Tokenizer, load_tokenizer
+from train_config import Config, differences, read_config, to_json, variant
 
 
 @dataclass
@@ -35,25 +35,38 @@ class Start:
 def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
     """The weights and the place to begin at, as --general.init-from says; writes config.json."""
     out, init_from = Path(config.general.out_dir), config.general.init_from
-    found = checkpoint.latest(out) if init_from == "resume" else None
-    if init_from != "resume" and ((out / "config.json").exists() or checkpoint.checkpoints(out)):
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--general.out-dir {out} is a file.")
+    found = None
+    if init_from == "resume":
+        found = checkpoint.latest(out)
+        if found is None and checkpoint.checkpoints(out):
+            raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is sound.")
+        # what the run began from is what it begins from again, if it was killed before its first checkpoint
+        init_from = read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
+    elif (out / "config.json").exists() or checkpoint.checkpoints(out):
         raise ConfigError(
             f"{out} holds a run already. Go on with it: --general.init-from resume, or begin another beside it: "
             "--general.out-dir out/NAME."
         )
+    if len(places := set(ranks.gather(int(found.name[5:]) if found else -1))) > 1:
+        raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, places))}): share it.")
     torch.manual_seed(config.general.seed)
     if found:
         start = _resumed(found, config, identity(config, dataset, order, tokenizer), ranks)
-    elif init_from in ("scratch", "resume"):
+    elif init_from == "scratch":
         start = Start(GPT(config.model), None, 0, 0, Position())
     else:
+        ranks.print(f"beginning with the weights of {init_from}")
         loaded = ranks.main_first(lambda: checkpoint.load_model(init_from, torch.device("cpu")))
+        if load_tokenizer(loaded.tokenizer).sha256 != tokenizer.sha256:
+            raise ConfigError(f"the weights of {init_from} know another tokenizer than {dataset.folder}.")
         start = Start(_fitted(loaded.model, config, init_from), None, 0, 0, Position())
 
     ranks.wait()  # all have looked at the folder before rank 0 writes to it
     if ranks.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", to_json(config))
+        write_json(out / "config.json", to_json(variant(config, general={"init_from": init_from})))
         if tokenizer.name != "gpt2":
             shutil.copyfile(tokenizer.file, out / tokenizer.name)
     return start

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import checkpoint
 from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
-from distributed import Mark, Ranks, StopSignals, autocast, peak_flops, peak_memory_mib, process_group
-from errors import ConfigError, UserError
+from distributed import Mark, Ranks, StopSignals, autocast, peak_flops, peak_memory_mib, process_group, uses_bfloat16
+from errors import ConfigError
 from errors import run as run_script
-from hellaswag import Example, evaluate, fetch, load_examples
+from hellaswag import Example, check_length, evaluate, fetch, load_examples
 from log import Log, Samples
 from model import GPT
 from optim import adamw, learning_rate, load_optimizer_state, optimizer_state
@@ -122,6 +122,8 @@ def validate(model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config,
         text_bytes += token_bytes[counted].sum().item()
     model.train(was_training)
     nats, count, text_bytes = ranks.sum([nats, count, text_bytes])
+    if count == 0:
+        raise ConfigError(f"{dataset.folder} has not one validation row of {model.config.block_size:,} tokens.")
     return nats / count, nats / math.log(2) / text_bytes
 
 
@@ -134,9 +136,11 @@ def write_samples(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -
     return [s.prompt + text for text in texts]
 
 
-def hellaswag_examples(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Example]:
+def hellaswag_examples(config: Config, block_size: int, tokenizer: Tokenizer, ranks: Ranks) -> list[Example]:
     e = config.evaluation
-    return load_examples(ranks.main_first(lambda: fetch(e.file, e.language)), tokenizer, e.style, e.limit)
+    examples = load_examples(ranks.main_first(lambda: fetch(e.file, e.language)), tokenizer, e.style, e.limit)
+    check_length(examples, block_size)
+    return examples
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -144,6 +148,7 @@ def hellaswag_examples(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> li
 
 
 SCENES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
+SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 
 
 @dataclass
@@ -202,7 +207,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     )  # fmt: skip
     order.check(config.training.batch_tokens // config.model.block_size)
     evaluating = "eval" in config.general.mode and config.evaluation.every_n_steps > 0
-    examples = hellaswag_examples(config, tokenizer, ranks) if evaluating else []
+    examples = hellaswag_examples(config, config.model.block_size, tokenizer, ranks) if evaluating else []
 
     start = begin(config, dataset, order, tokenizer, ranks)
     raw_model = start.model.to(device)
@@ -214,7 +219,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     describe(config, order, raw_model, ranks)
     if dataset.manifest is None:
@@ -253,7 +258,7 @@ def finish(run: Run, pending: Pending) -> bool:
     row, step = pending.row, pending.row["step"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         where = [rank for rank, flag in enumerate(not_finite) if flag]
-        raise UserError(
+        raise ConfigError(  # the status is the same on every rank
             f"step {step}: loss is {loss}, gradient norm {norm}"
             + (f", first on rank {where[0]}" if where else "")
             + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
@@ -262,12 +267,15 @@ def finish(run: Run, pending: Pending) -> bool:
     row["loss"], row["grad_norm"] = loss, norm
     row["step_ms"] = pending.end.ms_since(pending.begin)
     row["tokens_per_s"] = run.config.training.batch_tokens / row["step_ms"] * 1e3
-    if peak := peak_flops(run.ranks.device):
+    peak = peak_flops(run.ranks.device)
+    if peak and uses_bfloat16(run.ranks.device, run.config.training.dtype):
         row["mfu"] = row["tokens_per_s"] * run.raw_model.flops_per_token() / (peak * run.ranks.world_size)
     row["memory_mib"] = peak_memory_mib(run.ranks.device)
     if run.ranks.is_main:
         run.log.write(row)
         run.bar.update()
+    if SCORES & row.keys():
+        run.plot()
     every = run.config.logging.every_n_steps
     if every and step % every == 0:
         run.say(console_line(row))
@@ -347,9 +355,8 @@ def train(run: Run, signals: StopSignals) -> None:
         begun, begin_mark = Pending(row, status, begin_mark, end_mark), end_mark
         if pending:  # read a step late, while the device is busy with this one
             stopping |= finish(run, pending)
-            if {"val_loss", "hellaswag"} & pending.row.keys():
-                run.plot()
-                begin_mark = None
+            if SCORES & pending.row.keys():
+                begin_mark = None  # a picture was drawn
         pending, tokens, position = begun, tokens + config.training.batch_tokens, data.end
 
     loader.close()
@@ -388,7 +395,7 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
         loss, bpb = validate(loaded.model, dataset, tokenizer, config, ranks)
         ranks.print(f"validation loss {loss:.4f} | {bpb:.4f} bits a byte")
     if "eval" in config.general.mode:
-        examples = hellaswag_examples(config, tokenizer, ranks)
+        examples = hellaswag_examples(config, loaded.model.config.block_size, tokenizer, ranks)
         scores = evaluate(loaded.model, examples, config.evaluation.style, ranks, config.training.dtype)
         ranks.print(*scores.values(), sep="\n")
     if "sample" in config.general.mode:

@@ -248,10 +248,10 @@ def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
         else:
             if config.model.vocab_size == 0:
                 config = variant(config, model={"vocab_size": dataset.vocab_size})
-            elif config.model.vocab_size < dataset.vocab_size:
+            elif config.model.vocab_size != dataset.vocab_size:
                 problems.append(
-                    f"--model.vocab-size {config.model.vocab_size:,} is less than the {dataset.vocab_size:,} of "
-                    f"{config.data.dataset}'s tokenizer. Leave it out to have the data set's."
+                    f"--model.vocab-size {config.model.vocab_size} is not the {dataset.vocab_size} of "
+                    f"{config.data.dataset}'s tokenizer. Leave it out (it is padded to a multiple of 128 anyhow)."
                 )
             if "val" in config.general.mode and len(dataset.val) <= config.model.block_size:
                 problems.append(
@@ -279,7 +279,7 @@ def check(config: Config, world_size: int) -> list[str]:
             need(value is None or value >= low, f"{section}.{name.replace('_', '-')}", value, f"give at least {low}")
 
     model, training, optimizer, sampling = config.model, config.training, config.optimizer, config.sampling
-    need(len(config.general.mode) > 0, "general.mode", "", "give at least one of train, val, eval, sample")
+    need(len(config.general.mode) > 0, "general.mode", "()", "give at least one of train, val, eval, sample")
     at_least(0, "general", "seed")
     at_least(1, "data", "chunk_tokens", "num_streams")
     at_least(1, "model", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head")
@@ -292,11 +292,18 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(1, "evaluation", "limit")
     at_least(1, "sampling", "num_samples", "max_new_tokens", "top_k")
     at_least(0, "sampling", "temperature")
-    if problems:  # the rest divides by these
+    can_divide = not problems
+    need(0 <= model.dropout < 1, "model.dropout", model.dropout, "must be from 0 to below 1")
+    need(0 <= optimizer.min_lr_ratio <= 1, "optimizer.min-lr-ratio", optimizer.min_lr_ratio, "must be from 0 to 1")
+    need(0 <= optimizer.beta1 < 1, "optimizer.beta1", optimizer.beta1, "must be from 0 to below 1")
+    need(0 <= optimizer.beta2 < 1, "optimizer.beta2", optimizer.beta2, "must be from 0 to below 1")
+    need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be above 0")
+    top_p = sampling.top_p
+    need(top_p is None or 0 < top_p <= 1, "sampling.top-p", top_p, "must be above 0, up to 1")
+    if not can_divide:
         return problems
     need(model.n_embd % model.n_head == 0, "model.n-embd", model.n_embd, f"must be a multiple of n_head {model.n_head}")
     need(model.n_head % model.kv_heads == 0, "model.n-kv-head", model.n_kv_head, f"must divide n_head {model.n_head}")
-    need(0 <= model.dropout < 1, "model.dropout", model.dropout, "must be from 0 to below 1")
     row_tokens = training.micro_batch_size * model.block_size * world_size
     need(
         training.batch_tokens % row_tokens == 0 or "train" not in config.general.mode,
@@ -306,10 +313,6 @@ def check(config: Config, world_size: int) -> list[str]:
         f"{world_size} ranks = {row_tokens:,}, such as {max(1, training.batch_tokens // row_tokens) * row_tokens:,}"
         "; or change micro_batch_size",
     )
-    need(0 <= optimizer.min_lr_ratio <= 1, "optimizer.min-lr-ratio", optimizer.min_lr_ratio, "must be from 0 to 1")
-    need(0 <= optimizer.beta1 < 1, "optimizer.beta1", optimizer.beta1, "must be from 0 to below 1")
-    need(0 <= optimizer.beta2 < 1, "optimizer.beta2", optimizer.beta2, "must be from 0 to below 1")
-    need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be above 0")
     need(
         sampling.top_p is None or 0 < sampling.top_p <= 1, "sampling.top-p", sampling.top_p, "must be above 0, up to 1"
     )
@@ -331,10 +334,8 @@ def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
 
 
 def read_config(path: Path) -> dict:
-    """`config.json` of a run; empty where it is gone."""
-    if not path.exists():
-        return {}
+    """`config.json` of a run; empty where it is gone or damaged: it is a record, the checkpoints have what counts."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    except (OSError, ValueError):
+        return {}

@@ -80,6 +80,15 @@ def test_only_the_newest_are_kept_and_a_step_can_be_saved_again(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
 
 
+def test_a_save_behind_damaged_later_checkpoints_keeps_what_it_wrote(tmp_path):
+    save_steps(tmp_path, 40, 50)
+    for path in checkpoints(tmp_path):
+        (path / "model.safetensors").write_bytes(b"")
+    save_steps(tmp_path, 10, 20, 30, keep=2)
+    assert latest(tmp_path).name == "step_00000030"
+    assert [path.name for path in checkpoints(tmp_path)][:2] == ["step_00000020", "step_00000030"]
+
+
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
     save_steps(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "step_00000001"

@@ -6,9 +6,8 @@ import signal
 import pytest
 import torch
 
-import distributed
 from distributed import Mark, Ranks, StopSignals, autocast, choose_device, peak_flops
-from errors import ConfigError
+from errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 
@@ -34,7 +33,9 @@ def test_a_second_interrupt_ends_at_once():
     ("name", "peak"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
      ("NVIDIA GH200 480GB", 989e12), ("NVIDIA RTX A4000", None), ("NVIDIA A40", 149.7e12), ("NVIDIA L40S", 362e12),
-     ("NVIDIA GeForce RTX 4090", 165.2e12), ("Some new card", None)],
+     ("NVIDIA GeForce RTX 4090", 165.2e12), ("Some new card", None),
+     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3080 Ti", None), ("NVIDIA H100 NVL", 835e12),
+     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA H200 NVL", None)],
 )  # fmt: skip
 def test_the_peak_is_the_devices_own_or_unknown(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -44,9 +45,10 @@ def test_the_peak_is_the_devices_own_or_unknown(name, peak, monkeypatch):
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="no CUDA device 2: 2 seen"):
-        choose_device("cuda", local_rank=2)
-    assert choose_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    for rank in range(3):  # all ranks find it, so that the one that speaks does too
+        with pytest.raises(ConfigError, match="3 processes need as many CUDA devices, and 2 are seen"):
+            choose_device("cuda", rank, local_ranks=3)
+    assert choose_device("cuda", 1, local_ranks=2) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
 
@@ -66,11 +68,22 @@ def test_bfloat16_is_used_where_it_is_asked_for_or_the_device_has_it(dtype, capa
 
 def test_what_the_main_rank_fetches_the_others_find(monkeypatch):
     calls = []
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: calls.append("all wait"))
+    monkeypatch.setattr(Ranks, "gather", lambda self, number: calls.append("all wait") or [0.0])
     for rank, local_rank in ((0, 0), (4, 0), (5, 1)):
         Ranks(rank, local_rank, 8, CPU).main_first(lambda rank=rank: calls.append(rank))
     wait = "all wait"
     assert calls == [0, wait, wait, wait, wait, 4, wait, wait, wait, wait, 5, wait]
+
+
+def test_where_one_rank_fails_to_fetch_all_end_and_it_says_why(monkeypatch):
+    def fail() -> None:
+        raise UserError("no network")
+
+    monkeypatch.setattr(Ranks, "gather", lambda self, number: [1.0, 0.0])
+    with pytest.raises(UserError, match="no network"):
+        Ranks(0, 0, 2, CPU).main_first(fail)
+    with pytest.raises(ConfigError, match="rank 0 failed"):
+        Ranks(1, 1, 2, CPU).main_first(lambda: None)
 
 
 def test_marks_measure_time():

@@ -49,7 +49,9 @@ def test_a_file_that_is_no_log_is_refused_and_a_bad_line_named(tmp_path):
 
 def test_samples_are_rows_of_a_table_and_are_cut_at_a_resume(tmp_path):
     samples = Samples(tmp_path / "samples.txt", 0)
+    odd = "a\x0bb\x0cc\x1cd\x85e\u2028f"  # what splitlines would take for the end of a line
     for step in (5, 10, 15):
-        samples.write(step, [f"one | at\n{step}", "two"])
+        samples.write(step, [f"one | at\n{step}", odd])
     Samples(tmp_path / "samples.txt", 10)
-    assert (tmp_path / "samples.txt").read_text() == Samples.HEADER + "| 5 | one \\| at<br>5 |\n| 5 | two |\n"
+    expected = Samples.HEADER + f"| 5 | one \\| at<br>5 |\n| 5 | {odd} |\n"
+    assert (tmp_path / "samples.txt").read_bytes().decode() == expected

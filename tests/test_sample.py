@@ -46,8 +46,13 @@ def test_a_token_costs_one_tokens_work(monkeypatch):
 @torch.no_grad()
 def test_a_full_context_lets_its_older_half_go_and_writing_goes_on():
     model = make_model(block_size=16)
-    cached = torch.stack(list(generate(model, torch.randint(0, 300, (1, 10)), 60, temperature=0)), dim=1)
-    assert cached.shape == (1, 60)
+    prompt = torch.randint(0, 300, (1, 10))
+    context = prompt[0].tolist()
+    for token in generate(model, prompt, 60, temperature=0):
+        assert token == model(torch.tensor([context]))[0, -1].argmax()
+        context.append(token.item())
+        if len(context) > 16:
+            context = context[-8:]
     torch.manual_seed(1)
     prompt = torch.randint(0, 300, (1, 40))
     first = next(generate(model, prompt, 1, temperature=0))
@@ -107,6 +112,19 @@ def run(dataset, tmp_path):
     save(tmp_path / "run", 1, model_tensors(make_model()), {}, state, keep=0)
     (tmp_path / "run" / "tokenizer.json").write_bytes((dataset / "tokenizer.json").read_bytes())
     return tmp_path / "run"
+
+
+def test_a_prompt_comes_behind_an_end_of_text(dataset, monkeypatch):
+    model, tokenizer, seen = make_model(), load_tokenizer(dataset), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, cache: (seen.append(idx.tolist()), hidden(idx, cache))[1])
+    sample(model, tokenizer, "the model", 2, 1, 1.0, None, None, 0)
+    assert seen == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
+
+
+def test_sampling_works_under_bfloat16(dataset):
+    model, tokenizer = make_model(), load_tokenizer(dataset)
+    assert len(sample(model, tokenizer, "the model", 2, 20, 1.0, 50, 0.9, 0, dtype="bfloat16")) == 2
 
 
 def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):

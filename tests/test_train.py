@@ -350,6 +350,31 @@ def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, u
         call(train.main, *flags(dataset, unbroken, general__init_from="resume", **change))
 
 
+def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(unbroken, dataset, tmp_path):
+    out = cut_back_to(unbroken, 2, tmp_path / "run")
+    for path in checkpoint.checkpoints(out):
+        (path / "model.safetensors").write_bytes(b"")
+    before = {name: (out / name).read_bytes() for name in ("log.csv", "samples.txt", "config.json")}
+    with pytest.raises(ConfigError, match="none of the 2 checkpoints"):
+        call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_began(unbroken, dataset, tmp_path):
+    changes = {"general__init_from": unbroken, "saving__every_n_steps": 0, "training__max_steps": 2}
+    call(train.main, *flags(dataset, tmp_path / "run", **changes))
+    first = measured(tmp_path / "run")
+    for _ in range(2):
+        call(train.main, *flags(dataset, tmp_path / "run", **changes | {"general__init_from": "resume"}))
+        assert measured(tmp_path / "run") == first
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(unbroken, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Ranks, "gather", lambda self, number: [number, number - 1.0])
+    with pytest.raises(ConfigError, match="the ranks see different checkpoints"):
+        call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
+
+
 def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
     with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
         call(train.main, *flags(dataset, unbroken, general__init_from="resume", training__max_steps=5))
@@ -365,6 +390,9 @@ def test_weights_of_another_run_can_begin_one(unbroken, dataset, tmp_path):
     line = flags(dataset, tmp_path / "tuned", general__init_from=unbroken, training__max_steps=1)
     call(train.main, *line)
     assert read_log(tmp_path / "tuned" / "log.csv")[0]["val_loss"] == read_log(unbroken / "log.csv")[-1]["val_loss"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        call(train.main, *flags(dataset, tmp_path / "file"))
     with pytest.raises(ConfigError, match="n_embd: 16 there, 32 here"):
         call(train.main, *flags(dataset, tmp_path / "wide", general__init_from=unbroken, model__n_embd=32))
 
@@ -401,7 +429,7 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"training__batch_tokens": 4096}, "an epoch has no step"),
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
-        ({"model__vocab_size": 200}, "--model.vocab-size 200 is less than the 300"),
+        ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
         ({"model__block_size": 512}, "validation tokens, not one row of block_size 512"),
         ({"general__init_from": "out/none"}, "there is no model at out/none"),
     ],

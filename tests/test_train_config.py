@@ -86,6 +86,12 @@ def test_a_value_out_of_range_is_told_with_its_flag(section, field, value):
     assert problem.startswith(f"--{section}.{field.replace('_', '-')} ")
 
 
+def test_all_problems_are_told_whatever_their_kind():
+    config = variant(Config(), training={"max_steps": 0}, optimizer={"beta1": 2.0}, sampling={"top_p": 2.0})
+    assert len(check(config, 1)) == 3
+    assert len(check(variant(Config(), model={"n_head": 7}, sampling={"top_p": 2.0}), 1)) == 2
+
+
 def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
     (problem,) = check(Config(), world_size=3)
     assert "micro_batch_size 16 x block_size 1,024 x 3 ranks = 49,152, such as 491,520" in problem
