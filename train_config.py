@@ -313,9 +313,6 @@ def check(config: Config, world_size: int) -> list[str]:
         f"{world_size} ranks = {row_tokens:,}, such as {max(1, training.batch_tokens // row_tokens) * row_tokens:,}"
         "; or change micro_batch_size",
     )
-    need(
-        sampling.top_p is None or 0 < sampling.top_p <= 1, "sampling.top-p", sampling.top_p, "must be above 0, up to 1"
-    )
     return problems
 
 
