@@ -52,7 +52,8 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
         if val:
             axes["loss"].annotate(
                 f"{val[-1]:.3f}", (axes["loss"].lines[-1].get_xdata()[-1], val[-1]), textcoords="offset points",
-                xytext=(0, -13), color=colour, ha="center",
+                xytext=(4, 7), color=colour, ha="right",
+                bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "edgecolor": "none"},
             )  # fmt: skip
         _hellaswag(axes["hellaswag"], rows, tokens_at if x == "tokens" else None, colour, name, _examples(path))
         line("lr", "lr", color=colour)
