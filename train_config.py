@@ -161,7 +161,7 @@ PRESETS: dict[str, Config] = {
     # three minutes on a laptop: Python from Python's own standard library
     "demo": variant(
         GPT2,
-        data={"dataset": "data/demo", "num_streams": 16},
+        data={"dataset": "data/demo"},
         model={"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 192},
         training={"max_steps": 400, "batch_tokens": 4096, "micro_batch_size": 16, "compile": "off"},
         optimizer={"max_lr": 3e-3, "warmup_steps": 40},
