@@ -408,9 +408,8 @@ def main() -> None:
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     with process_group(config.general.device) as ranks:
         if "train" in config.general.mode:
-            run = set_up(config, dataset, ranks)
             with StopSignals() as signals:
-                train(run, signals)
+                train(set_up(config, dataset, ranks), signals)  # no name holds the model when the ranks part
         else:
             assess(config, dataset, ranks)
 

@@ -5,7 +5,7 @@ set -euo pipefail
 python tokenizer.py train --input "$1" --vocab-size 8192 --out data/fineweb-bpe.json
 python fineweb.py files --input "$1" --tokenizer data/fineweb-bpe.json --val-tokens 100000 --out-dir data/fineweb-8k
 python train.py gpt2 --general.out-dir out/fineweb-10m --data.dataset data/fineweb-8k \
-    --data.num-streams 16 --model.block-size 256 --model.n-layer 6 --model.n-head 5 --model.n-embd 320 \
+    --model.block-size 256 --model.n-layer 6 --model.n-head 5 --model.n-embd 320 \
     --training.batch-tokens 4096 --training.micro-batch-size 16 --training.max-steps 750 \
     --optimizer.max-lr 2e-3 --optimizer.warmup-steps 75 \
     --validation.every-n-steps 75 --evaluation.every-n-steps 750 --sampling.every-n-steps 250 --saving.every-n-steps 250 \
