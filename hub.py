@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what a name stands for now, files that arrive whole, and faults that pass.
+"""The Hugging Face hub: which commit a name stands for, files that arrive whole, and faults that pass.
 
     >>> revision = hub.revision_of("HuggingFaceFW/fineweb-edu")
     >>> path = hub.download("openai-community/gpt2", "model.safetensors", None, Path("data/gpt2"), "model")
@@ -24,7 +24,7 @@ class Unreachable(UserError):
     """There is no way to the hub from here."""
 
 
-def library():
+def client():
     """The hub's library, told to download by plain HTTP: its faults are what our tests know."""
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     import huggingface_hub
@@ -34,7 +34,7 @@ def library():
 
 def revision_of(repo: str, revision: str | None = None, repo_type: str = "dataset") -> str:
     """The commit that `revision` (None: the main branch) is now; at once a UserError where the hub is out of reach."""
-    api = library().HfApi()
+    api = client().HfApi()
     return call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo, first=True).sha
 
 
@@ -45,7 +45,7 @@ def download(
     revision = revision or revision_of(repo, repo_type=repo_type)
 
     def fetch() -> Path:
-        path = Path(library().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
+        path = Path(client().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
         with open(path, "rb") as file:
             if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 path.unlink()

@@ -18,6 +18,7 @@ import os
 import sysconfig
 import tempfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import glob
@@ -72,7 +73,7 @@ class Task:
 
 
 @dataclass
-class Source:
+class Source(ABC):
     """A source of documents; `open` finds its units, `fetch` brings one here and splits it into tasks."""
 
     name: str
@@ -83,13 +84,15 @@ class Source:
     downloads = False
     tokens_per_byte = 0.4  # for the estimate of disk; FineWeb-Edu's parquet files hold 0.35 GPT-2 tokens a byte
 
+    @abstractmethod
     def open(self, revision: str | None = None) -> None:
-        raise NotImplementedError
+        """Finds the units, of `revision` where the source has several."""
 
+    @abstractmethod
     def fetch(self, unit: int, folder: Path) -> list[Task]:
-        raise NotImplementedError
+        """Brings a unit to `folder`, if it isn't here, and splits it into tasks."""
 
-    def release(self, unit: int, folder: Path) -> None:
+    def release(self, unit: int, folder: Path) -> None:  # noqa: B027, local files have nothing to delete
         """Deletes what `fetch` downloaded."""
 
 
@@ -196,7 +199,7 @@ class HubFiles(Source):
     downloads = True
 
     def open(self, revision: str | None = None) -> None:
-        api = hub.library().HfApi()
+        api = hub.client().HfApi()
         self.revision = _revision(self.repo, revision)
         tree = hub.call(
             lambda: list(
@@ -250,7 +253,7 @@ def _revision(repo: str, revision: str | None) -> str:
 
 
 def _stream(repo: str, config: str | None, split: str, revision: str):
-    hub.library()
+    hub.client()
     from datasets import load_dataset
 
     return hub.call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)
