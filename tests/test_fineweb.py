@@ -458,16 +458,6 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
     assert list((tmp_path / "d").glob("parts/*.npz"))
 
 
-def test_control_c_says_that_the_same_command_goes_on(tmp_path, long_pages):
-    process = start(tmp_path / "d", long_pages, workers=1, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
-    kill_group(process, signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "what is done is kept" in stderr
-    assert "Traceback" not in stderr
-
-
 # ---------------------------------------------------------------------------------------------------------
 # a folder that is in use
 

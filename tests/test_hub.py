@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,14 +39,27 @@ def server():
 
 
 @pytest.fixture
-def prepare(server, tmp_path):
-    """Runs fineweb.py against the server; returns the finished process."""
+def start(server, tmp_path):
+    """Starts fineweb.py against the server."""
 
-    def run(*arguments: object, endpoint: str | None = None) -> subprocess.CompletedProcess:
+    def start(*arguments: object, endpoint: str | None = None) -> subprocess.Popen:
         env = os.environ | {"HF_ENDPOINT": endpoint or server.endpoint, "HF_HOME": str(tmp_path / "hf")}
         env |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments), "--workers", "1"]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, **pipes)
+
+    return start
+
+
+@pytest.fixture
+def prepare(start):
+    """Runs fineweb.py against the server; returns the finished process."""
+
+    def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+        with start(*arguments, **options) as process:
+            stdout, stderr = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
 
@@ -85,6 +99,18 @@ def test_a_kill_between_files_fetches_only_what_is_missing(prepare, server, tmp_
     done = prepare("fineweb-edu-10BT")
     assert done.returncode == 0, done.stderr
     assert downloads(server)[before:] == ["001_00000.parquet", "002_00000.parquet"]
+
+
+def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
+    server.cut("001_00000", after_bytes=100, hang=60)  # so that it can't end before it is told to
+    with start("fineweb-edu-10BT") as process:
+        while not list(tmp_path.glob("data/*/parts/*.npz")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "what is done is kept" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_file_other_than_the_hubs_is_fetched_again(prepare, server, tmp_path):
