@@ -104,7 +104,7 @@ def test_a_kill_between_files_fetches_only_what_is_missing(prepare, server, tmp_
 def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
     server.cut("001_00000", after_bytes=100, hang=60)  # so that it can't end before it is told to
     with start("fineweb-edu-10BT") as process:
-        while not list(tmp_path.glob("data/*/parts/*.npz")):
+        while process.poll() is None and not list(tmp_path.glob("data/*/parts/*.npz")):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=20)
