@@ -1,102 +1,60 @@
 #!/usr/bin/env python
-"""Raw text to a data set of token shards, from the hub or from local files. A killed run goes on where it was.
+"""Raw text to a data set of token shards, from the hub or from files. A killed run goes on where it was.
 
     python fineweb.py                                        # FineWeb-Edu 10BT into data/fineweb-edu-10BT
     python fineweb.py fineweb2-pl --tokenizer data/pl.json   # or fineweb-10BT, wikipedia-en, stdlib, OWNER/NAME
     python fineweb.py files --input 'pages/*.jsonl.gz' --out-dir data/pages
+    python fineweb.py fineweb-edu-100BT --min-score 3.5 --out-dir s3://bucket/edu
     python fineweb.py verify data/pages
 
-Three stages. Map: workers read, encode and index tasks that the source fixes. Plan: from the indexes alone,
+Three stages. Map: workers read, filter, encode and index tasks that the source fixes. Plan: from the indexes alone,
 drop doubles, split train from validation by document, and place every document. Write: a worker a shard.
-Each task is committed by a rename, so the bytes follow from source and settings, not from the workers.
+Each task is committed whole or not at all, so the bytes follow from source and settings, not from the workers.
 """
 
 import errno
 import fcntl
-import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
-import threading
-from array import array
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice, takewhile
+from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
-import numpy as np
-
+import storage
 from errors import UserError, run
-from plan import EMPTY, KEPT, Plan, load_index, plan, shard_ranges
-from shards import MANIFEST, read_manifest, shard_name, token_dtype, verify, write_json, write_shard
-from sources import Source, Task, find, read
+from filters import Filters
+from plan import BUCKET_ROWS, SPLITS, Plan, load_index, plan
+from readers import Task, read
+from shards import MANIFEST, read_manifest, shard_name, token_dtype, verify, write_json
+from sources import Source, find
 from tokenizer import Tokenizer, load_tokenizer
+from workers import Setup, local_workers, map_task, warm_up, write_task
 
-BATCH = 256  # documents encoded at once
 WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
+SAMPLE_BYTES = 100_000  # of text that gigatoken must encode as the tokenizer itself
 
 
 # ---------------------------------------------------------------------------------------------------------
 # map: text to tokens and an index, a task at a time
 
 
-def map_task(task: Task, stem: Path) -> Path:
-    """Encodes a task's documents into `stem.bin` (tokens) and `stem.npz` (the index), committed in this order.
-
-    A document is EOT followed by its tokens. The index has a row a document: blake2b-128 of its text as
-    two uint64, tokens with EOT, bytes of UTF-8, decision.
-    """
-    tokenizer = _worker_tokenizer
-    dtype = token_dtype(tokenizer.vocab_size)
-    hashes, tokens, sizes, decisions = bytearray(), array("I"), array("Q"), bytearray()
-    texts = read(task)
-    with open(f"{stem}.bin.tmp", "wb") as file:
-        while batch := list(islice(texts, BATCH)):
-            empty = [not text.strip() for text in batch]
-            ids = iter(tokenizer.encode_batch([t for t, is_empty in zip(batch, empty, strict=True) if not is_empty]))
-            for text, is_empty in zip(batch, empty, strict=True):
-                data = text.encode("utf-8", "surrogatepass")
-                document = [] if is_empty else [tokenizer.eot_id, *next(ids)]
-                file.write(np.array(document, dtype))
-                hashes += hashlib.blake2b(data, digest_size=16).digest()
-                tokens.append(len(document))
-                sizes.append(len(data))
-                decisions.append(EMPTY if is_empty else KEPT)
-        _sync(file)
-    os.replace(f"{stem}.bin.tmp", f"{stem}.bin")
-    with open(f"{stem}.npz.tmp", "wb") as file:
-        np.savez(
-            file,
-            hash=np.frombuffer(hashes, ">u8").reshape(-1, 2),
-            tokens=np.frombuffer(tokens, np.uint32),
-            bytes=np.frombuffer(sizes, np.uint64),
-            decision=np.frombuffer(decisions, np.uint8),
-        )
-        _sync(file)
-    os.replace(f"{stem}.npz.tmp", f"{stem}.npz")
-    return stem
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 class MapStage:
     """Runs the map tasks of a source in a pool, in source order, fetching units ahead as far as the source allows."""
 
-    def __init__(self, source: Source, parts: Path, pool: ProcessPoolExecutor, max_tokens: int | None):
+    def __init__(self, source: Source, parts: str, scratch: Path, pool: Executor, max_tokens: int | None):
         from tqdm import tqdm
 
-        self.source, self.parts, self.pool, self.max_tokens = source, parts, pool, max_tokens
-        self.stems: list[Path] = []  # of all tasks begun, in source order
-        self.running: dict[Future, int] = {}  # future -> unit
+        self.source, self.parts, self.scratch, self.pool, self.max_tokens = source, parts, scratch, pool, max_tokens
+        self.there = set(storage.files(parts))  # what an earlier run had done
+        self.stems: list[str] = []  # of all tasks begun, in source order
+        self.finished: set[str] = set()
+        self.running: dict[Future, tuple[int, str]] = {}  # future -> unit, stem
         self.tasks: dict[int, int] = {}  # unit -> its tasks
         self.left: dict[int, int] = {}  # unit that is fetched -> its tasks that are not done
         self.documents = self.tokens = self.found = 0  # `found`: tokens that an earlier run had done
@@ -104,7 +62,7 @@ class MapStage:
         size = sum(unit.bytes for unit in source.units)
         self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="map", smoothing=0.05)
 
-    def run(self, ahead: int) -> list[Path]:
+    def run(self, ahead: int) -> list[str]:
         """Does all tasks that aren't done yet, `ahead` at once; returns the stems of all, in source order."""
         for unit in range(len(self.source.units)):
             while len(self.left) >= self.source.units_at_once:
@@ -116,37 +74,37 @@ class MapStage:
                     self.reap()
                 if self.enough():
                     break
-                self.stems.append(self.parts / f"{unit:05d}-{number:05d}")
-                if Path(f"{self.stems[-1]}.npz").exists():
-                    before = self.tokens
-                    self.done(unit, self.stems[-1])
-                    self.found += self.tokens - before
+                stem = f"{self.parts}/{unit:05d}-{number:05d}"
+                self.stems.append(stem)
+                if f"{unit:05d}-{number:05d}.npz" in self.there:
+                    tokens = load_index(stem)["tokens"]
+                    self.found += int(tokens.sum())
+                    self.done(unit, stem, len(tokens), int(tokens.sum()))
                 else:
-                    self.running[self.pool.submit(map_task, task, self.stems[-1])] = unit
+                    self.running[self.pool.submit(map_task, task, stem)] = unit, stem
         while self.running:
             self.reap()
         self.bar.close()
         return self.stems
 
     def fetch(self, unit: int) -> list[Task | None]:
-        marker = self.parts / f"{unit:05d}.json"
-        if marker.exists():  # all its tasks are done: the file need not be here again
-            tasks = [None] * json.loads(marker.read_text())["tasks"]
+        if f"{unit:05d}.json" in self.there:  # all its tasks are done: the file need not be here again
+            tasks = [None] * json.loads(storage.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
-            tasks = self.source.fetch(unit, self.parts / "download")
+            tasks = self.source.fetch(unit, self.scratch)
         self.tasks[unit] = self.left[unit] = len(tasks)
         self.close_if_done(unit)  # a file may have no rows
         return tasks
 
     def reap(self) -> None:
         for future in wait(self.running, return_when=FIRST_COMPLETED).done:
-            self.done(self.running.pop(future), future.result())
+            self.done(*self.running.pop(future), *future.result())
 
-    def done(self, unit: int, stem: Path) -> None:
+    def done(self, unit: int, stem: str, documents: int, tokens: int) -> None:
         """Counts a finished task."""
-        index = load_index(stem)
-        self.documents += len(index["tokens"])
-        self.tokens += int(index["tokens"].sum())
+        self.finished.add(stem)
+        self.documents += documents
+        self.tokens += tokens
         self.left[unit] -= 1
         self.close_if_done(unit)
         self.bar.update(self.source.units[unit].bytes // self.tasks[unit])
@@ -155,109 +113,133 @@ class MapStage:
 
     def close_if_done(self, unit: int) -> None:
         if self.left[unit] == 0:
-            write_json(self.parts / f"{unit:05d}.json", {"tasks": self.tasks[unit]})
-            self.source.release(unit, self.parts / "download")
+            if f"{unit:05d}.json" not in self.there:
+                write_json(f"{self.parts}/{unit:05d}.json", {"tasks": self.tasks[unit]})
+            self.source.release(unit, self.scratch)
             del self.left[unit]
 
     def enough(self) -> bool:
         """Whether the finished tasks before the first unfinished one hold max_tokens without their doubles."""
         if self.max_tokens is None or self.tokens < self.look_again_at:
             return False
-        done = list(takewhile(lambda stem: Path(f"{stem}.npz").exists(), self.stems))
-        kept = plan(done, 0, None).tokens["train"] if done else 0
+        done = list(takewhile(self.finished.__contains__, self.stems))
+        kept = sum(plan(done, 0, None, self.scratch).tokens.values())
         self.look_again_at = self.tokens + self.max_tokens - kept
         return kept >= self.max_tokens
+
+
+def use_gigatoken(source: Source, tokenizer: Tokenizer, scratch: Path, record: str) -> bool:
+    """Whether gigatoken encodes this data: only if it encodes the first documents as the tokenizer itself does.
+
+    `record` keeps the answer for a run that goes on.
+    """
+    if storage.exists(record):
+        return json.loads(storage.read_bytes(record))["gigatoken"]
+    sample, size = [], 0
+    for text in (text for unit in range(len(source.units)) for text in _texts(source, unit, scratch)):
+        sample.append(text)
+        size += len(text)
+        if size > SAMPLE_BYTES:
+            break
+    message = tokenizer.use_gigatoken(sample)
+    if message:
+        print(message)
+    write_json(record, {"gigatoken": message is None})
+    return message is None
+
+
+def _texts(source: Source, unit: int, scratch: Path) -> Iterator[bytes]:
+    return (text for task in source.fetch(unit, scratch) for batch in read(task) for text in batch.texts)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # write: a task a shard
 
 
-def write_task(
-    path: Path, sources: list[tuple[Path, int, int]], num_tokens: int, vocab_size: int, record: Path
-) -> None:
-    """Copies ranges of parts into one shard; `record`, written last, keeps its sha256 for the manifest."""
-    dtype = token_dtype(vocab_size)
-    pieces = (np.fromfile(f"{stem}.bin", dtype, b - a, offset=a * dtype.itemsize) for stem, a, b in sources)
-    write_json(record, {"sha256": write_shard(path, num_tokens, vocab_size, pieces)})
-
-
-def write_shards(placed: Plan, stems: list[Path], folder: Path, pool, shard_tokens: int, vocab_size: int) -> list[dict]:
+def write_shards(placed: Plan, folder: str, pool: Executor, shard_tokens: int, vocab_size: int) -> list[dict]:
     """Writes all shards that aren't there yet; returns their rows of the manifest."""
     from tqdm import tqdm
 
+    there, recorded = set(storage.files(folder)), set(storage.files(f"{folder}/parts"))
     rows, futures, number = [], [], 0
-    for split in ("val", "train"):
+    for split in SPLITS:
         number = max(number, 1) if split == "train" else 0  # llm.c's numbers: training begins at 1
         for begin in range(0, placed.tokens[split], shard_tokens):
             end = min(begin + shard_tokens, placed.tokens[split])
             name = shard_name(_name(folder), split, number)
-            record = folder / "parts" / f"{name}.json"
-            documents = np.searchsorted(placed.starts[split], [begin, end])
-            rows.append({"file": name, "tokens": end - begin, "documents": int(documents[1] - documents[0])})
-            if not (record.exists() and (folder / name).exists()):
-                ranges = [(stems[part], a, b) for part, a, b in shard_ranges(placed.runs[split], begin, end)]
-                futures.append(pool.submit(write_task, folder / name, ranges, end - begin, vocab_size, record))
+            rows.append({"file": name, "tokens": end - begin})
+            if not (name in there and f"{name}.json" in recorded):
+                task = (f"{folder}/{name}", placed.pieces(split, begin, end), end - begin, vocab_size)
+                futures.append(pool.submit(write_task, *task, f"{folder}/parts/{name}.json"))
             number += 1
     for future in tqdm(futures, desc="write", unit="shard"):
         future.result()
-    for row in rows:
-        row["sha256"] = json.loads((folder / "parts" / f"{row['file']}.json").read_text())["sha256"]
-    return rows
+    return [row | json.loads(storage.read_bytes(f"{folder}/parts/{row['file']}.json")) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the three together
 
 
-def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, workers: int | None) -> dict:
+def prepare(
+    source: Source, tokenizer: Tokenizer, folder: str, settings: dict, filters: Filters, workers: int | None
+) -> dict:
     """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
-    parts = folder / "parts"
+    parts = f"{folder}/parts"
+    scratch = storage.cache(folder) / "parts"  # what only this machine needs
     manifest = read_manifest(folder)
     if manifest is not None:
         if not source.downloads:  # what is here can be looked at again, the hub need not be asked
             source.open()
             settings = settings | {"revision": source.revision}
         _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
-        shutil.rmtree(parts, ignore_errors=True)  # all that can be left of a run killed in its last breath
+        for left in {parts, str(scratch)}:  # all that can be left of a run killed in its last breath
+            storage.remove(left)
         print(f"{folder} is complete already.")
         return manifest
-    begun = parts / "settings.json"
-    if begun.exists():
-        earlier = json.loads(begun.read_text())
+    begun = f"{parts}/settings.json"
+    if storage.exists(begun) and any(name.endswith(".npz") for name in storage.files(parts)):
+        earlier = json.loads(storage.read_bytes(begun))
         _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
         source.open(earlier["revision"])
         _same_settings(
             earlier, settings | {"revision": source.revision}, folder, "was begun when the source was another:"
         )
     else:
-        if any(folder.glob("*.bin")):
+        if any(name.endswith(".bin") for name in storage.files(folder)):
             raise UserError(f"{folder} holds shards but no {MANIFEST}. Move them away or give another --out-dir.")
+        storage.remove(f"{parts}/engine.json")  # begun, but nothing was done
         source.open()
     if not source.units:
         raise UserError(f"the source {source.name} has no files.")
     workers = _check_room(source, settings, folder, workers, tokenizer.vocab_size)
-    _only_one(parts)
-    (parts / "download").mkdir(exist_ok=True)
-    for stale in (parts / "download").rglob("*.incomplete"):  # of a killed download; it can't be gone on with
-        stale.unlink()
+    _only_one(scratch, folder)
+    _clean(scratch)
     write_json(begun, settings | {"revision": source.revision})
 
-    with _workers(workers, tokenizer) as pool:
-        max_tokens = settings["max_tokens"]
-        stems = MapStage(source, parts, pool, max_tokens).run(ahead=2 * workers if max_tokens else 4096)
-        placed = plan(stems, settings["val_tokens"], max_tokens) if stems else None
-        if placed is None or placed.documents["kept"] == 0:
-            raise UserError(f"the source {source.name} has no text in its {len(source.units):,} files or batches.")
-        wanted = settings["val_tokens"]
-        if wanted and placed.tokens["val"] > 2 * wanted:
-            print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
-        print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
-        shards = write_shards(placed, stems, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
+    with _failures_told(workers):
+        spec = "gpt2" if tokenizer.name == "gpt2" else str(tokenizer.file)
+        setup = Setup(spec, use_gigatoken(source, tokenizer, scratch / "download", f"{parts}/engine.json"), filters)
+        with local_workers(workers, setup) as pool:
+            max_tokens = settings["max_tokens"]
+            stage = MapStage(source, parts, scratch / "download", pool, max_tokens)
+            stems = stage.run(ahead=2 * workers if max_tokens else 4096)
+            placed = plan(stems, settings["val_tokens"], max_tokens, scratch / "buckets") if stems else None
+            if placed is None or placed.documents["kept"] == 0:
+                filtered = " that the filters leave" if placed and placed.documents["filtered"] else ""
+                where = f"in its {len(source.units):,} files or batches"
+                raise UserError(f"the source {source.name} has no text{filtered} {where}.")
+            wanted = settings["val_tokens"]
+            if wanted and placed.tokens["val"] > 2 * wanted:
+                print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
+            print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
+            shards = write_shards(placed, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
 
-    beside = folder / _tokenizer_file(tokenizer)
-    if not (beside.exists() and beside.samefile(tokenizer.file)):
-        shutil.copyfile(tokenizer.file, beside)
+    beside = f"{folder}/{_tokenizer_file(tokenizer)}"
+    if not (os.path.exists(beside) and os.path.samefile(beside, tokenizer.file)):
+        with storage.create(beside) as file:
+            file.write(tokenizer.file.read_bytes())
+    counts = {"documents": placed.documents, "tokens": placed.tokens, "text_bytes": placed.bytes}
     manifest = {
         "format": 1,
         "name": _name(folder),
@@ -266,39 +248,44 @@ def prepare(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict, 
         "eot_id": tokenizer.eot_id,
         "vocab_size": tokenizer.vocab_size,
         "split_rule": "by document: the smallest blake2b-128 hashes of the text validate",
-        "counts": {"documents": placed.documents, "tokens": placed.tokens, "text_bytes": placed.bytes},
+        "counts": counts | {"filtered_by": placed.filtered_by},
         "shards": shards,
     }
-    write_json(folder / MANIFEST, manifest)
-    shutil.rmtree(parts)
+    write_json(f"{folder}/{MANIFEST}", manifest)
+    for left in {parts, str(scratch)}:
+        storage.remove(left)
     return manifest
 
 
-def _only_one(parts: Path) -> None:
-    """A lock that this process holds until it ends; UserError where another one prepares the same folder."""
+def _only_one(scratch: Path, folder: str) -> None:
+    """A lock that this process holds until it ends; UserError where another one here prepares the same folder."""
     global _lock
     try:
-        parts.mkdir(parents=True, exist_ok=True)
-        _lock = open(parts / "lock", "w")  # noqa: SIM115, open as long as the process
+        scratch.mkdir(parents=True, exist_ok=True)
+        _lock = open(scratch / "lock", "w")  # noqa: SIM115, open as long as the process
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another fineweb.py prepares {parts.parent} right now. Let it end, or end it.") from None
+        raise UserError(f"another fineweb.py prepares {folder} right now. Let it end, or end it.") from None
     except OSError as error:
-        raise UserError(f"can't write to {parts.parent}: {error}. Give another --out-dir.") from None
+        raise UserError(f"can't write to {folder}: {error}. Give another --out-dir.") from None
+
+
+def _clean(scratch: Path) -> None:
+    """Deletes what a killed run was writing."""
+    (scratch / "download").mkdir(exist_ok=True)
+    for stale in [*scratch.parent.glob("*.tmp"), *scratch.glob("*.tmp"), *scratch.rglob("*.incomplete")]:
+        stale.unlink()
 
 
 @contextmanager
-def _workers(count: int, tokenizer: Tokenizer) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, started afresh (spawn) on every system; a killed one becomes a UserError."""
-    spec = "gpt2" if tokenizer.name == "gpt2" else tokenizer.file
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(spec,))
+def _failures_told(workers: int) -> Iterator[None]:
+    """What can end the work in its middle, in one message."""
     try:
-        yield pool
+        yield
     except BrokenProcessPool:
         raise UserError(
             "a worker was killed, most likely because the memory ran out. What is done is kept: give the same "
-            f"command with fewer --workers than {count}."
+            f"command with fewer --workers than {workers}."
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -307,33 +294,17 @@ def _workers(count: int, tokenizer: Tokenizer) -> Iterator[ProcessPoolExecutor]:
     except KeyboardInterrupt:
         print("\nstopped: what is done is kept, and the same command goes on from there.", file=sys.stderr)
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer_spec: str | Path) -> None:
-    global _worker_tokenizer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
-    _worker_tokenizer = load_tokenizer(tokenizer_spec)
-
-
-def _end_with_parent() -> None:
-    """A killed parent can't end its workers, and they would wait for work for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _name(folder: Path) -> str:
-    return Path(os.path.abspath(folder)).name
+def _name(folder: str) -> str:
+    return folder.rstrip("/").rsplit("/", 1)[-1] if storage.is_remote(folder) else Path(os.path.abspath(folder)).name
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> str:
     return tokenizer.file.name if tokenizer.name == "gpt2" else "tokenizer.json"
 
 
-def _same_settings(earlier: dict, now: dict, folder: Path, what: str) -> None:
+def _same_settings(earlier: dict, now: dict, folder: str, what: str) -> None:
     differing = [key for key in now if earlier.get(key) != now[key]]
     if differing:
         raise UserError(
@@ -343,22 +314,26 @@ def _same_settings(earlier: dict, now: dict, folder: Path, what: str) -> None:
         )
 
 
-def _check_room(source: Source, settings: dict, folder: Path, workers: int | None, vocab_size: int) -> int:
+def _check_room(source: Source, settings: dict, folder: str, workers: int | None, vocab_size: int) -> int:
     """Tells the disk and memory needed, refuses what can't fit, and returns the number of workers: as many as
     asked for, else one a core as far as the memory reaches."""
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
     tokens = min(tokens, settings["max_tokens"] or tokens)
     largest = max(unit.bytes for unit in source.units) if source.downloads else 0
-    disk = 2 * token_dtype(vocab_size).itemsize * tokens + source.units_at_once * largest
-    plan_memory = tokens // 1000 * 150  # FineWeb's documents have 1,000 tokens; 150 bytes each were measured
+    disk = source.units_at_once * largest + (
+        0 if storage.is_remote(folder) else 2 * token_dtype(vocab_size).itemsize * tokens
+    )
+    documents = tokens // 1000  # FineWeb's have 1,000 tokens
+    plan_memory = documents + min(documents, BUCKET_ROWS) * 100
     available = _available_memory()
     if workers is None:
         most = (available - plan_memory) // WORKER_MEMORY if available is not None else _cores()
         workers = max(1, min(_cores(), most))
     memory = plan_memory + workers * WORKER_MEMORY
-    there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    written = sum(path.stat().st_size for path in folder.rglob("*.bin"))  # by a run that was stopped
+    place = storage.cache(folder).absolute()
+    there = next(parent for parent in [place, *place.parents] if parent.exists())
+    written = sum(path.stat().st_size for path in place.rglob("*.bin"))  # by a run that was stopped
     free = shutil.disk_usage(there).free
     if source_bytes:
         print(
@@ -407,17 +382,21 @@ def main() -> None:
 
     if sys.argv[1:2] == ["verify"]:
         return verify_command(sys.argv[2:])
+    warm_up()
 
     def command(
         source: tyro.conf.Positional[str] = "fineweb-edu-10BT",
         /,
         *,
         input: tuple[str, ...] = (),
-        out_dir: Path | None = None,
+        out_dir: str | None = None,
         tokenizer: str = "gpt2",
         val_tokens: int | None = None,
         shard_tokens: int = 100_000_000,
         max_tokens: int | None = None,
+        min_chars: int | None = None,
+        min_score: float | None = None,
+        min_language_score: float | None = None,
         workers: int | None = None,
         text_column: str = "text",
         config: str | None = None,
@@ -429,11 +408,14 @@ def main() -> None:
             source: fineweb-edu-10BT, fineweb-edu-100BT, fineweb-10BT, fineweb2-pl (any language), wikipedia-en,
                 stdlib (this Python's source code), files (with --input), or OWNER/NAME of a hub data set.
             input: Files, folders or patterns, for the source `files`: parquet, jsonl, txt; .gz .xz .zst too.
-            out_dir: Where the data set goes [data/SOURCE].
+            out_dir: Where the data set goes, a folder or a URL such as s3://bucket/name [data/SOURCE].
             tokenizer: "gpt2" or the path of a tokenizer.json.
             val_tokens: Validation tokens, in whole documents [11 M, or 5 % if that is less].
             shard_tokens: Tokens a shard.
             max_tokens: Keep documents in source order up to the one that reaches it.
+            min_chars: Leave out documents with fewer characters.
+            min_score: Leave out documents whose column `score` is lower (FineWeb-Edu's, 0 to 5).
+            min_language_score: The same for the column `language_score` (FineWeb's and FineWeb-2's, 0 to 1).
             workers: Processes [one a core, as memory allows]. The bytes written don't depend on it.
             text_column: The column or key that holds a document's text.
             config: Configuration of a hub data set given as OWNER/NAME.
@@ -444,15 +426,16 @@ def main() -> None:
                 raise UserError(f"--{name}-tokens {value} is out of range: {low} to {2**31 - 1:,}.")
         if workers is not None and workers < 1:
             raise UserError(f"--workers {workers}: give at least 1.")
-        found = find(source, input, text_column, config, split)
-        folder = out_dir or Path("data") / source.split("/")[-1]
+        filters = Filters(min_chars, min_score, min_language_score)
+        found = find(source, input, (text_column, *filters.columns), config, split)
+        folder = out_dir or f"data/{source.split('/')[-1]}"
         encoder = load_tokenizer(tokenizer)
         settings = {
             "source": source, "config": config, "split": split, "text_column": text_column,
             "tokenizer_sha256": encoder.sha256, "val_tokens": val_tokens, "shard_tokens": shard_tokens,
-            "max_tokens": max_tokens,
+            "max_tokens": max_tokens, **asdict(filters),
         }  # fmt: skip
-        manifest = prepare(found, encoder, folder, settings, workers)
+        manifest = prepare(found, encoder, folder, settings, filters, workers)
         counts = manifest["counts"]
         print(
             f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "

@@ -87,3 +87,11 @@ def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16), fi
             print(f"\nthe hub fails for {what}, trying again in {wait} s: {cause}", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def stream(repo: str, config: str | None, split: str, revision: str):
+    """The rows of a data set of the hub as they come, by the library `datasets`: an iterable of dicts."""
+    client()
+    from datasets import load_dataset
+
+    return call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)

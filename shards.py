@@ -10,7 +10,6 @@ with llm.c's and modded-nanogpt's files. Vocabularies over 65,536 take uint32 un
 
 import hashlib
 import json
-import os
 import re
 import resource
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+import storage
 from errors import UserError
 
 HEADER_BYTES = 256 * 4
@@ -37,8 +37,8 @@ def shard_name(name: str, split: str, number: int) -> str:
     return f"{name}_{split}_{number:06d}.bin"
 
 
-def write_shard(path: Path, num_tokens: int, vocab_size: int, pieces: Iterable[np.ndarray]) -> str:
-    """Writes one shard and commits it by a rename; returns the file's sha256.
+def write_shard(path: str | Path, num_tokens: int, vocab_size: int, pieces: Iterable[np.ndarray]) -> str:
+    """Writes one shard, here or at a URL, whole or not at all; returns the file's sha256.
 
     `pieces` are integer arrays, (n,) each, `num_tokens` ids together, every one below `vocab_size`.
     """
@@ -47,8 +47,7 @@ def write_shard(path: Path, num_tokens: int, vocab_size: int, pieces: Iterable[n
     magic = (MAGIC_UINT16, VERSION_UINT16) if dtype.itemsize == 2 else (MAGIC_UINT32, VERSION_UINT32)
     header[:3] = *magic, num_tokens
     digest, written = hashlib.sha256(header.tobytes()), 0
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with storage.create(path) as file:
         file.write(header.tobytes())
         for piece in pieces:
             if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
@@ -60,9 +59,6 @@ def write_shard(path: Path, num_tokens: int, vocab_size: int, pieces: Iterable[n
             written += len(data)
         if written != num_tokens:
             raise ValueError(f"{path}: {written:,} tokens came for a shard of {num_tokens:,}")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return digest.hexdigest()
 
 
@@ -209,13 +205,13 @@ def _fingerprint(shards: list[dict]) -> str:
     return hashlib.sha256(json.dumps([[s["tokens"], s["sha256"]] for s in shards]).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> dict | None:
+def read_manifest(folder: str | Path) -> dict | None:
     """The contents of `dataset.json`, or None where there is none."""
-    path = folder / MANIFEST
-    if not path.exists():
+    path = f"{folder}/{MANIFEST}"
+    if not storage.exists(path):
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(storage.read_bytes(path))
         for key in ("shards", "tokenizer", "eot_id", "vocab_size", "counts"):
             manifest[key]
         for shard in manifest["shards"]:
@@ -225,15 +221,11 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON and commits it by a rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes JSON, here or at a URL, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with storage.create(path) as file:
+        file.write(text.encode())
 
 
 def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int]:

@@ -5,19 +5,16 @@
     python fineweb.py roneneldan/TinyStories                 # any hub data set, through `datasets`
     >>> for text in documents(find("stdlib")): ...
 
-A source is a list of units (a file to fetch, or a batch of small ones), and a unit a list of tasks (a range
-of a parquet file's row groups, or the batch). Both follow from the source alone, never from who reads it.
+A source is a list of units (a file to fetch, or a batch of small ones), and a unit a list of tasks (a range of a
+parquet file's row groups or of a jsonl file's bytes, or the batch). Both follow from the source alone, never from
+who reads it.
 """
 
 import difflib
-import gzip
 import hashlib
-import json
-import lzma
 import os
 import sysconfig
 import tempfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,12 +22,11 @@ from glob import glob
 from pathlib import Path
 
 import hub
+import readers
 from errors import UserError
+from readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
 
-TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
 WHOLE_BYTES, SAMPLE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
-READABLE = (".jsonl", ".txt", ".py")  # and .parquet
-COMPRESSED = (".gz", ".xz", ".zst")
 
 # name -> (hub data set, folder of its parquet files)
 HUB_SOURCES = {
@@ -62,22 +58,12 @@ class Unit:
     sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Task:
-    """What one worker reads in one go; picklable. `groups` is a range of row groups of a parquet file."""
-
-    kind: str  # parquet, files, stream
-    paths: tuple[str, ...]
-    column: str
-    groups: tuple[int, int] | None = None
-
-
 @dataclass
 class Source(ABC):
     """A source of documents; `open` finds its units, `fetch` brings one here and splits it into tasks."""
 
     name: str
-    column: str = "text"
+    columns: tuple[str, ...] = ("text",)  # the text's, then those of numbers
     revision: str = ""
     units: list[Unit] = field(default_factory=list)
     units_at_once = 1000  # how many may be fetched and not yet released
@@ -119,7 +105,7 @@ class LocalFiles(Source):
                     file.seek(place)
                     digest.update(file.read(size if whole else SAMPLE_BYTES))
             alone = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
-            if alone or sizes[-1] + size > TASK_BYTES:
+            if alone or sizes[-1] + size > readers.TASK_BYTES:
                 self.batches.append([path])
                 sizes.append(size)
             else:
@@ -131,10 +117,12 @@ class LocalFiles(Source):
         self.tokens_per_byte = 0.7 if packed else 0.35  # plain English has 0.25
 
     def fetch(self, unit: int, folder: Path) -> list[Task]:
-        batch = self.batches[unit]
+        batch, size = self.batches[unit], self.units[unit].bytes
         if batch[0].endswith(".parquet"):
-            return parquet_tasks(batch[0], self.column)
-        return [Task("files", tuple(batch), self.column)]
+            return parquet_tasks(batch[0], self.columns)
+        if batch[0].endswith(".jsonl") and size > readers.TASK_BYTES:
+            return jsonl_tasks(batch[0], size, self.columns)
+        return [Task("files", tuple(batch), self.columns)]
 
 
 def _match(patterns: tuple[str, ...]) -> list[str]:
@@ -152,7 +140,7 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
         if not matched:
             raise UserError(f"--input {pattern} names no file (looked from {os.getcwd()}).")
         paths.update(matched)
-    unknown = sorted(p for p in paths if not p.endswith(".parquet") and not _plain_name(p).endswith(READABLE))
+    unknown = sorted(p for p in paths if not p.endswith(".parquet") and not plain_name(p).endswith(READABLE))
     if unknown:
         raise UserError(
             f"--input names {len(unknown)} files of an unknown kind, {unknown[0]} for one. Known are parquet, jsonl "
@@ -171,11 +159,6 @@ def _files_below(folder: str) -> list[str]:
             found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
         seen.add(real)
     return [path for path in found if os.path.isfile(path)]
-
-
-def _plain_name(path: str) -> str:
-    stem, ending = os.path.splitext(path)
-    return stem if ending in COMPRESSED else path
 
 
 def _standard_library() -> list[str]:
@@ -215,7 +198,7 @@ class HubFiles(Source):
     def fetch(self, unit: int, folder: Path) -> list[Task]:
         file = self.units[unit]
         path = hub.download(self.repo, file.name, self.revision, folder, "dataset", file.sha256)
-        return parquet_tasks(str(path), self.column)
+        return parquet_tasks(str(path), self.columns)
 
     def release(self, unit: int, folder: Path) -> None:
         (folder / self.units[unit].name).unlink(missing_ok=True)
@@ -232,17 +215,14 @@ class HubStream(Source):
 
     def open(self, revision: str | None = None) -> None:
         self.revision = _revision(self.repo, revision)
-        stream = _stream(self.repo, self.config, self.split, self.revision)
-        columns = stream.column_names
-        if columns is not None and self.column not in columns:
-            raise UserError(
-                f"{self.repo} has no column {self.column!r}: it has {', '.join(columns)}. Give --text-column."
-            )
+        stream = hub.stream(self.repo, self.config, self.split, self.revision)
+        if stream.column_names is not None:
+            check_columns(self.columns, stream.column_names, self.repo)
         self.units = [Unit(f"{self.repo} shard {i}", 0) for i in range(stream.num_shards)]
 
     def fetch(self, unit: int, folder: Path) -> list[Task]:
         where = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
-        return [Task("stream", where, self.column)]
+        return [Task("stream", where, self.columns)]
 
 
 def _revision(repo: str, revision: str | None) -> str:
@@ -252,139 +232,29 @@ def _revision(repo: str, revision: str | None) -> str:
         raise UserError(f"{error}\n{OFFLINE_WAYS}") from None
 
 
-def _stream(repo: str, config: str | None, split: str, revision: str):
-    hub.client()
-    from datasets import load_dataset
-
-    return hub.call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# reading
-
-
-def parquet_tasks(path: str, column: str) -> list[Task]:
-    """Ranges of row groups with about TASK_BYTES of text each."""
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
-
-    try:
-        metadata = pq.ParquetFile(path).metadata
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable parquet file: {error}") from None
-    names = metadata.schema.to_arrow_schema().names
-    if column not in names:
-        raise UserError(f"{path} has no column {column!r}: it has {', '.join(names)}. Give --text-column.")
-    leaf = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column), None)
-    if leaf is None:
-        raise UserError(f"{path}: the column {column!r} is nested, not text. Give --text-column.")
-    tasks, first, size = [], 0, 0
-    for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).column(leaf).total_uncompressed_size
-        if size >= TASK_BYTES or group == metadata.num_row_groups - 1:
-            tasks.append(Task("parquet", (path,), column, (first, group + 1)))
-            first, size = group + 1, 0
-    return tasks
-
-
-def read(task: Task) -> Iterator[str]:
-    """The documents of a task, in their order. A missing value is an empty document."""
-    if task.kind == "parquet":
-        yield from _read_parquet(task)
-    elif task.kind == "stream":
-        repo, config, split, revision, index, count = task.paths
-        shard = _stream(repo, config or None, split, revision).shard(num_shards=int(count), index=int(index))
-        rows = iter(shard)
-        while (row := hub.call(lambda: next(rows, None), f"{repo}, shard {index}", waits=())) is not None:
-            yield _text(row, task.column, f"{repo}, shard {index}")
-    else:
-        for path in task.paths:
-            try:
-                if _plain_name(path).endswith(".jsonl"):
-                    yield from _read_jsonl(path, task.column)
-                else:
-                    with _open(path) as file:
-                        yield file.read().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is no UTF-8 text ({error}). Convert it, with iconv for instance.") from None
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-                raise UserError(f"{path} can't be read, it may be damaged: {error}") from None
-
-
-def _read_parquet(task: Task) -> Iterator[str]:
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
-
-    path, where = task.paths[0], f"row groups {task.groups[0]} to {task.groups[1] - 1}"
-    try:
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches(batch_size=256, row_groups=range(*task.groups), columns=[task.column]):
-            for text in batch.column(0).to_pylist():
-                yield _text({task.column: text}, task.column, path)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged, in {where}: {error}. Fetch it again.") from None
-
-
-def _read_jsonl(path: str, column: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):  # bytes split at \n alone: U+2028 in a text is no line's end
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number} is no JSON object: {line[:60]!r}")
-            yield _text(row, column, f"{path}, line {number}")
-
-
-def _text(row: dict, column: str, where: str) -> str:
-    text = row.get(column)
-    if column not in row:
-        raise UserError(f"{where} has no {column!r}: it has {', '.join(map(str, row))}. Give --text-column.")
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: {column!r} is {type(text).__name__}, not text. Give --text-column.")
-    return text or ""
-
-
-def _open(path: str):
-    """A binary file object over the uncompressed contents."""
-    if path.endswith(".gz"):
-        return gzip.open(path)
-    if path.endswith(".xz"):
-        return lzma.open(path)
-    if path.endswith(".zst"):
-        import io
-
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(path, compression="zstd"))
-    return open(path, "rb")
-
-
 # ---------------------------------------------------------------------------------------------------------
 # finding one
 
 
 def find(
-    name: str, input: tuple[str, ...] = (), column: str = "text", config: str | None = None, split: str = "train"
-) -> Source:
+    name: str, input: tuple[str, ...] = (), columns: tuple[str, ...] = ("text",), config: str | None = None,
+    split: str = "train",
+) -> Source:  # fmt: skip
     """The source of that name; nothing is read yet but the names of local files."""
     if name == "files":
-        return LocalFiles("files", column, paths=_match(input))
+        return LocalFiles("files", columns, paths=_match(input))
     if input:
         raise UserError(f"--input goes with the source `files`, not with `{name}`.")
     if name == "stdlib":
-        return LocalFiles("stdlib", column, paths=_standard_library())
+        return LocalFiles("stdlib", columns, paths=_standard_library())
     if name in HUB_SOURCES:
-        return HubFiles(name, column, repo=HUB_SOURCES[name][0], prefix=HUB_SOURCES[name][1])
+        return HubFiles(name, columns, repo=HUB_SOURCES[name][0], prefix=HUB_SOURCES[name][1])
     if name.startswith("fineweb2-"):
         language = name.removeprefix("fineweb2-")
         language = FINEWEB2_LANGUAGES.get(language, language)
-        return HubFiles(name, column, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
+        return HubFiles(name, columns, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
     if name.count("/") == 1:
-        return HubStream(name, column, repo=name, config=config, split=split)
+        return HubStream(name, columns, repo=name, config=config, split=split)
     known = [*HUB_SOURCES, "fineweb2-pl", "stdlib", "files"]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
@@ -399,7 +269,8 @@ def documents(source: Source, revision: str | None = None) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         for unit in range(len(source.units)):
             for task in source.fetch(unit, Path(folder)):
-                yield from read(task)
+                for batch in read(task):
+                    yield from map(bytes.decode, batch.texts)
             source.release(unit, Path(folder))
 
 
@@ -408,6 +279,6 @@ def first_bytes(source: Source, max_bytes: int) -> Iterator[str]:
     total = 0
     for text in documents(source):
         yield text
-        total += len(text.encode("utf-8", "replace"))
+        total += len(text.encode())
         if total >= max_bytes:
             return

@@ -7,18 +7,26 @@
 GPT-2's ranks lie in `assets/gpt2.tiktoken` (OpenAI's r50k_base.tiktoken, byte for byte), so nothing is
 downloaded. Text is always encoded as ordinary text: a literal `<|endoftext|>` in a page never becomes the
 end-of-text token (EOT), which only the data preparation and the prompts put in, by its id.
+
+GPT-2's BPE is tiktoken's, the others are the library `tokenizers`'. For whole data sets `gigatoken` does the same
+ten times faster, where it is installed: it must encode a sample of the data alike, and texts in which the Unicode
+versions of the libraries differ are left to the slower ones, so that the ids never depend on which one did it.
 """
 
 import base64
 import hashlib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError, run
+from readers import without_surrogates
 
 GPT2_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken, openai_public.py
@@ -29,37 +37,97 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<s>")
 
 
-class GPT2Tokenizer:
+# Characters that Unicode 17 made letters or numbers. gigatoken knows them as such, tiktoken and tokenizers don't, so
+# a word may end elsewhere. By the first byte, what a text with one of them must hold; a few older ones match too.
+UNICODE_17 = {
+    b"\xe0": (b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c"),
+    b"\xea": (b"\xea\x9f\x8e", b"\xea\x9f\x8f", b"\xea\x9f\x92", b"\xea\x9f\x94", b"\xea\x9f\xb1"),
+    b"\xf0": (
+        b"\xf0\x90\xa5", b"\xf0\x90\xbb", b"\xf0\x91\xb6", b"\xf0\x91\xb7", b"\xf0\x96\xba", b"\xf0\x96\xbb",
+        b"\xf0\x96\xbf", b"\xf0\x98\x9f", b"\xf0\x98\xb4", b"\xf0\x98\xb6", b"\xf0\x98\xb7", b"\xf0\x9e\x9b",
+        b"\xf0\xab\x9c", b"\xf0\xac\xba", b"\xf0\xb2", b"\xf0\xb3",
+    ),
+}  # fmt: skip
+BLANKS = re.compile(
+    r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}"
+)  # Unicode's White_Space
+
+
+def _splits_alike(text: bytes) -> bool:
+    """Whether all libraries take the same characters of a text, in UTF-8, for letters and numbers."""
+    return not any(first in text and any(map(text.__contains__, wholes)) for first, wholes in UNICODE_17.items())
+
+
+class _Batches:
+    """Encodes whole data sets: by gigatoken, once it was found to do it alike."""
+
+    fast = None  # gigatoken's tokenizer
+
+    def use_gigatoken(self, sample: list[bytes]) -> str | None:
+        """From here on batches are encoded by gigatoken, if it can; else says why not. `sample` are texts in UTF-8."""
+        try:
+            import gigatoken
+        except ImportError:
+            return "gigatoken is not installed (pip install gigatoken): encoding will be some ten times slower."
+        try:
+            self.fast = self._gigatoken(gigatoken)
+            differing = sum(self.encode_batch([t])[0].tolist() != self._plain_ids(t).tolist() for t in sample)
+        except Exception as error:  # its loaders raise many kinds for a tokenizer that they don't know
+            self.fast = None
+            return f"gigatoken can't take this tokenizer ({error}): encoding will be slower."
+        if differing:
+            self.fast = None
+            return f"gigatoken encodes {differing} of the first {len(sample)} documents differently, and is not used."
+        return None
+
+    def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
+        """Ids of each text, (n,) uint32, on one thread (preparing data runs one process a core)."""
+        if self.fast is None:
+            return list(map(self._plain_ids, texts))
+        return [self.fast.encode(text) if _splits_alike(text) else self._plain_ids(text) for text in texts]
+
+
+class GPT2Tokenizer(_Batches):
     """GPT-2's byte-pair encoding: 50,257 entries, EOT is 50256. Ids equal tiktoken's `gpt2`."""
 
     name, file, sha256, vocab_size, eot_id = "gpt2", GPT2_RANKS, GPT2_SHA256, 50257, 50256
 
     def __init__(self):
-        import tiktoken
-
-        data = GPT2_RANKS.read_bytes()
-        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
+        self.data = GPT2_RANKS.read_bytes()
+        if hashlib.sha256(self.data).hexdigest() != GPT2_SHA256:
             raise UserError(
                 f"{GPT2_RANKS} is damaged (its sha256 is not OpenAI's). Restore it: git checkout {GPT2_RANKS}"
             )
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
-        self.encoding = tiktoken.Encoding(
+
+    @cached_property
+    def encoding(self):
+        import tiktoken
+
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self.data.splitlines())}
+        return tiktoken.Encoding(
             "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
         )
 
     def encode(self, text: str) -> list[int]:
-        try:
-            return self.encoding.encode_ordinary(text)
-        except BaseException as error:
-            # tiktoken's regular expression runs out of stack in half a million blanks, as a panic of its Rust
-            if type(error).__name__ != "PanicException":
-                raise
-            pieces = (text[i : i + 100_000] for i in range(0, len(text), 100_000))
-            return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
+        return self._plain_ids(without_surrogates(text).encode()).tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """One list of ids a text, on one thread (preparing data runs one process a core)."""
-        return [self.encode(text) for text in texts]
+    def _gigatoken(self, gigatoken):
+        return gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="r50k").backend
+
+    def _plain_ids(self, text: bytes) -> np.ndarray:
+        text = text.decode()
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            pass  # its regular expression runs out of stack in half a million blanks: they are taken out for it
+        pieces, at = [], 0
+        for blanks in BLANKS.finditer(text):
+            stop = blanks.end() - (blanks.end() < len(text))  # the last one goes with what follows, as in the pattern
+            pieces.append(self.encoding.encode_ordinary(text[at : blanks.start()]))
+            pieces.append(self.encoding._core_bpe.encode_single_piece(text[blanks.start() : stop].encode()))
+            at = stop
+        pieces.append(self.encoding.encode_ordinary(text[at:]))
+        return np.concatenate([np.array(piece, np.uint32) for piece in pieces])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(ids))
@@ -70,7 +138,7 @@ class GPT2Tokenizer:
         return np.array([*lengths, 0], dtype=np.int64)
 
 
-class FileTokenizer:
+class FileTokenizer(_Batches):
     """A `tokenizer.json` of the `tokenizers` library: trained by this file's `train`, or anyone's."""
 
     def __init__(self, path: str | Path):
@@ -96,24 +164,33 @@ class FileTokenizer:
         self.bpe.encode_special_tokens = True  # a literal "<|endoftext|>" in a text stays text
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """One list of ids a text. Lone surrogates, which UTF-8 can't hold, become U+FFFD, as in tiktoken."""
-        ids = self._ids(texts)
+        """Ids of a text. Lone surrogates, which UTF-8 can't hold, become U+FFFD, as in tiktoken."""
+        text = without_surrogates(text)
+        ids = self._ids(text)
         # a file may not mark its end-of-text token as special, or its model may know it as a piece
-        return [self._encode_apart(t) if self.eot_id in i else i for t, i in zip(texts, ids, strict=True)]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        encodings = self.bpe.encode_batch_fast(list(map(_without_surrogates, texts)), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self._encode_apart(text) if self.eot_id in ids else ids
 
     def _encode_apart(self, text: str) -> list[int]:
         """Encodes a text with every literal end-of-text broken behind its first character."""
         first, rest = self.eot[0], self.eot[1:]
         pieces = text.split(self.eot)
         pieces = [(rest if i else "") + p + (first if i < len(pieces) - 1 else "") for i, p in enumerate(pieces)]
-        return [i for ids in self._ids(pieces) for i in ids if i != self.eot_id]
+        return [i for piece in pieces for i in self._ids(piece) if i != self.eot_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _gigatoken(self, gigatoken):
+        """Of a tokenizer that this file trained; in others' there is more than a sample would show."""
+        settings = json.loads(self.bpe.to_str())
+        ours = json.loads(_untrained().to_str())
+        if any(settings[part] != ours[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")):
+            raise ValueError("it was not trained by tokenizer.py")
+        settings["added_tokens"] = []  # a literal end of text is text
+        return gigatoken.Tokenizer.from_json(json.dumps(settings)).backend
+
+    def _plain_ids(self, text: bytes) -> np.ndarray:
+        return np.array(self.encode(text.decode()), np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode(list(ids), skip_special_tokens=False)
@@ -133,14 +210,6 @@ class FileTokenizer:
             else:
                 lengths[i] = len(token.replace("▁", " ").encode("utf-8"))
         return lengths
-
-
-def _without_surrogates(text: str) -> str:
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 Tokenizer = GPT2Tokenizer | FileTokenizer
@@ -170,21 +239,29 @@ def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     yield tokenizer.decode(seen)[told:]
 
 
+def _untrained():
+    """A byte-level BPE with GPT-2's pre-tokenizer and an empty vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
 def train(texts: Iterable[str], vocab_size: int, out: Path, progress: bool = True) -> FileTokenizer:
     """Trains a byte-level BPE of `vocab_size` entries, EOT (the last id) among them, and saves it to `out`.
 
     The pre-tokenizer is GPT-2's; all 256 bytes are in the vocabulary, so that any text can be encoded.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise UserError(f"a byte-level vocabulary takes 256 bytes and EOT: --vocab-size {vocab_size} is under 257.")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bpe.decoder = decoders.ByteLevel()
+    bpe = _untrained()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
-    bpe.train_from_iterator(map(_without_surrogates, texts), trainer)
+    bpe.train_from_iterator(map(without_surrogates, texts), trainer)
     if bpe.get_vocab_size() != vocab_size - 1:
         raise UserError(
             f"the text is too small for {vocab_size:,} entries: it gives {bpe.get_vocab_size() + 1:,} at the most. "
@@ -222,7 +299,7 @@ def main() -> None:
             text_column: The column or key that holds a document's text.
             max_bytes: Text to learn from at the most, in UTF-8 bytes.
         """
-        source_ = sources.find(source, input, text_column)
+        source_ = sources.find(source, input, (text_column,))
         tokenizer = train(sources.first_bytes(source_, max_bytes), vocab_size, out)
         print(f"{out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
 

@@ -27,9 +27,12 @@ from helpers import call, save, save_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fineweb
+import plan as plan_module
+import readers
 import sources
 from errors import UserError
-from plan import EMPTY, KEPT, plan, shard_ranges
+from filters import EMPTY, KEPT
+from plan import load_index, plan, runs
 from shards import MANIFEST, open_dataset, read_manifest, verify
 from tokenizer import load_tokenizer, train
 
@@ -54,7 +57,7 @@ def prepare(out_dir: Path, *inputs: Path, source="files", task_bytes=500, worker
     arguments = [source, *(["--input", *inputs] if inputs else []), "--out-dir", out_dir, "--workers", workers]
     for name, value in options.items():
         arguments += [f"--{name.replace('_', '-')}", value]
-    with mock.patch.object(sources, "TASK_BYTES", task_bytes):
+    with mock.patch.object(readers, "TASK_BYTES", task_bytes):
         call(fineweb.main, *arguments)
     return read_manifest(out_dir)
 
@@ -222,10 +225,10 @@ def test_max_tokens_keeps_whole_documents_in_source_order_whatever_the_workers_a
 
 
 # ---------------------------------------------------------------------------------------------------------
-# plan and shard_ranges against the design's sentences, one document and one token at a time
+# the plan against the design's sentences, one document and one token at a time
 
 
-def write_index(stem: Path, rows: list[tuple[str, int]]) -> Path:
+def write_index(stem: Path, rows: list[tuple[str, int]]) -> str:
     """What map writes of a part whose documents are (text, tokens); no tokens stand for an empty document."""
     np.savez(
         f"{stem}.npz",
@@ -234,11 +237,11 @@ def write_index(stem: Path, rows: list[tuple[str, int]]) -> Path:
         bytes=np.array([len(text) for text, _ in rows], np.uint64),
         decision=np.array([KEPT if tokens else EMPTY for _, tokens in rows], np.uint8),
     )
-    return stem
+    return str(stem)
 
 
 def slow_plan(parts, val_tokens, max_tokens):
-    """(part, position in it) of every token of each split, in order, and the counts of documents."""
+    """(part, position in it) of every token of each document of each split, in order, and the counts of documents."""
     counts, kept, total = Counter(seen=0, kept=0, empty=0, duplicate=0, filtered=0, train=0, val=0), {}, 0
     for part, rows in enumerate(parts):
         for row, (text, tokens) in enumerate(rows):
@@ -258,7 +261,7 @@ def slow_plan(parts, val_tokens, max_tokens):
     tokens = {"train": [], "val": []}
     for text, places in kept.items():
         counts["val" if text in val else "train"] += 1
-        tokens["val" if text in val else "train"] += places
+        tokens["val" if text in val else "train"].append(places)
     return tokens, counts
 
 
@@ -270,16 +273,25 @@ def test_the_plan_and_the_shards_ranges_equal_a_slow_reference(tmp_path):
         most = sum(length.values())
         val_tokens, max_tokens = (rng.choice([None, 0, 1, rng.randint(1, most + 1)]) for _ in "vm")
         stems = [write_index(tmp_path / str(i), rows) for i, rows in enumerate(parts)]
-        placed = plan(stems, val_tokens, max_tokens or None)
-        places, counts = slow_plan(parts, val_tokens, max_tokens or None)
+        with mock.patch.object(plan_module, "BUCKET_ROWS", rng.choice([2, 5, 1000])):  # in several buckets, or in one
+            placed = plan(stems, val_tokens, max_tokens or None, tmp_path / "buckets")
+        documents_of, counts = slow_plan(parts, val_tokens, max_tokens or None)
+        places = {split: list(itertools.chain(*groups)) for split, groups in documents_of.items()}
         assert placed.documents == counts
+        starts = {split: {kept[0] for kept in groups} for split, groups in documents_of.items()}
         for split in ("train", "val"):
             assert placed.tokens[split] == len(places[split])
             shard = rng.randint(1, 20)
             for begin in range(0, len(places[split]), shard):
                 end = min(begin + shard, len(places[split]))
-                ranges = shard_ranges(placed.runs[split], begin, end)
-                assert [(part, i) for part, a, b in ranges for i in range(a, b)] == places[split][begin:end]
+                found, begun = [], 0
+                for stem, mine, first, last in placed.pieces(split, begin, end):
+                    ranges, documents_ = runs(load_index(stem)["tokens"], mine, first, last)
+                    found += [(stems.index(stem), i) for a, b in ranges.tolist() for i in range(a, b)]
+                    begun += documents_
+                    assert (ranges[1:, 0] > ranges[:-1, 1]).all()  # neighbours are one range
+                assert found == places[split][begin:end]
+                assert begun == sum(place in starts[split] for place in places[split][begin:end])
 
 
 def test_a_plan_holds_no_file_open_for_each_part(tmp_path):
@@ -287,7 +299,7 @@ def test_a_plan_holds_no_file_open_for_each_part(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
     try:
-        assert plan(stems, 0, None).documents["train"] == 200
+        assert plan(stems, 0, None, tmp_path / "buckets").documents["train"] == 200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -295,7 +307,7 @@ def test_a_plan_holds_no_file_open_for_each_part(tmp_path):
 def test_validation_is_eleven_million_tokens_unless_five_percent_are_less(tmp_path):
     for documents_, val in ((400, 11), (100, 5)):
         stem = write_index(tmp_path / "part", [(str(i), 1_000_000) for i in range(documents_)])
-        assert plan([stem], None, None).documents["val"] == val
+        assert plan([stem], None, None, tmp_path / "buckets").documents["val"] == val
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -390,6 +402,7 @@ def test_whatever_a_kill_leaves_is_gone_on_with_to_the_same_bytes(tmp_path, page
     for path in [path for pattern in LOST[lost] for path in folder.glob(pattern)]:
         path.rename(f"{path}.tmp")
         os.truncate(f"{path}.tmp", path.with_name(f"{path.name}.tmp").stat().st_size // 2)
+    save(folder / "d_train_000099.bin.tmp", b"of a worker that is no more")
     prepare(folder, pages, workers=2, **SETTINGS)
     assert snapshot(folder) == snapshot(finished)
 
@@ -530,7 +543,7 @@ def test_memory_that_only_caches_files_counts_as_free(tmp_path, pages):
 
 
 def read_all(*inputs: Path, column="text") -> list[str]:
-    return list(sources.documents(sources.find("files", tuple(map(str, inputs)), column)))
+    return list(sources.documents(sources.find("files", tuple(map(str, inputs)), (column,))))
 
 
 def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path):

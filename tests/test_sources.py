@@ -1,5 +1,6 @@
 """sources.py, local files: what is read, in which order and in which tasks follows from the source alone."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import save, save_jsonl
 
-import sources
+import readers
 from errors import UserError
 from sources import documents, find, first_bytes
 
 
 def files(*patterns, column="text"):
-    return find("files", tuple(map(str, patterns)), column)
+    return find("files", tuple(map(str, patterns)), (column,))
 
 
 def opened(*patterns):
@@ -41,7 +42,7 @@ def test_documents_come_in_the_order_of_the_sorted_paths_however_they_are_named(
 
 
 def test_tasks_follow_from_the_files_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TASK_BYTES", 40)
+    monkeypatch.setattr(readers, "TASK_BYTES", 40)
     for place in ("here", "there"):
         for i in range(20):
             save(tmp_path / place / f"{i:02d}.txt", b"page " * i)
@@ -68,7 +69,7 @@ def test_a_changed_source_has_another_revision(tmp_path, change):
 
 
 def test_small_files_share_a_task_and_large_ones_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TASK_BYTES", 100)
+    monkeypatch.setattr(readers, "TASK_BYTES", 100)
     for name, size in (("a", 10), ("b", 20), ("c", 500), ("d", 500), ("e", 10), ("f", 10)):
         save(tmp_path / f"{name}.txt", b"x" * size)
     assert names(opened(tmp_path)) == [["a.txt", "b.txt"], ["c.txt"], ["d.txt"], ["e.txt", "f.txt"]]
@@ -84,17 +85,35 @@ def test_opening_many_small_files_looks_at_each_a_few_times_only(tmp_path, monke
 
 
 def test_tasks_of_a_parquet_file_are_ranges_of_its_row_groups_each_in_one_task(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TASK_BYTES", 400)
+    monkeypatch.setattr(readers, "TASK_BYTES", 400)
     texts = [f"row {i} " + "x" * (i * 7 % 50) for i in range(100)]
     pq.write_table(pa.table({"id": range(100), "text": texts}), tmp_path / "b.parquet", row_group_size=6)
     save_jsonl(tmp_path / "a.jsonl", ["before"])
     save_jsonl(tmp_path / "c.jsonl", ["after"])
     source = opened(tmp_path)
-    ranges = [task.groups for task in tasks(source) if task.kind == "parquet"]
+    ranges = [task.part for task in tasks(source) if task.kind == "parquet"]
     assert [group for first, stop in ranges for group in range(first, stop)] == list(range(17))
     assert 3 < len(ranges) < 17
     assert list(documents(files(tmp_path))) == ["before", *texts, "after"]
     assert [task.kind for task in tasks(source)] == ["files", *["parquet"] * len(ranges), "files"]
+
+
+@pytest.mark.parametrize("ending", ["\n", ""])
+def test_a_large_jsonl_file_is_many_tasks_and_every_line_in_one_of_them(tmp_path, monkeypatch, ending):
+    texts = [f"line {i} " + "ł" * (i * 7 % 50) for i in range(60)]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + ending
+    save(tmp_path / "a.jsonl", lines.encode())
+    for size in (1, 2, 30, 31, 32, 33, 100, 1000):
+        monkeypatch.setattr(readers, "TASK_BYTES", size)
+        assert len(tasks(opened(tmp_path))) == -(-len(lines.encode()) // size)
+        assert list(documents(files(tmp_path))) == texts
+
+
+def test_a_bad_line_of_a_later_task_is_told_with_its_place(tmp_path, monkeypatch):
+    save(tmp_path / "a.jsonl", b'{"text": "a"}\n' * 10 + b"{\n")
+    monkeypatch.setattr(readers, "TASK_BYTES", 50)
+    with pytest.raises(UserError, match=r"a\.jsonl, the line at byte 140 is not JSON"):
+        list(documents(files(tmp_path)))
 
 
 def test_the_text_column_can_have_another_name(tmp_path):

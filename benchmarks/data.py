@@ -1,0 +1,286 @@
+"""How fast text becomes token shards: fineweb.py against what a user would write or pick instead, in one run.
+
+    python benchmarks/data.py PATH [--processes 1 2] [--runs 3] [--out results/data/speed.md]
+
+PATH is a folder of parquet files with a column `text`. Every way is a command of its own, from the files to finished
+shards, its start included, on a fresh folder; the ways take turns. Ours finds doubles, splits by document and hashes
+every shard beside, the others don't. With GPT-2's vocabulary throughout:
+
+    build-nanogpt   load_dataset, pool.imap over documents in chunks of 16, an array of a shard's size, np.save
+    nanoGPT         load_dataset, train_test_split, datasets.map with num_proc, a memmap written in 1,024 batches
+    tiktoken        pyarrow's batches of 256 documents to a pool, whose workers return flat uint16 arrays
+    ours-tiktoken   fineweb.py where gigatoken is not installed
+    ours            fineweb.py
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+WAYS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the ways, each in a process of its own
+
+
+def _encoding():
+    from tokenizer import load_tokenizer
+
+    return load_tokenizer("gpt2").encoding
+
+
+def _start():
+    global encoding
+    encoding = _encoding()
+
+
+def _one_document(row: dict) -> np.ndarray:
+    ids = np.array([50256, *encoding.encode_ordinary(row["text"])])
+    assert (ids >= 0).all()
+    assert (ids < 2**16).all()
+    return ids.astype(np.uint16)
+
+
+def _flat(texts: list[str]) -> np.ndarray:
+    ids = []
+    for text in texts:
+        ids.append(50256)
+        ids += encoding.encode_ordinary(text)
+    return np.array(ids, np.uint16)
+
+
+def build_nanogpt(files: list[str], out: Path, processes: int) -> None:
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(out / "cache"))
+    size, filled, shard = 10**8, 0, 0
+    buffer = np.empty(size, np.uint16)
+    with multiprocessing.Pool(processes, _start) as pool:
+        for ids in pool.imap(_one_document, rows, chunksize=16):
+            fits = min(len(ids), size - filled)
+            buffer[filled : filled + fits] = ids[:fits]
+            filled += fits
+            if fits < len(ids):
+                np.save(out / f"shard_{shard:06d}.npy", buffer)
+                shard, filled = shard + 1, len(ids) - fits
+                buffer[:filled] = ids[fits:]
+    np.save(out / f"shard_{shard:06d}.npy", buffer[:filled])
+
+
+def _with_length(row: dict) -> dict:
+    ids = encoding.encode_ordinary(row["text"])
+    ids.append(50256)
+    return {"ids": ids, "len": len(ids)}
+
+
+def nanogpt(files: list[str], out: Path, processes: int) -> None:
+    from datasets import load_dataset
+
+    _start()
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(out / "cache"), num_proc=processes)
+    splits = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    done = splits.map(_with_length, remove_columns=rows.column_names, num_proc=processes)
+    for name, split in done.items():
+        bin_ = np.memmap(out / f"{name}.bin", np.uint16, "w+", shape=(int(np.sum(split["len"], dtype=np.uint64)),))
+        at, batches = 0, min(1024, len(split))
+        for i in range(batches):
+            ids = np.concatenate(split.shard(batches, i, contiguous=True).with_format("numpy")["ids"])
+            bin_[at : at + len(ids)] = ids
+            at += len(ids)
+        bin_.flush()
+
+
+def tiktoken_best(files: list[str], out: Path, processes: int) -> None:
+    import pyarrow.parquet as pq
+
+    def batches():
+        for file in files:
+            for rows in pq.ParquetFile(file).iter_batches(256, columns=["text"]):
+                yield rows.column(0).to_pylist()
+
+    with multiprocessing.Pool(processes, _start) as pool, open(out / "train.bin", "wb") as file:
+        for ids in pool.imap(_flat, batches()):
+            file.write(ids)
+
+
+def ours(files: list[str], out: Path, processes: int) -> None:
+    import fineweb
+    from errors import run
+
+    arguments = ["files", "--input", *files, "--out-dir", str(out / "set"), "--workers", str(processes)]
+    with mock.patch.object(sys, "argv", ["fineweb.py", *arguments]):
+        run(fineweb.main)
+
+
+def ours_tiktoken(files: list[str], out: Path, processes: int) -> None:
+    sys.modules["gigatoken"] = None
+    ours(files, out, processes)
+
+
+FUNCTIONS = dict(zip(WAYS, (build_nanogpt, nanogpt, tiktoken_best, ours_tiktoken, ours), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# measuring
+
+
+def memory_of_tree(pid: int) -> int:
+    """Bytes of a process and all below it, shared pages counted in parts (PSS); Linux."""
+    total, waiting = 0, [pid]
+    while waiting:
+        one = waiting.pop()
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+            for task in os.listdir(f"/proc/{one}/task"):
+                waiting += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+        except (OSError, StopIteration):
+            continue
+    return total
+
+
+def measure(way: str, files: list[str], processes: int) -> tuple[float, int]:
+    """Seconds and peak bytes of one way as a command."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, __file__, "--way", way, "--processes", str(processes), "--into", out, *files]
+        log, begin = Path(out) / "log", time.perf_counter()
+        with open(log, "wb") as streams:
+            process = subprocess.Popen(command, stdout=streams, stderr=streams)
+        peak, ended = [0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.2):
+                peak[0] = max(peak[0], memory_of_tree(process.pid))
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        code = process.wait()
+        seconds = time.perf_counter() - begin
+        ended.set()
+        thread.join()
+        if code:
+            sys.exit(f"error: {way} failed:\n{log.read_text()[-3000:]}")
+        return seconds, peak[0]
+
+
+def stages(files: list[str]) -> dict[str, float]:
+    """Seconds of each stage of fineweb.py on one process that has imported all, by clocks put around its functions."""
+    import filters
+    import readers
+    import shards
+    import storage
+    import workers
+    from plan import plan
+
+    spent = dict.fromkeys(("read", "filter", "encode", "hash", "commit"), 0.0)
+
+    def clocked(name: str, call):
+        def clock(*arguments, **named):
+            begin = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                spent[name] += time.perf_counter() - begin
+
+        return clock
+
+    def read(task):
+        batches = readers.read(task)
+        while (batch := clocked("read", next)(batches, None)) is not None:
+            yield batch
+
+    workers.set_up(workers.Setup("gpt2", gigatoken=True))
+    workers._tokenizer.encode_batch = clocked("encode", workers._tokenizer.encode_batch)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(workers, "read", read),
+        mock.patch.object(filters.Filters, "judge", clocked("filter", filters.Filters.judge)),
+        mock.patch.object(workers, "fingerprint", clocked("hash", workers.fingerprint)),
+        mock.patch.object(storage.os, "fsync", clocked("commit", os.fsync)),
+    ):
+        tasks, begin = [task for file in files for task in readers.parquet_tasks(file, ("text",))], time.perf_counter()
+        stems = [f"{folder}/{i:05d}" for i in range(len(tasks))]
+        for task, stem in zip(tasks, stems, strict=True):
+            workers.map_task(task, stem)
+        map_end = time.perf_counter()
+        placed = plan(stems, None, None, Path(folder) / "buckets")
+        plan_end = time.perf_counter()
+        for split, count in placed.tokens.items():
+            pieces = placed.pieces(split, 0, count)
+            workers.write_task(f"{folder}/{split}.bin", pieces, count, 50257, f"{folder}/{split}.json")
+        end = time.perf_counter()
+    assert shards.token_dtype(50257).itemsize == 2
+    spent["join and write"] = map_end - begin - sum(spent.values())
+    return spent | {"plan": plan_end - map_end, "write shards, sha256": end - plan_end}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="*", help="a folder of parquet files")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        return FUNCTIONS[options.way](options.path, options.into, options.processes[0])
+    if len(options.path) != 1 or not (files := sorted(map(str, Path(options.path[0]).glob("*.parquet")))):
+        parser.error("give one folder of parquet files")
+
+    import pyarrow.parquet as pq
+
+    texts = (pq.read_table(file, columns=["text"]).column(0) for file in files)
+    size = sum(len(text.encode()) for column in texts for text in column.to_pylist())
+    lines = [
+        f"{len(files)} parquet files, {size / 1e6:,.0f} MB of text; {date.today()}, {os.cpu_count()} cores, "
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "gigatoken", "datasets", "pyarrow")),
+        "",
+        "| way | processes | seconds, median (min to max) | MB of text/s | times build-nanogpt | peak memory |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for processes in options.processes:
+        found = {way: [] for way in options.ways}
+        for _ in range(options.runs):
+            for way in options.ways:
+                found[way].append(measure(way, files, processes))
+                print(f"{way} {processes}: {found[way][-1][0]:.2f} s", file=sys.stderr, flush=True)
+        for way, runs in found.items():
+            seconds = [second for second, _ in runs]
+            times = [base / own for (base, _), own in zip(found[options.ways[0]], seconds, strict=True)]
+            lines.append(
+                f"| {way} | {processes} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
+                f"| {size / 1e6 / statistics.median(seconds):,.1f} | {statistics.median(times):.1f} "
+                f"| {max(peak for _, peak in runs) / 2**20:,.0f} MiB |"
+            )
+    spent = stages(files)
+    lines += ["", "Ours, one process that has imported all:", "", "| stage | seconds | share |", "|---|---:|---:|"]
+    lines += [f"| {name} | {second:.2f} | {second / sum(spent.values()):.0%} |" for name, second in spent.items()]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

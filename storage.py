@@ -1,0 +1,192 @@
+"""Files on this machine or, by a URL, wherever `fsspec` reaches: s3://bucket/name, gs://..., sftp://...
+
+>>> with create("s3://bucket/set/set_train_000001.bin") as file: file.write(...)
+>>> folder = pull("s3://bucket/set", ["set_train_000001.bin"], Path("data/cache/set"))
+
+A file is committed whole or not at all, here by a rename, in an object store as it is put. A path without :// is a
+file of this machine.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from errors import UserError
+
+OBJECT_STORES = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "az",
+    "adl",
+    "oci",
+    "oss",
+    "memory",
+}  # a put is atomic there
+AT_ONCE = 8  # transfers
+
+
+def is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def cache(path: str | Path) -> Path:
+    """The folder of this machine that stands for a path: the path itself, or of a URL one under data/cache/."""
+    return Path("data") / "cache" / re.sub(r"\W+", "-", str(path)) if is_remote(path) else Path(path)
+
+
+def _system(url: str | Path):
+    """The file system of a URL and the path in it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(str(url), use_listings_cache=False)
+    except ImportError as error:
+        raise UserError(f"{url} needs another package: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """What goes wrong with a file far away, in one message."""
+    try:
+        yield
+    except Exception as error:  # each file system raises its own kinds
+        if not is_remote(path) or isinstance(error, (UserError, FileNotFoundError)):
+            raise
+        raise UserError(f"{path} can't be reached or written: {type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def create(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to write to: there whole once the block has ended, not at all where it fails."""
+    if not is_remote(path):
+        temporary = f"{path}.tmp"
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        yield file
+        file.flush()
+        put(file.name, path)
+
+
+def put(local: str | Path, url: str | Path) -> None:
+    """Copies a file of this machine to a URL."""
+    with _told(url):
+        system, path = _system(url)
+        if OBJECT_STORES & ({system.protocol} if isinstance(system.protocol, str) else set(system.protocol)):
+            system.put_file(str(local), path)
+        else:
+            system.makedirs(os.path.dirname(path), exist_ok=True)
+            system.put_file(str(local), f"{path}.tmp")
+            system.mv(f"{path}.tmp", path)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to read from, with seek."""
+    with _told(path):
+        if is_remote(path):
+            system, path = _system(path)
+            with system.open(path, "rb") as file:
+                yield file
+        else:
+            with open(path, "rb") as file:
+                yield file
+
+
+def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> bytes:
+    """A file's bytes start ... stop - 1."""
+    with _told(path):
+        if is_remote(path):
+            system, path = _system(path)
+            return system.cat_file(path, start, stop)
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else stop - start)
+
+
+def exists(path: str | Path) -> bool:
+    if not is_remote(path):
+        return os.path.exists(path)
+    with _told(path):
+        system, path = _system(path)
+        return system.exists(path)
+
+
+def size(path: str | Path) -> int:
+    """Bytes of a file."""
+    if not is_remote(path):
+        return os.path.getsize(path)
+    with _told(path):
+        system, path = _system(path)
+        return system.size(path)
+
+
+def files(folder: str | Path) -> list[str]:
+    """The names of a folder's files, sorted; none where there is no folder."""
+    if not is_remote(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if os.path.isdir(folder) else []
+    with _told(folder):
+        system, path = _system(folder)
+        try:
+            found = system.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(os.path.basename(entry["name"]) for entry in found if entry["type"] == "file")
+
+
+def glob(pattern: str) -> list[str]:
+    """URLs of the files that a pattern, a file or a folder far away names, sorted."""
+    with _told(pattern):
+        system, path = _system(pattern)
+        found = system.find(path) if system.isdir(path) else [f for f in system.glob(path) if system.isfile(f)]
+        return sorted(map(system.unstrip_protocol, found))
+
+
+def remove(path: str | Path) -> None:
+    """Deletes a file or a folder with all that is in it; nothing where there is none."""
+    if not is_remote(path):
+        shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+        return
+    with _told(path), suppress(FileNotFoundError):
+        system, path = _system(path)
+        system.rm(path, recursive=True)
+
+
+def pull(url: str, names: list[str], folder: Path, check: Callable[[Path], bool]) -> None:
+    """Brings files of a folder far away to `folder`, those that are not there and sound, several at once.
+
+    `check` tells of a file on this machine whether it is what it should be.
+    """
+
+    def fetch(name: str) -> None:
+        path = folder / name
+        if path.exists() and check(path):
+            return
+        temporary = path.with_name(f".{name}.tmp")
+        with _told(f"{url}/{name}"):
+            system, there = _system(f"{url}/{name}")
+            system.get_file(there, str(temporary))
+        os.replace(temporary, path)
+        if not check(path):
+            path.unlink()
+            raise UserError(f"{url}/{name} is damaged: it is not what the manifest beside it says.")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(fetch, names))

@@ -1,0 +1,165 @@
+"""The work on a task, and the processes that do it.
+
+    >>> with local_workers(8, Setup("gpt2", gigatoken=True)) as pool:
+    ...     pool.submit(map_task, task, "data/x/parts/00000-00000").result()
+
+A worker is told everything by its task and the Setup: it shares nothing with the others, so what it writes does
+not depend on which of them did it.
+"""
+
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import storage
+from filters import KEPT, Filters
+from plan import load_index, runs
+from readers import Task, read
+from shards import token_dtype, write_json, write_shard
+from tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all tasks of a preparation have in common."""
+
+    tokenizer: str  # what load_tokenizer takes
+    gigatoken: bool = False
+    filters: Filters = field(default_factory=Filters)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# map: text to tokens and an index
+
+
+def map_task(task: Task, stem: str) -> tuple[int, int]:
+    """Encodes a task's documents into `stem.bin` (tokens) and `stem.npz` (the index), committed in this order;
+    returns how many documents and tokens.
+
+    A document that is kept is EOT followed by its tokens. The index has a row a document: blake2b-128 of its text
+    as two uint64, tokens with EOT, bytes of UTF-8, decision.
+    """
+    tokenizer, filters = _tokenizer, _setup.filters
+    dtype, eot = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eot_id], np.uint32)
+    hashes, sizes = bytearray(), array("Q")
+    lengths, decisions = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)]
+    with storage.create(f"{stem}.bin") as file:
+        for batch in read(task):
+            decision = filters.judge(batch)
+            kept = np.flatnonzero(decision == KEPT)
+            ids = tokenizer.encode_batch([batch.texts[i] for i in kept])
+            if ids:
+                file.write(np.concatenate([part for document in ids for part in (eot, document)]).astype(dtype))
+            length = np.zeros(len(batch.texts), np.uint32)
+            length[kept] = [1 + len(document) for document in ids]
+            lengths.append(length)
+            decisions.append(decision)
+            hashes += fingerprint(batch.texts)
+            sizes.extend(map(len, batch.texts))
+    tokens = np.concatenate(lengths)
+    with storage.create(f"{stem}.npz") as file:
+        np.savez(
+            file,
+            hash=np.frombuffer(hashes, ">u8").reshape(-1, 2),
+            tokens=tokens,
+            bytes=np.frombuffer(sizes, np.uint64),
+            decision=np.concatenate(decisions),
+        )
+    return len(tokens), int(tokens.sum(dtype=np.int64))
+
+
+def fingerprint(texts: list[bytes]) -> bytes:
+    """blake2b-128 of each text, one behind the other."""
+    return b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# write: ranges of tokens to a shard
+
+
+def write_task(
+    path: str, pieces: list[tuple[str, np.ndarray, int, int]], num_tokens: int, vocab_size: int, record: str
+) -> None:
+    """Copies the parts' tokens that a Plan names into one shard; `record`, written last, keeps what the manifest says
+    of it."""
+    dtype = token_dtype(vocab_size)
+    documents = 0
+
+    def tokens() -> Iterator[np.ndarray]:
+        nonlocal documents
+        for stem, mine, first, last in pieces:
+            ranges, begun = runs(load_index(stem, ("tokens",))["tokens"], mine, first, last)
+            documents += begun
+            a, b = int(ranges[0, 0]), int(ranges[-1, 1])
+            together = 4 * (last - first) > b - a  # close enough for one reading
+            whole = _read_tokens(stem, dtype, a, b) if together else None
+            for begin, end in ranges.tolist():
+                yield whole[begin - a : end - a] if together else _read_tokens(stem, dtype, begin, end)
+
+    sha256 = write_shard(path, num_tokens, vocab_size, tokens())
+    write_json(record, {"documents": documents, "sha256": sha256})
+
+
+def _read_tokens(stem: str, dtype: np.dtype, begin: int, end: int) -> np.ndarray:
+    data = storage.read_bytes(f"{stem}.bin", begin * dtype.itemsize, end * dtype.itemsize)
+    return np.frombuffer(data, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the processes
+
+
+def warm_up() -> None:
+    """Starts, in the background, the process that workers will be forked from, and has it import what they need."""
+    if _context().get_start_method() == "forkserver":
+        _context().set_forkserver_preload(
+            ["__main__", "workers", "pyarrow.parquet", "tiktoken", "tokenizers", "gigatoken"]
+        )
+        multiprocessing.forkserver.ensure_running()
+
+
+def _context():
+    """Fresh processes: no thread of this one lives on in them. Forked from a server where the system stands it."""
+    return multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+
+
+@contextmanager
+def local_workers(count: int, setup: Setup) -> Iterator[ProcessPoolExecutor]:
+    """A pool of `count` processes."""
+    pool = ProcessPoolExecutor(count, _context(), initializer=_start_worker, initargs=(setup,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(setup: Setup) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    set_up(setup)
+
+
+def set_up(setup: Setup) -> None:
+    """Makes this process ready for tasks."""
+    global _setup, _tokenizer
+    _setup, _tokenizer = setup, load_tokenizer(setup.tokenizer)
+    if setup.gigatoken:
+        _tokenizer.use_gigatoken([])
+
+
+def _end_with_parent() -> None:
+    """A killed parent can't end its workers, and they would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
