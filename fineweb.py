@@ -30,14 +30,13 @@ import storage
 from errors import UserError, run
 from filters import Filters
 from plan import BUCKET_ROWS, SPLITS, Plan, load_index, plan
-from readers import Task, read
+from readers import Task
 from shards import MANIFEST, read_manifest, shard_name, token_dtype, verify, write_json
 from sources import Source, find
 from tokenizer import Tokenizer, load_tokenizer
 from workers import Setup, local_workers, map_task, warm_up, write_task
 
 WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
-SAMPLE_BYTES = 100_000  # of text that gigatoken must encode as the tokenizer itself
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -54,6 +53,7 @@ class MapStage:
         self.there = set(storage.files(parts))  # what an earlier run had done
         self.stems: list[str] = []  # of all tasks begun, in source order
         self.finished: set[str] = set()
+        self.told: set[str] = set()  # messages
         self.running: dict[Future, tuple[int, str]] = {}  # future -> unit, stem
         self.tasks: dict[int, int] = {}  # unit -> its tasks
         self.left: dict[int, int] = {}  # unit that is fetched -> its tasks that are not done
@@ -100,8 +100,11 @@ class MapStage:
         for future in wait(self.running, return_when=FIRST_COMPLETED).done:
             self.done(*self.running.pop(future), *future.result())
 
-    def done(self, unit: int, stem: str, documents: int, tokens: int) -> None:
+    def done(self, unit: int, stem: str, documents: int, tokens: int, message: str | None = None) -> None:
         """Counts a finished task."""
+        if message and message not in self.told:
+            self.told.add(message)
+            self.bar.write(message, file=sys.stderr)
         self.finished.add(stem)
         self.documents += documents
         self.tokens += tokens
@@ -126,30 +129,6 @@ class MapStage:
         kept = sum(plan(done, 0, None, self.scratch).tokens.values())
         self.look_again_at = self.tokens + self.max_tokens - kept
         return kept >= self.max_tokens
-
-
-def use_gigatoken(source: Source, tokenizer: Tokenizer, scratch: Path, record: str) -> bool:
-    """Whether gigatoken encodes this data: only if it encodes the first documents as the tokenizer itself does.
-
-    `record` keeps the answer for a run that goes on.
-    """
-    if storage.exists(record):
-        return json.loads(storage.read_bytes(record))["gigatoken"]
-    sample, size = [], 0
-    for text in (text for unit in range(len(source.units)) for text in _texts(source, unit, scratch)):
-        sample.append(text)
-        size += len(text)
-        if size > SAMPLE_BYTES:
-            break
-    message = tokenizer.use_gigatoken(sample)
-    if message:
-        print(message)
-    write_json(record, {"gigatoken": message is None})
-    return message is None
-
-
-def _texts(source: Source, unit: int, scratch: Path) -> Iterator[bytes]:
-    return (text for task in source.fetch(unit, scratch) for batch in read(task) for text in batch.texts)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -198,7 +177,7 @@ def prepare(
         print(f"{folder} is complete already.")
         return manifest
     begun = f"{parts}/settings.json"
-    if storage.exists(begun) and any(name.endswith(".npz") for name in storage.files(parts)):
+    if storage.exists(begun) and any(name.endswith(".npz") for name in storage.files(parts)):  # else nothing was done
         earlier = json.loads(storage.read_bytes(begun))
         _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
         source.open(earlier["revision"])
@@ -208,7 +187,6 @@ def prepare(
     else:
         if any(name.endswith(".bin") for name in storage.files(folder)):
             raise UserError(f"{folder} holds shards but no {MANIFEST}. Move them away or give another --out-dir.")
-        storage.remove(f"{parts}/engine.json")  # begun, but nothing was done
         source.open()
     if not source.units:
         raise UserError(f"the source {source.name} has no files.")
@@ -219,8 +197,7 @@ def prepare(
 
     with _failures_told(workers):
         spec = "gpt2" if tokenizer.name == "gpt2" else str(tokenizer.file)
-        setup = Setup(spec, use_gigatoken(source, tokenizer, scratch / "download", f"{parts}/engine.json"), filters)
-        with local_workers(workers, setup) as pool:
+        with local_workers(workers, Setup(spec, filters)) as pool:
             max_tokens = settings["max_tokens"]
             stage = MapStage(source, parts, scratch / "download", pool, max_tokens)
             stems = stage.run(ahead=2 * workers if max_tokens else 4096)
@@ -247,7 +224,7 @@ def prepare(
         "tokenizer": {"name": tokenizer.name, "file": _tokenizer_file(tokenizer), "sha256": tokenizer.sha256},
         "eot_id": tokenizer.eot_id,
         "vocab_size": tokenizer.vocab_size,
-        "split_rule": "by document: the smallest blake2b-128 hashes of the text validate",
+        "split_rule": "by document: the smallest xxh3-128 hashes of the text validate",
         "counts": counts | {"filtered_by": placed.filtered_by},
         "shards": shards,
     }

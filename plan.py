@@ -1,6 +1,6 @@
 """The plan of a data set: which documents stay, in which split, and where. From the map's indexes alone.
 
-An index (`parts/N.npz`) has a row a document: blake2b-128 of its text as two uint64, tokens with EOT, bytes of
+An index (`parts/N.npz`) has a row a document: xxh3-128 of its text as two uint64, tokens with EOT, bytes of
 UTF-8, and what becomes of it. Doubles are found and validation is chosen by hash, a bucket of hashes at a time, and
 everything else goes part by part, so that one byte a document is all that has to fit into memory.
 """

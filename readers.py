@@ -22,7 +22,7 @@ import numpy as np
 import hub
 from errors import UserError
 
-BATCH = 512  # documents read, encoded and judged at once
+BATCH = 256  # documents read, encoded and judged at once
 TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
 READABLE = (".jsonl", ".txt", ".py")  # and .parquet
 COMPRESSED = (".gz", ".xz", ".zst")

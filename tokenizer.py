@@ -9,18 +9,20 @@ downloaded. Text is always encoded as ordinary text: a literal `<|endoftext|>` i
 end-of-text token (EOT), which only the data preparation and the prompts put in, by its id.
 
 GPT-2's BPE is tiktoken's, the others are the library `tokenizers`'. For whole data sets `gigatoken` does the same
-ten times faster, where it is installed: it must encode a sample of the data alike, and texts in which the Unicode
+ten times faster, where it is installed: it must encode a sample of each task alike, and texts in which the Unicode
 versions of the libraries differ are left to the slower ones, so that the ids never depend on which one did it.
 """
 
 import base64
 import hashlib
 import json
+import operator
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -55,29 +57,34 @@ BLANKS = re.compile(
 
 def _splits_alike(text: bytes) -> bool:
     """Whether all libraries take the same characters of a text, in UTF-8, for letters and numbers."""
+    if b"\xf0" not in text and b"\xe0" not in text and b"\xea" not in text:
+        return True
     return not any(first in text and any(map(text.__contains__, wholes)) for first, wholes in UNICODE_17.items())
 
 
 class _Batches:
     """Encodes whole data sets: by gigatoken, once it was found to do it alike."""
 
-    fast = None  # gigatoken's tokenizer
+    fast = None  # gigatoken's tokenizer, where it is used
 
-    def use_gigatoken(self, sample: list[bytes]) -> str | None:
-        """From here on batches are encoded by gigatoken, if it can; else says why not. `sample` are texts in UTF-8."""
+    def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
+        """From here on batches are encoded by gigatoken, if it encodes the first `sample_bytes` of these texts as
+        this tokenizer does; else says why not."""
+        self.fast = None
         try:
-            import gigatoken
+            fast = self._gigatoken
         except ImportError:
-            return "gigatoken is not installed (pip install gigatoken): encoding will be some ten times slower."
-        try:
-            self.fast = self._gigatoken(gigatoken)
-            differing = sum(self.encode_batch([t])[0].tolist() != self._plain_ids(t).tolist() for t in sample)
+            return "gigatoken is not installed (pip install gigatoken): encoding is some ten times slower."
         except Exception as error:  # its loaders raise many kinds for a tokenizer that they don't know
-            self.fast = None
-            return f"gigatoken can't take this tokenizer ({error}): encoding will be slower."
+            return f"gigatoken can't take this tokenizer ({error}): encoding is slower."
+        sizes = accumulate(map(len, texts), initial=0)
+        sample = [text for text, before in zip(texts, sizes, strict=False) if before < sample_bytes]
+        plain = [self._plain_ids(text) for text in sample]
+        self.fast = fast
+        differing = sum(map(operator.not_, map(np.array_equal, plain, self.encode_batch(sample))))
         if differing:
             self.fast = None
-            return f"gigatoken encodes {differing} of the first {len(sample)} documents differently, and is not used."
+            return f"gigatoken encodes {differing} of {len(sample)} documents differently: there it is not used."
         return None
 
     def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
@@ -111,7 +118,10 @@ class GPT2Tokenizer(_Batches):
     def encode(self, text: str) -> list[int]:
         return self._plain_ids(without_surrogates(text).encode()).tolist()
 
-    def _gigatoken(self, gigatoken):
+    @cached_property
+    def _gigatoken(self):
+        import gigatoken
+
         return gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="r50k").backend
 
     def _plain_ids(self, text: bytes) -> np.ndarray:
@@ -180,8 +190,11 @@ class FileTokenizer(_Batches):
     def _ids(self, text: str) -> list[int]:
         return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def _gigatoken(self, gigatoken):
+    @cached_property
+    def _gigatoken(self):
         """Of a tokenizer that this file trained; in others' there is more than a sample would show."""
+        import gigatoken
+
         settings = json.loads(self.bpe.to_str())
         ours = json.loads(_untrained().to_str())
         if any(settings[part] != ours[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")):

@@ -1,13 +1,12 @@
 """The work on a task, and the processes that do it.
 
-    >>> with local_workers(8, Setup("gpt2", gigatoken=True)) as pool:
+    >>> with local_workers(8, Setup("gpt2")) as pool:
     ...     pool.submit(map_task, task, "data/x/parts/00000-00000").result()
 
 A worker is told everything by its task and the Setup: it shares nothing with the others, so what it writes does
 not depend on which of them did it.
 """
 
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 import storage
 from filters import KEPT, Filters
@@ -29,13 +29,14 @@ from readers import Task, read
 from shards import token_dtype, write_json, write_shard
 from tokenizer import load_tokenizer
 
+SAMPLE_BYTES = 20_000  # of each task's text that gigatoken must encode as the tokenizer itself
+
 
 @dataclass(frozen=True)
 class Setup:
     """What all tasks of a preparation have in common."""
 
     tokenizer: str  # what load_tokenizer takes
-    gigatoken: bool = False
     filters: Filters = field(default_factory=Filters)
 
 
@@ -43,19 +44,21 @@ class Setup:
 # map: text to tokens and an index
 
 
-def map_task(task: Task, stem: str) -> tuple[int, int]:
+def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
     """Encodes a task's documents into `stem.bin` (tokens) and `stem.npz` (the index), committed in this order;
-    returns how many documents and tokens.
+    returns how many documents and tokens, and why it was not done by gigatoken.
 
-    A document that is kept is EOT followed by its tokens. The index has a row a document: blake2b-128 of its text
+    A document that is kept is EOT followed by its tokens. The index has a row a document: xxh3-128 of its text
     as two uint64, tokens with EOT, bytes of UTF-8, decision.
     """
     tokenizer, filters = _tokenizer, _setup.filters
     dtype, eot = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eot_id], np.uint32)
-    hashes, sizes = bytearray(), array("Q")
+    hashes, sizes, message = bytearray(), array("Q"), None
     lengths, decisions = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)]
     with storage.create(f"{stem}.bin") as file:
-        for batch in read(task):
+        for i, batch in enumerate(read(task)):
+            if i == 0:
+                message = tokenizer.use_gigatoken(batch.texts, SAMPLE_BYTES)
             decision = filters.judge(batch)
             kept = np.flatnonzero(decision == KEPT)
             ids = tokenizer.encode_batch([batch.texts[i] for i in kept])
@@ -76,12 +79,12 @@ def map_task(task: Task, stem: str) -> tuple[int, int]:
             bytes=np.frombuffer(sizes, np.uint64),
             decision=np.concatenate(decisions),
         )
-    return len(tokens), int(tokens.sum(dtype=np.int64))
+    return len(tokens), int(tokens.sum(dtype=np.int64)), message
 
 
 def fingerprint(texts: list[bytes]) -> bytes:
-    """blake2b-128 of each text, one behind the other."""
-    return b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    """xxh3-128 of each text, one behind the other."""
+    return b"".join(map(xxh3_128_digest, texts))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -155,8 +158,6 @@ def set_up(setup: Setup) -> None:
     """Makes this process ready for tasks."""
     global _setup, _tokenizer
     _setup, _tokenizer = setup, load_tokenizer(setup.tokenizer)
-    if setup.gigatoken:
-        _tokenizer.use_gigatoken([])
 
 
 def _end_with_parent() -> None:

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from datetime import date
 from importlib.metadata import version
@@ -156,28 +155,19 @@ def memory_of_tree(pid: int) -> int:
     return total
 
 
-def measure(way: str, files: list[str], processes: int) -> tuple[float, int]:
-    """Seconds and peak bytes of one way as a command."""
+def measure(way: str, files: list[str], processes: int, watched: bool = False) -> float:
+    """Seconds of one way as a command; or its peak bytes, for watching them takes time."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, __file__, "--way", way, "--processes", str(processes), "--into", out, *files]
-        log, begin = Path(out) / "log", time.perf_counter()
+        log, begin, peak = Path(out) / "log", time.perf_counter(), 0
         with open(log, "wb") as streams:
             process = subprocess.Popen(command, stdout=streams, stderr=streams)
-        peak, ended = [0], threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(0.2):
-                peak[0] = max(peak[0], memory_of_tree(process.pid))
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        code = process.wait()
-        seconds = time.perf_counter() - begin
-        ended.set()
-        thread.join()
-        if code:
+        while watched and process.poll() is None:
+            peak = max(peak, memory_of_tree(process.pid))
+            time.sleep(0.1)
+        if process.wait():
             sys.exit(f"error: {way} failed:\n{log.read_text()[-3000:]}")
-        return seconds, peak[0]
+        return peak if watched else time.perf_counter() - begin
 
 
 def stages(files: list[str]) -> dict[str, float]:
@@ -206,7 +196,7 @@ def stages(files: list[str]) -> dict[str, float]:
         while (batch := clocked("read", next)(batches, None)) is not None:
             yield batch
 
-    workers.set_up(workers.Setup("gpt2", gigatoken=True))
+    workers.set_up(workers.Setup("gpt2"))
     workers._tokenizer.encode_batch = clocked("encode", workers._tokenizer.encode_batch)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -263,14 +253,14 @@ def main() -> None:
         for _ in range(options.runs):
             for way in options.ways:
                 found[way].append(measure(way, files, processes))
-                print(f"{way} {processes}: {found[way][-1][0]:.2f} s", file=sys.stderr, flush=True)
-        for way, runs in found.items():
-            seconds = [second for second, _ in runs]
-            times = [base / own for (base, _), own in zip(found[options.ways[0]], seconds, strict=True)]
+                print(f"{way} {processes}: {found[way][-1]:.2f} s", file=sys.stderr, flush=True)
+        for way, seconds in found.items():
+            times = [base / own for base, own in zip(found[options.ways[0]], seconds, strict=True)]
+            peak = measure(way, files, processes, watched=True)
             lines.append(
                 f"| {way} | {processes} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
                 f"| {size / 1e6 / statistics.median(seconds):,.1f} | {statistics.median(times):.1f} "
-                f"| {max(peak for _, peak in runs) / 2**20:,.0f} MiB |"
+                f"| {peak / 2**20:,.0f} MiB |"
             )
     spent = stages(files)
     lines += ["", "Ours, one process that has imported all:", "", "| stage | seconds | share |", "|---|---:|---:|"]

@@ -2,7 +2,6 @@
 workers it is done, and a clear word about what can't be read."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -23,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from helpers import call, save, save_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -97,7 +97,7 @@ def expected(texts: list[str], val_tokens: int, max_tokens=float("inf"), tokeniz
 
 
 def digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return xxhash.xxh3_128_digest(text.encode())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -306,7 +306,7 @@ def fast_and_plain(tokenizers, tmp_path_factory):
     found = {}
     for kind, spec in {"gpt2": "gpt2", "trained": tokenizers["trained"].file, "pairs": pairs}.items():
         found[kind] = load_tokenizer(spec), load_tokenizer(spec)
-        assert found[kind][0].use_gigatoken([SAMPLE.encode()]) is None
+        assert found[kind][0].use_gigatoken([SAMPLE.encode()], 100) is None
     return found
 
 
@@ -332,16 +332,15 @@ def test_every_character_is_encoded_alike_whatever_unicode_the_libraries_know(fa
 
 
 def test_gigatoken_is_not_used_where_a_sample_differs_or_it_is_not_there(tokenizers, monkeypatch):
-    gpt2, sample = load_tokenizer("gpt2"), [b"one", b"two", b"three"]
-    wrong = mock.Mock(encode=lambda text: gpt2._plain_ids(text)[: -1 if text == b"two" else None])
-    with mock.patch.object(GPT2Tokenizer, "_gigatoken", return_value=wrong):
-        assert "encodes 1 of the first 3 documents differently" in gpt2.use_gigatoken(sample)
+    gpt2, sample = load_tokenizer("gpt2"), [b"one", b"two", b"three", b"four"]
+    gpt2._gigatoken = mock.Mock(encode=lambda text: gpt2._plain_ids(text)[: -1 if text in (b"two", b"four") else None])
+    assert gpt2.use_gigatoken(sample, 3) is None  # the wrong ones are not in the sample
+    assert "encodes 1 of 3 documents differently" in gpt2.use_gigatoken(sample, 11)
     assert batch(gpt2, ["two"]) == [gpt2.encode("two")]
-    assert "not trained by tokenizer.py" in tokenizers["foreign"].use_gigatoken(sample)
+    assert "not trained by tokenizer.py" in tokenizers["foreign"].use_gigatoken(sample, 100)
     assert batch(tokenizers["foreign"], [SAMPLE]) == [tokenizers["foreign"].encode(SAMPLE)]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert "pip install gigatoken" in gpt2.use_gigatoken(sample)
-    assert batch(gpt2, ["two"]) == [gpt2.encode("two")]
+    assert "pip install gigatoken" in load_tokenizer("gpt2").use_gigatoken(sample, 100)
 
 
 @pytest.mark.parametrize("text", ["x{}y", "{}", "x{}", " {}\n.", "a b{}c  d{} e"])
