@@ -91,7 +91,7 @@ class MapStage:
         if f"{unit:05d}.json" in self.there:  # all its tasks are done: the file need not be here again
             tasks = [None] * json.loads(storage.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
-            tasks = self.source.fetch(unit, self.scratch)
+            tasks = self.source.fetch(unit, self.scratch / "download")
         self.tasks[unit] = self.left[unit] = len(tasks)
         self.close_if_done(unit)  # a file may have no rows
         return tasks
@@ -118,7 +118,7 @@ class MapStage:
         if self.left[unit] == 0:
             if f"{unit:05d}.json" not in self.there:
                 write_json(f"{self.parts}/{unit:05d}.json", {"tasks": self.tasks[unit]})
-            self.source.release(unit, self.scratch)
+            self.source.release(unit, self.scratch / "download")
             del self.left[unit]
 
     def enough(self) -> bool:
@@ -126,7 +126,7 @@ class MapStage:
         if self.max_tokens is None or self.tokens < self.look_again_at:
             return False
         done = list(takewhile(self.finished.__contains__, self.stems))
-        kept = sum(plan(done, 0, None, self.scratch).tokens.values())
+        kept = sum(plan(done, 0, None, self.scratch / "buckets").tokens.values())
         self.look_again_at = self.tokens + self.max_tokens - kept
         return kept >= self.max_tokens
 
@@ -199,7 +199,7 @@ def prepare(
         spec = "gpt2" if tokenizer.name == "gpt2" else str(tokenizer.file)
         with local_workers(workers, Setup(spec, filters)) as pool:
             max_tokens = settings["max_tokens"]
-            stage = MapStage(source, parts, scratch / "download", pool, max_tokens)
+            stage = MapStage(source, parts, scratch, pool, max_tokens)
             stems = stage.run(ahead=2 * workers if max_tokens else 4096)
             placed = plan(stems, settings["val_tokens"], max_tokens, scratch / "buckets") if stems else None
             if placed is None or placed.documents["kept"] == 0:

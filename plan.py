@@ -33,7 +33,7 @@ class Buckets:
 
     def __init__(self, num_documents: int, folder: Path):
         self.bits = max(0, (num_documents - 1) // BUCKET_ROWS).bit_length()
-        self.folder, self.waiting, self.num_waiting = folder, [], 0
+        self.folder, self.waiting, self.num_waiting = folder, [np.empty(0, ROW)], 0
 
     def add(self, index: dict[str, np.ndarray], first_document: int) -> None:
         kept = np.flatnonzero(index["decision"] == KEPT)
@@ -47,7 +47,7 @@ class Buckets:
 
     def flush(self) -> None:
         rows = np.concatenate(self.waiting)
-        self.waiting, self.num_waiting = [], 0
+        self.waiting, self.num_waiting = [np.empty(0, ROW)], 0
         bucket = rows["high"] >> np.uint64(64 - self.bits)
         rows, ends = rows[np.argsort(bucket, kind="stable")], np.cumsum(np.bincount(bucket, minlength=2**self.bits))
         for i, piece in enumerate(np.split(rows, ends[:-1])):
@@ -55,7 +55,7 @@ class Buckets:
                 piece.tofile(file)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        if self.bits and self.waiting:
+        if self.bits:
             self.flush()
         for i in range(2**self.bits):
             rows = np.fromfile(self.folder / f"bucket-{i}", ROW) if self.bits else np.concatenate(self.waiting)

@@ -33,6 +33,7 @@ import sources
 from errors import UserError
 from filters import EMPTY, KEPT
 from plan import load_index, plan, runs
+from readers import without_surrogates
 from shards import MANIFEST, open_dataset, read_manifest, verify
 from tokenizer import load_tokenizer, train
 
@@ -97,7 +98,7 @@ def expected(texts: list[str], val_tokens: int, max_tokens=float("inf"), tokeniz
 
 
 def digest(text: str) -> bytes:
-    return xxhash.xxh3_128_digest(text.encode())
+    return xxhash.xxh3_128_digest(without_surrogates(text).encode())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -80,6 +80,15 @@ def test_a_named_source_is_downloaded_a_file_at_a_time_and_the_files_go(prepare,
     assert not (folder / "parts").exists()
 
 
+def test_max_tokens_downloads_each_file_once_and_no_more_than_are_needed(prepare, server, tmp_path):
+    done = prepare("fineweb-edu-10BT", "--val-tokens", 0, "--max-tokens", 2000)
+    assert done.returncode == 0, done.stderr
+    names = [path.rsplit("/", 1)[-1] for path in TEXTS]
+    assert downloads(server) in (names[:2], names)  # one may be on its way already
+    manifest = json.loads((tmp_path / "data" / "fineweb-edu-10BT" / "dataset.json").read_text())
+    assert 2000 <= manifest["counts"]["tokens"]["train"] < 2000 + 60
+
+
 def test_a_cut_off_body_and_a_503_change_no_byte(prepare, server, tmp_path):
     assert prepare("fineweb-edu-10BT", "--out-dir", tmp_path / "a" / "set").returncode == 0
     server.cut("000_00000", after_bytes=500)
