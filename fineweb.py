@@ -31,7 +31,7 @@ from errors import UserError, run
 from filters import Filters
 from plan import BUCKET_ROWS, SPLITS, Plan, load_index, plan
 from readers import Task
-from shards import MANIFEST, read_manifest, shard_name, token_dtype, verify, write_json
+from shards import MANIFEST, open_dataset, read_manifest, shard_name, token_dtype, verify, write_json
 from sources import Source, find
 from tokenizer import Tokenizer, load_tokenizer
 from workers import Setup, local_workers, map_task, warm_up, write_task
@@ -347,8 +347,8 @@ def verify_command(arguments: list[str]) -> None:
 
     if len(arguments) != 1:
         raise UserError("give one folder: python fineweb.py verify data/NAME")
-    folder = Path(arguments[0])
-    size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    folder = arguments[0]
+    size = sum(path.stat().st_size for path in open_dataset(folder).folder.glob("*.bin"))
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         totals = verify(folder, bar.update)
     print(f"{folder} is sound: " + ", ".join(f"{count:,} {what}" for what, count in totals.items()))

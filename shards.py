@@ -8,8 +8,10 @@ with llm.c's and modded-nanogpt's files. Vocabularies over 65,536 take uint32 un
     >>> open_dataset("data/NAME").train.read(0, 1024)
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import resource
 from collections.abc import Iterable
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import storage
-from errors import UserError
+from errors import ConfigError, UserError
 
 HEADER_BYTES = 256 * 4
 MAGIC_UINT16, VERSION_UINT16 = 20240520, 1  # llm.c dev/data: GPT-2 shards
@@ -63,11 +65,18 @@ def write_shard(path: str | Path, num_tokens: int, vocab_size: int, pieces: Iter
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """A shard's tokens as a read-only memory map, (n,) uint16 or uint32; refuses what isn't whole."""
+    """A shard's tokens as a read-only memory map, (n,) uint16 or uint32; refuses what isn't whole.
+
+    Beside ours, which are llm.c's, it takes build-nanogpt's (.npy) and nanoGPT's (train.bin and val.bin, bare uint16).
+    """
+    if path.suffix == ".npy":
+        return _open_npy(path)
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
     kinds = {(MAGIC_UINT16, VERSION_UINT16): "<u2", (MAGIC_UINT32, VERSION_UINT32): "<u4"}
     kind = kinds.get(tuple(header[:2].tolist()))
+    if kind is None and path.name in ("train.bin", "val.bin") and size and size % 2 == 0:
+        return np.memmap(path, dtype="<u2", mode="r")
     if len(header) < 3 or kind is None:
         raise UserError(
             f"{path} is no token shard: it begins with {header[:2].tolist()}, not with magic {MAGIC_UINT16} "
@@ -84,6 +93,16 @@ def open_shard(path: Path) -> np.ndarray:
     if num_tokens == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        shard = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is damaged: {error}. Copy or prepare it again.") from None
+    if shard.ndim != 1 or shard.dtype != np.dtype("<u2"):
+        raise UserError(f"{path} holds {shard.dtype} of shape {shard.shape}: a shard is (n,) uint16.")
+    return shard
 
 
 class Tokens:
@@ -128,13 +147,13 @@ class Dataset:
 
 def open_dataset(folder: str | Path) -> Dataset:
     """Opens `folder`, checking every header, size and the manifest; reads no tokens. UserError if not sound."""
-    folder = Path(folder)
+    folder = pull(str(folder)) if storage.is_remote(folder) else Path(folder)
     if not folder.is_dir():
         raise UserError(
             f"there is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the "
             "sources), or name another folder with --data.dataset."
         )
-    found = {path.name: path for path in sorted(folder.glob("*.bin")) if _split_of(path.name)}
+    found = {name: folder / name for name in storage.files(folder) if _split_of(name)}
     manifest = read_manifest(folder)
     if manifest is not None:
         named = [shard["file"] for shard in manifest["shards"]]
@@ -178,6 +197,51 @@ def open_dataset(folder: str | Path) -> Dataset:
     return Dataset(folder, None, splits["train"], splits["val"], 50256, 50257, "gpt2", None, _fingerprint(edges))
 
 
+def pull(url: str) -> Path:
+    """Brings a data set from a URL to this machine, once a node, and returns its folder here.
+
+    Every shard is held against the manifest's sha256; one that was found sound is not read again as long as its size
+    and time stay. The processes of a node take turns: the first one fetches, the others find everything there.
+    """
+    folder = storage.cache(url)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _pull(url.rstrip("/"), folder)
+    except UserError as error:
+        raise ConfigError(str(error)) from None  # every rank finds the same
+    return folder
+
+
+def _pull(url: str, folder: Path) -> None:
+    quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+    manifest = read_manifest(url)
+    if manifest is None:  # somebody else's
+        names = [name for name in storage.files(url) if _split_of(name)]
+        if not names:
+            raise UserError(f"there is no data set at {url}: no {MANIFEST}, and no shards.")
+        sizes = {name: storage.size(f"{url}/{name}") for name in names}
+        return storage.pull(url, names, folder, lambda path: path.stat().st_size == sizes[path.name], quiet)
+    sums = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+    sums[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
+    for name in set(storage.files(folder)) - {*sums, "sound.json", "lock"}:
+        (folder / name).unlink()  # of another state of this data set
+    record = folder / "sound.json"  # name: size, time and sha256 of what was found sound
+    known = json.loads(record.read_text()) if record.exists() else {}
+
+    def check(path: Path) -> bool:
+        seen = [path.stat().st_size, path.stat().st_mtime_ns, sums[path.name]]
+        if known.get(path.name) != seen and _file_sha256(path) != sums[path.name]:
+            return False
+        known[path.name] = seen
+        return True
+
+    storage.pull(url, sorted(sums), folder, check, quiet)
+    write_json(record, known)
+    write_json(folder / MANIFEST, manifest)
+
+
 def _allow_open_files(count: int) -> None:
     """A memory map keeps its file open, and the usual limit of 1,024 (256 on macOS) is soft."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -188,7 +252,7 @@ def _allow_open_files(count: int) -> None:
 
 def _split_of(file_name: str) -> str | None:
     """train or val, as a shard's name ends; None for other files."""
-    match = re.search(r"_(train|val)(_\d+)?\.bin$", file_name)
+    match = re.search(r"(?:^|_)(train|val)(_\d+)?\.(bin|npy)$", file_name)
     return match and match[1]
 
 
@@ -235,8 +299,8 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
     the tokenizer's file. UserError
     lists all that is wrong. `progress` is called with the bytes just read.
     """
-    folder = Path(folder)
     dataset = open_dataset(folder)
+    folder = dataset.folder
     if dataset.manifest is None:
         raise UserError(f"{folder} has no {MANIFEST} to verify it by: its sizes fit its headers, no more is known.")
     problems, totals = [], {"shards": 0, "tokens": 0, "documents": 0}

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import hub
 import readers
+import storage
 from errors import UserError
 from readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
 
@@ -97,9 +98,9 @@ class LocalFiles(Source):
         """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
         digest, sizes, self.batches = hashlib.sha256(), [], []
         for path in self.paths:
-            size = os.path.getsize(path)
+            size = storage.size(path)
             digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
-            with open(path, "rb") as file:
+            with storage.reading(path) as file:
                 whole = size <= WHOLE_BYTES
                 for place in (0,) if whole else (0, size // 2, max(0, size - SAMPLE_BYTES)):
                     file.seek(place)
@@ -131,7 +132,9 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
         raise UserError("the source `files` needs --input, for instance --input 'pages/*.jsonl.gz'.")
     paths: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
-        if os.path.isdir(pattern):
+        if storage.is_remote(pattern):
+            matched = storage.glob(pattern)
+        elif os.path.isdir(pattern):
             matched = _files_below(pattern)
         elif os.path.exists(pattern):
             matched = [pattern]

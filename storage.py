@@ -62,7 +62,7 @@ def _told(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each file system raises its own kinds
-        if not is_remote(path) or isinstance(error, (UserError, FileNotFoundError)):
+        if not is_remote(path) or isinstance(error, UserError):
             raise
         raise UserError(f"{path} can't be reached or written: {type(error).__name__}: {error}") from None
 
@@ -96,17 +96,13 @@ def put(local: str | Path, url: str | Path) -> None:
             system.mv(f"{path}.tmp", path)
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to read from, with seek."""
+def reading(path: str | Path) -> IO[bytes]:
+    """A binary file to read from, with seek; to be closed."""
+    if not is_remote(path):
+        return open(path, "rb")
     with _told(path):
-        if is_remote(path):
-            system, path = _system(path)
-            with system.open(path, "rb") as file:
-                yield file
-        else:
-            with open(path, "rb") as file:
-                yield file
+        system, path = _system(path)
+        return system.open(path, "rb")
 
 
 def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> bytes:
@@ -114,7 +110,7 @@ def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> byt
     with _told(path):
         if is_remote(path):
             system, path = _system(path)
-            return system.cat_file(path, start, stop)
+            return system.cat_file(path, start=start, end=stop)
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(-1 if stop is None else stop - start)
@@ -168,11 +164,13 @@ def remove(path: str | Path) -> None:
         system.rm(path, recursive=True)
 
 
-def pull(url: str, names: list[str], folder: Path, check: Callable[[Path], bool]) -> None:
+def pull(url: str, names: list[str], folder: Path, check: Callable[[Path], bool], quiet: bool = False) -> None:
     """Brings files of a folder far away to `folder`, those that are not there and sound, several at once.
 
     `check` tells of a file on this machine whether it is what it should be.
     """
+
+    from tqdm import tqdm
 
     def fetch(name: str) -> None:
         path = folder / name
@@ -187,6 +185,6 @@ def pull(url: str, names: list[str], folder: Path, check: Callable[[Path], bool]
             path.unlink()
             raise UserError(f"{url}/{name} is damaged: it is not what the manifest beside it says.")
 
-    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        list(threads.map(fetch, names))
+        for _ in tqdm(threads.map(fetch, names), total=len(names), desc=f"pull {url}", unit="file", disable=quiet):
+            pass
