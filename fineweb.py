@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
 import storage
 from errors import UserError, run
@@ -34,7 +35,7 @@ from readers import Task
 from shards import MANIFEST, open_dataset, read_manifest, shard_name, token_dtype, verify, write_json
 from sources import Source, find
 from tokenizer import Tokenizer, load_tokenizer
-from workers import Setup, local_workers, map_task, warm_up, write_task
+from workers import Setup, local_workers, map_task, ray_workers, warm_up, write_task
 
 WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
 
@@ -46,10 +47,13 @@ WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-
 class MapStage:
     """Runs the map tasks of a source in a pool, in source order, fetching units ahead as far as the source allows."""
 
-    def __init__(self, source: Source, parts: str, scratch: Path, pool: Executor, max_tokens: int | None):
+    def __init__(
+        self, source: Source, parts: str, downloads: str, buckets: Path, pool: Executor, max_tokens: int | None
+    ):
         from tqdm import tqdm
 
-        self.source, self.parts, self.scratch, self.pool, self.max_tokens = source, parts, scratch, pool, max_tokens
+        self.source, self.parts, self.pool, self.max_tokens = source, parts, pool, max_tokens
+        self.downloads, self.buckets = downloads, buckets  # folders for files of the source, and for the plan
         self.there = set(storage.files(parts))  # what an earlier run had done
         self.stems: list[str] = []  # of all tasks begun, in source order
         self.finished: set[str] = set()
@@ -91,7 +95,7 @@ class MapStage:
         if f"{unit:05d}.json" in self.there:  # all its tasks are done: the file need not be here again
             tasks = [None] * json.loads(storage.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
-            tasks = self.source.fetch(unit, self.scratch / "download")
+            tasks = self.source.fetch(unit, self.downloads)
         self.tasks[unit] = self.left[unit] = len(tasks)
         self.close_if_done(unit)  # a file may have no rows
         return tasks
@@ -118,7 +122,7 @@ class MapStage:
         if self.left[unit] == 0:
             if f"{unit:05d}.json" not in self.there:
                 write_json(f"{self.parts}/{unit:05d}.json", {"tasks": self.tasks[unit]})
-            self.source.release(unit, self.scratch / "download")
+            self.source.release(unit, self.downloads)
             del self.left[unit]
 
     def enough(self) -> bool:
@@ -126,7 +130,7 @@ class MapStage:
         if self.max_tokens is None or self.tokens < self.look_again_at:
             return False
         done = list(takewhile(self.finished.__contains__, self.stems))
-        kept = sum(plan(done, 0, None, self.scratch / "buckets").tokens.values())
+        kept = sum(plan(done, 0, None, self.buckets).tokens.values())
         self.look_again_at = self.tokens + self.max_tokens - kept
         return kept >= self.max_tokens
 
@@ -161,56 +165,40 @@ def write_shards(placed: Plan, folder: str, pool: Executor, shard_tokens: int, v
 
 
 def prepare(
-    source: Source, tokenizer: Tokenizer, folder: str, settings: dict, filters: Filters, workers: int | None
-) -> dict:
+    source: Source, tokenizer: Tokenizer, folder: str, settings: dict, setup: Setup, workers: int | None,
+    ray_address: str | None,
+) -> dict:  # fmt: skip
     """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
     parts = f"{folder}/parts"
     scratch = storage.cache(folder) / "parts"  # what only this machine needs
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        if not source.downloads:  # what is here can be looked at again, the hub need not be asked
-            source.open()
-            settings = settings | {"revision": source.revision}
-        _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
+    if (manifest := _finished(source, folder, settings)) is not None:
         for left in {parts, str(scratch)}:  # all that can be left of a run killed in its last breath
             storage.remove(left)
         print(f"{folder} is complete already.")
         return manifest
-    begun = f"{parts}/settings.json"
-    if storage.exists(begun) and any(name.endswith(".npz") for name in storage.files(parts)):  # else nothing was done
-        earlier = json.loads(storage.read_bytes(begun))
-        _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
-        source.open(earlier["revision"])
-        _same_settings(
-            earlier, settings | {"revision": source.revision}, folder, "was begun when the source was another:"
-        )
-    else:
-        if any(name.endswith(".bin") for name in storage.files(folder)):
-            raise UserError(f"{folder} holds shards but no {MANIFEST}. Move them away or give another --out-dir.")
-        source.open()
-    if not source.units:
-        raise UserError(f"the source {source.name} has no files.")
-    workers = _check_room(source, settings, folder, workers, tokenizer.vocab_size)
+    _open(source, folder, settings)
+    if ray_address is None:
+        workers = _check_room(source, settings, folder, workers, tokenizer.vocab_size)
     _only_one(scratch, folder)
     _clean(scratch)
-    write_json(begun, settings | {"revision": source.revision})
+    write_json(f"{parts}/settings.json", settings | {"revision": source.revision})
 
-    with _failures_told(workers):
-        spec = "gpt2" if tokenizer.name == "gpt2" else str(tokenizer.file)
-        with local_workers(workers, Setup(spec, filters)) as pool:
-            max_tokens = settings["max_tokens"]
-            stage = MapStage(source, parts, scratch, pool, max_tokens)
-            stems = stage.run(ahead=2 * workers if max_tokens else 4096)
-            placed = plan(stems, settings["val_tokens"], max_tokens, scratch / "buckets") if stems else None
-            if placed is None or placed.documents["kept"] == 0:
-                filtered = " that the filters leave" if placed and placed.documents["filtered"] else ""
-                where = f"in its {len(source.units):,} files or batches"
-                raise UserError(f"the source {source.name} has no text{filtered} {where}.")
-            wanted = settings["val_tokens"]
-            if wanted and placed.tokens["val"] > 2 * wanted:
-                print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
-            print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
-            shards = write_shards(placed, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
+    # other machines need what is downloaded too
+    downloads = f"{parts if ray_address else scratch}/download"
+    engine = local_workers(workers, setup) if ray_address is None else ray_workers(ray_address, setup)
+    with _failures_told(), engine as (pool, count):
+        max_tokens, wanted = settings["max_tokens"], settings["val_tokens"]
+        stage = MapStage(source, parts, downloads, scratch / "buckets", pool, max_tokens)
+        stems = stage.run(ahead=2 * count if max_tokens else 4096)
+        placed = plan(stems, wanted, max_tokens, scratch / "buckets") if stems else None
+        if placed is None or placed.documents["kept"] == 0:
+            filtered = " that the filters leave" if placed and placed.documents["filtered"] else ""
+            where = f"in its {len(source.units):,} files or batches"
+            raise UserError(f"the source {source.name} has no text{filtered} {where}.")
+        if wanted and placed.tokens["val"] > 2 * wanted:
+            print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
+        print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
+        shards = write_shards(placed, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
 
     beside = f"{folder}/{_tokenizer_file(tokenizer)}"
     if not (os.path.exists(beside) and os.path.samefile(beside, tokenizer.file)):
@@ -234,6 +222,35 @@ def prepare(
     return manifest
 
 
+def _finished(source: Source, folder: str, settings: dict) -> dict | None:
+    """The manifest of a finished data set; UserError where it is of other settings."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    if not source.downloads:  # what is here can be looked at again, the hub need not be asked
+        source.open()
+        settings = settings | {"revision": source.revision}
+    _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
+    return manifest
+
+
+def _open(source: Source, folder: str, settings: dict) -> None:
+    """Opens the source, in the revision that an earlier run of the folder had; UserError where that can't go on."""
+    names = storage.files(f"{folder}/parts")
+    if "settings.json" in names and any(name.endswith(".npz") for name in names):  # something was done
+        earlier = json.loads(storage.read_bytes(f"{folder}/parts/settings.json"))
+        _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
+        source.open(earlier["revision"])
+        now = settings | {"revision": source.revision}
+        _same_settings(earlier, now, folder, "was begun when the source was another:")
+    else:
+        if any(name.endswith(".bin") for name in storage.files(folder)):
+            raise UserError(f"{folder} holds shards but no {MANIFEST}. Move them away or give another --out-dir.")
+        source.open()
+    if not source.units:
+        raise UserError(f"the source {source.name} has no files.")
+
+
 def _only_one(scratch: Path, folder: str) -> None:
     """A lock that this process holds until it ends; UserError where another one here prepares the same folder."""
     global _lock
@@ -255,14 +272,14 @@ def _clean(scratch: Path) -> None:
 
 
 @contextmanager
-def _failures_told(workers: int) -> Iterator[None]:
+def _failures_told() -> Iterator[None]:
     """What can end the work in its middle, in one message."""
     try:
         yield
     except BrokenProcessPool:
         raise UserError(
             "a worker was killed, most likely because the memory ran out. What is done is kept: give the same "
-            f"command with fewer --workers than {workers}."
+            "command with fewer --workers."
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -375,6 +392,8 @@ def main() -> None:
         min_score: float | None = None,
         min_language_score: float | None = None,
         workers: int | None = None,
+        engine: Literal["local", "ray"] = "local",
+        address: str = "auto",
         text_column: str = "text",
         config: str | None = None,
         split: str = "train",
@@ -394,6 +413,8 @@ def main() -> None:
             min_score: Leave out documents whose column `score` is lower (FineWeb-Edu's, 0 to 5).
             min_language_score: The same for the column `language_score` (FineWeb's and FineWeb-2's, 0 to 1).
             workers: Processes [one a core, as memory allows]. The bytes written don't depend on it.
+            engine: Where the work is done: processes of this machine, or a Ray cluster (pip install ray).
+            address: Of the Ray cluster; "auto" is the one that this machine belongs to.
             text_column: The column or key that holds a document's text.
             config: Configuration of a hub data set given as OWNER/NAME.
             split: Split of a hub data set given as OWNER/NAME.
@@ -412,7 +433,10 @@ def main() -> None:
             "tokenizer_sha256": encoder.sha256, "val_tokens": val_tokens, "shard_tokens": shard_tokens,
             "max_tokens": max_tokens, **asdict(filters),
         }  # fmt: skip
-        manifest = prepare(found, encoder, folder, settings, filters, workers)
+        if engine == "ray" and not storage.is_remote(folder):
+            folder = os.path.abspath(folder)  # on a disk that all machines share
+        ray_address = address if engine == "ray" else None
+        manifest = prepare(found, encoder, folder, settings, Setup(encoder, filters), workers, ray_address)
         counts = manifest["counts"]
         print(
             f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "

@@ -76,10 +76,10 @@ class Source(ABC):
         """Finds the units, of `revision` where the source has several."""
 
     @abstractmethod
-    def fetch(self, unit: int, folder: Path) -> list[Task]:
+    def fetch(self, unit: int, folder: str) -> list[Task]:
         """Brings a unit to `folder`, if it isn't here, and splits it into tasks."""
 
-    def release(self, unit: int, folder: Path) -> None:  # noqa: B027, local files have nothing to delete
+    def release(self, unit: int, folder: str) -> None:  # noqa: B027, local files have nothing to delete
         """Deletes what `fetch` downloaded."""
 
 
@@ -117,7 +117,7 @@ class LocalFiles(Source):
         packed = any(path.endswith((".parquet", *COMPRESSED)) for path in self.paths)
         self.tokens_per_byte = 0.7 if packed else 0.35  # plain English has 0.25
 
-    def fetch(self, unit: int, folder: Path) -> list[Task]:
+    def fetch(self, unit: int, folder: str) -> list[Task]:
         batch, size = self.batches[unit], self.units[unit].bytes
         if batch[0].endswith(".parquet"):
             return parquet_tasks(batch[0], self.columns)
@@ -149,7 +149,7 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
             f"--input names {len(unknown)} files of an unknown kind, {unknown[0]} for one. Known are parquet, jsonl "
             "and txt, the latter two also as .gz, .xz and .zst."
         )
-    return sorted(paths)
+    return sorted(path if storage.is_remote(path) else os.path.abspath(path) for path in paths)
 
 
 def _files_below(folder: str) -> list[str]:
@@ -198,13 +198,20 @@ class HubFiles(Source):
         if not self.units:
             raise UserError(f"{self.repo} has no parquet files under {self.prefix}.")
 
-    def fetch(self, unit: int, folder: Path) -> list[Task]:
+    def fetch(self, unit: int, folder: str) -> list[Task]:
+        """Into `folder`, or where that is a URL, by way of this machine to there."""
         file = self.units[unit]
-        path = hub.download(self.repo, file.name, self.revision, folder, "dataset", file.sha256)
-        return parquet_tasks(str(path), self.columns)
+        path = f"{folder}/{file.name}"
+        if not storage.is_remote(folder):
+            hub.download(self.repo, file.name, self.revision, Path(folder), "dataset", file.sha256)
+        elif not storage.exists(path):
+            with tempfile.TemporaryDirectory() as here:
+                name = hub.download(self.repo, file.name, self.revision, Path(here), "dataset", file.sha256)
+                storage.put(name, path)
+        return parquet_tasks(path, self.columns)
 
-    def release(self, unit: int, folder: Path) -> None:
-        (folder / self.units[unit].name).unlink(missing_ok=True)
+    def release(self, unit: int, folder: str) -> None:
+        storage.remove(f"{folder}/{self.units[unit].name}")
 
 
 @dataclass
@@ -223,7 +230,7 @@ class HubStream(Source):
             check_columns(self.columns, stream.column_names, self.repo)
         self.units = [Unit(f"{self.repo} shard {i}", 0) for i in range(stream.num_shards)]
 
-    def fetch(self, unit: int, folder: Path) -> list[Task]:
+    def fetch(self, unit: int, folder: str) -> list[Task]:
         where = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
         return [Task("stream", where, self.columns)]
 
@@ -271,10 +278,10 @@ def documents(source: Source, revision: str | None = None) -> Iterator[str]:
     source.open(revision)
     with tempfile.TemporaryDirectory() as folder:
         for unit in range(len(source.units)):
-            for task in source.fetch(unit, Path(folder)):
+            for task in source.fetch(unit, folder):
                 for batch in read(task):
                     yield from map(bytes.decode, batch.texts)
-            source.release(unit, Path(folder))
+            source.release(unit, folder)
 
 
 def first_bytes(source: Source, max_bytes: int) -> Iterator[str]:

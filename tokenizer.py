@@ -106,6 +106,9 @@ class GPT2Tokenizer(_Batches):
                 f"{GPT2_RANKS} is damaged (its sha256 is not OpenAI's). Restore it: git checkout {GPT2_RANKS}"
             )
 
+    def __reduce__(self):
+        return GPT2Tokenizer, ()
+
     @cached_property
     def encoding(self):
         import tiktoken
@@ -151,12 +154,12 @@ class GPT2Tokenizer(_Batches):
 class FileTokenizer(_Batches):
     """A `tokenizer.json` of the `tokenizers` library: trained by this file's `train`, or anyone's."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, data: bytes | None = None):
+        """Reads `path`, unless its contents are given: then the file need not be there."""
         from tokenizers import Tokenizer
 
-        self.file = Path(path)
-        self.name = "tokenizer.json"
-        data = self.file.read_bytes()
+        self.file, self.name = Path(path), "tokenizer.json"
+        self.data = data = self.file.read_bytes() if data is None else data
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self.bpe = Tokenizer.from_str(data.decode("utf-8"))
@@ -172,6 +175,9 @@ class FileTokenizer(_Batches):
             )
         self.eot_id = self.bpe.token_to_id(self.eot)
         self.bpe.encode_special_tokens = True  # a literal "<|endoftext|>" in a text stays text
+
+    def __reduce__(self):
+        return FileTokenizer, (self.file, self.data)  # to a worker; its library's pickles forget what is set here
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Lone surrogates, which UTF-8 can't hold, become U+FFFD, as in tiktoken."""

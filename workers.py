@@ -1,6 +1,6 @@
 """The work on a task, and the processes that do it.
 
-    >>> with local_workers(8, Setup("gpt2")) as pool:
+    >>> with local_workers(8, Setup(load_tokenizer("gpt2"))) as (pool, count):
     ...     pool.submit(map_task, task, "data/x/parts/00000-00000").result()
 
 A worker is told everything by its task and the Setup: it shares nothing with the others, so what it writes does
@@ -11,23 +11,27 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 import threading
+import uuid
 from array import array
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
 import storage
+from errors import UserError
 from filters import KEPT, Filters
 from plan import load_index, runs
 from readers import Task, read
 from shards import token_dtype, write_json, write_shard
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer
 
 SAMPLE_BYTES = 20_000  # of each task's text that gigatoken must encode as the tokenizer itself
 
@@ -36,7 +40,7 @@ SAMPLE_BYTES = 20_000  # of each task's text that gigatoken must encode as the t
 class Setup:
     """What all tasks of a preparation have in common."""
 
-    tokenizer: str  # what load_tokenizer takes
+    tokenizer: Tokenizer
     filters: Filters = field(default_factory=Filters)
 
 
@@ -51,7 +55,7 @@ def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
     A document that is kept is EOT followed by its tokens. The index has a row a document: xxh3-128 of its text
     as two uint64, tokens with EOT, bytes of UTF-8, decision.
     """
-    tokenizer, filters = _tokenizer, _setup.filters
+    tokenizer, filters = _setup.tokenizer, _setup.filters
     dtype, eot = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eot_id], np.uint32)
     hashes, sizes, message = bytearray(), array("Q"), None
     lengths, decisions = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)]
@@ -138,11 +142,11 @@ def _context():
 
 
 @contextmanager
-def local_workers(count: int, setup: Setup) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `count` processes."""
+def local_workers(count: int, setup: Setup) -> Iterator[tuple[ProcessPoolExecutor, int]]:
+    """A pool of `count` processes of this machine, and their number."""
     pool = ProcessPoolExecutor(count, _context(), initializer=_start_worker, initargs=(setup,))
     try:
-        yield pool
+        yield pool, count
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -156,11 +160,77 @@ def _start_worker(setup: Setup) -> None:
 
 def set_up(setup: Setup) -> None:
     """Makes this process ready for tasks."""
-    global _setup, _tokenizer
-    _setup, _tokenizer = setup, load_tokenizer(setup.tokenizer)
+    global _setup
+    _setup = setup
 
 
 def _end_with_parent() -> None:
     """A killed parent can't end its workers, and they would wait for work for ever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the processes of a Ray cluster
+
+
+class RayPool:
+    """Tasks on a Ray cluster, by the method of a pool of processes. A task that a dead machine had is done again."""
+
+    def __init__(self, ray, setup: Setup):
+        self.ray, self.key, self.setup = ray, uuid.uuid4().hex, [ray.put(setup)]  # in a list it is fetched when needed
+        self.remote = ray.remote(num_cpus=1, max_retries=3)(_on_ray)
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        done = Future()
+
+        def finish(of_ray: Future) -> None:
+            error = of_ray.exception()
+            if error is None:
+                done.set_result(of_ray.result())
+            else:
+                done.set_exception(getattr(error, "cause", None) or error)  # as it was raised, without Ray's frames
+
+        self.remote.remote(self.key, self.setup, function, *arguments).future().add_done_callback(finish)
+        return done
+
+
+@contextmanager
+def ray_workers(address: str, setup: Setup) -> Iterator[tuple[RayPool, int]]:
+    """A pool on the Ray cluster at `address` ("auto": the one of this machine), and how many tasks it does at once."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray needs Ray: pip install ray") from None
+    code = {"working_dir": str(Path(__file__).parent), "excludes": [".git", ".venv", "data", "out", "results"]}
+    host, _, port = address.rpartition(":")
+    try:
+        if host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"there is no Ray cluster at --address {address} ({error}). Start one: ray start --head, and on the other "
+            "machines ray start --address HOST:PORT."
+        ) from None
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        count = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+        print(f"Ray: {count} cores of {len(nodes)} machines")
+        yield RayPool(ray, setup), count
+    finally:
+        ray.shutdown()
+
+
+_ready_for = None  # key of the pool whose Setup this process has
+
+
+def _on_ray(key: str, setup: list, function: Callable, *arguments):
+    global _ready_for
+    if _ready_for != key:
+        import ray
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        set_up(ray.get(setup[0]))
+        _ready_for = key
+    return function(*arguments)

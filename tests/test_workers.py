@@ -1,0 +1,95 @@
+"""workers.py: the same bytes from a Ray cluster of two machines as from the processes of one."""
+
+import os
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from helpers import call, save_jsonl
+from moto.server import ThreadedMotoServer
+
+import fineweb
+from errors import UserError
+from tokenizer import load_tokenizer, train
+from workers import Setup, ray_workers
+
+TEXTS = [f"Page {i}: " + "a few words and more, " * (i % 13) for i in range(200)]
+OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a Ray cluster of two nodes with one core each; an S3 server's is in their environment."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "no_proxy": "*", "RAY_USAGE_STATS_ENABLED": "0",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        nodes.add_node(num_cpus=1)
+        yield nodes.address
+        nodes.shutdown()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> tuple[Path, tuple]:
+    """A data set made by this machine's processes, and the arguments that made it but for --out-dir."""
+    folder = tmp_path_factory.mktemp("local")
+    for i in range(0, len(TEXTS), 20):
+        save_jsonl(folder / "pages" / f"{i:03d}.jsonl", TEXTS[i : i + 20])
+    train(TEXTS, 300, folder / "bpe.json", progress=False)
+    arguments = ("files", "--input", folder / "pages", "--tokenizer", folder / "bpe.json", *OPTIONS)
+    call(fineweb.main, *arguments, "--out-dir", folder / "set")
+    return folder / "set", arguments
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_tasks_are_done_on_all_machines_and_a_mistake_is_told_as_it_was_raised(cluster):
+    def where(seconds: float) -> str:
+        import ray
+
+        time.sleep(seconds)
+        return ray.get_runtime_context().get_node_id()
+
+    def fails() -> None:
+        raise UserError("this page is no text")
+
+    with ray_workers(cluster, Setup(load_tokenizer("gpt2"))) as (pool, count):
+        assert count == 2
+        assert len({future.result() for future in [pool.submit(where, 0.2) for _ in range(8)]}) == 2
+        with pytest.raises(UserError, match="^this page is no text$"):
+            pool.submit(fails).result()
+
+
+def test_the_same_bytes_on_a_shared_disk(cluster, local, tmp_path):
+    folder, arguments = local
+    call(fineweb.main, *arguments, "--out-dir", tmp_path / "set", "--engine", "ray", "--address", cluster)
+    assert snapshot(tmp_path / "set") == snapshot(folder)
+
+
+def test_the_same_bytes_in_an_object_store(cluster, local, tmp_path, monkeypatch):
+    folder, arguments = local
+    monkeypatch.chdir(tmp_path)
+    system = fsspec.filesystem("s3", use_listings_cache=False)
+    system.mkdir("ray-bucket")
+    call(fineweb.main, *arguments, "--out-dir", "s3://ray-bucket/set", "--engine", "ray", "--address", cluster)
+    names = system.find("ray-bucket/set")
+    assert {os.path.basename(name): system.cat_file(name) for name in names} == snapshot(folder)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
+def test_without_a_cluster_it_says_how_to_start_one(local, tmp_path, address):
+    with pytest.raises(UserError, match="ray start --head"):
+        call(fineweb.main, *local[1], "--out-dir", tmp_path / "set", "--engine", "ray", "--address", address)
