@@ -31,6 +31,7 @@ import storage
 from errors import UserError, run
 from filters import Filters
 from plan import BUCKET_ROWS, SPLITS, Plan, load_index, plan
+from quality import QualityModel, check
 from readers import Task
 from shards import MANIFEST, open_dataset, read_manifest, shard_name, token_dtype, verify, write_json
 from sources import Source, find
@@ -391,6 +392,8 @@ def main() -> None:
         min_chars: int | None = None,
         min_score: float | None = None,
         min_language_score: float | None = None,
+        quality: Path | None = None,
+        min_quality: float | None = None,
         workers: int | None = None,
         engine: Literal["local", "ray"] = "local",
         address: str = "auto",
@@ -412,6 +415,8 @@ def main() -> None:
             min_chars: Leave out documents with fewer characters.
             min_score: Leave out documents whose column `score` is lower (FineWeb-Edu's, 0 to 5).
             min_language_score: The same for the column `language_score` (FineWeb's and FineWeb-2's, 0 to 1).
+            quality: A classifier of good documents that quality.py has trained, for --min-quality.
+            min_quality: Leave out documents that it gives less, 0 to 1.
             workers: Processes [one a core, as memory allows]. The bytes written don't depend on it.
             engine: Where the work is done: processes of this machine, or a Ray cluster (pip install ray).
             address: Of the Ray cluster; "auto" is the one that this machine belongs to.
@@ -424,19 +429,25 @@ def main() -> None:
                 raise UserError(f"--{name}-tokens {value} is out of range: {low} to {2**31 - 1:,}.")
         if workers is not None and workers < 1:
             raise UserError(f"--workers {workers}: give at least 1.")
-        filters = Filters(min_chars, min_score, min_language_score)
+        if (quality is None) != (min_quality is None):
+            raise UserError("--quality MODEL and --min-quality X go together.")
+        filters = Filters(min_chars, min_score, min_language_score, min_quality)
         found = find(source, input, (text_column, *filters.columns), config, split)
         folder = out_dir or f"data/{source.split('/')[-1]}"
         encoder = load_tokenizer(tokenizer)
+        model = None if quality is None else QualityModel.load(quality)
+        if model is not None:
+            check(model, encoder)
         settings = {
             "source": source, "config": config, "split": split, "text_column": text_column,
             "tokenizer_sha256": encoder.sha256, "val_tokens": val_tokens, "shard_tokens": shard_tokens,
             "max_tokens": max_tokens, **asdict(filters),
+            "quality_sha256": model and model.sha256,
         }  # fmt: skip
         if engine == "ray" and not storage.is_remote(folder):
             folder = os.path.abspath(folder)  # on a disk that all machines share
         ray_address = address if engine == "ray" else None
-        manifest = prepare(found, encoder, folder, settings, Setup(encoder, filters), workers, ray_address)
+        manifest = prepare(found, encoder, folder, settings, Setup(encoder, filters, model), workers, ray_address)
         counts = manifest["counts"]
         print(
             f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "

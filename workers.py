@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ from xxhash import xxh3_128_digest
 
 import storage
 from errors import UserError
-from filters import KEPT, Filters
+from filters import FILTERED, KEPT, Filters
 from plan import load_index, runs
+from quality import QualityModel
 from readers import Task, read
 from shards import token_dtype, write_json, write_shard
 from tokenizer import Tokenizer
@@ -42,6 +44,7 @@ class Setup:
 
     tokenizer: Tokenizer
     filters: Filters = field(default_factory=Filters)
+    quality: QualityModel | None = None  # with filters.min_quality
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -66,6 +69,10 @@ def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
             decision = filters.judge(batch)
             kept = np.flatnonzero(decision == KEPT)
             ids = tokenizer.encode_batch([batch.texts[i] for i in kept])
+            if _setup.quality is not None:
+                good = _setup.quality.score(ids) >= filters.min_quality
+                decision[kept[~good]] = FILTERED["min_quality"]
+                kept, ids = kept[good], list(compress(ids, good))
             if ids:
                 file.write(np.concatenate([part for document in ids for part in (eot, document)]).astype(dtype))
             length = np.zeros(len(batch.texts), np.uint32)

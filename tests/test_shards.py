@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import save
 
 from errors import UserError
 from shards import MANIFEST, Tokens, open_dataset, open_shard, shard_name, token_dtype, verify, write_json, write_shard
@@ -188,6 +189,35 @@ def test_somebody_else_s_shards_open_without_a_manifest(tmp_path):
     assert dataset.manifest is None
     assert (dataset.eot_id, dataset.vocab_size, dataset.tokenizer) == (50256, 50257, "gpt2")
     assert (len(dataset.val), len(dataset.train)) == (3, 8)
+
+
+def test_nanogpt_s_and_build_nanogpt_s_files_open_too(tmp_path):
+    train, val = np.arange(50_000, dtype=np.uint16), np.arange(7, dtype=np.uint16)
+    save(tmp_path / "nanogpt" / "train.bin", train.tobytes())
+    save(tmp_path / "nanogpt" / "val.bin", val.tobytes())
+    (tmp_path / "build").mkdir()
+    np.save(tmp_path / "build" / "edufineweb_val_000000.npy", val)
+    np.save(tmp_path / "build" / "edufineweb_train_000001.npy", train[:30_000])
+    np.save(tmp_path / "build" / "edufineweb_train_000002.npy", train[30_000:])
+    for name in ("nanogpt", "build"):
+        dataset = open_dataset(tmp_path / name)
+        assert dataset.train.read(0, 50_000).tolist() == train.tolist()
+        assert dataset.val.read(0, 7).tolist() == val.tolist()
+        assert (dataset.eot_id, dataset.vocab_size, dataset.tokenizer) == (50256, 50257, "gpt2")
+
+
+@pytest.mark.parametrize("damage", ["odd", "short", "wide", "matrix", "no numpy"])
+def test_somebody_else_s_file_that_is_not_whole_is_refused_by_name(tmp_path, damage):
+    name = "train.bin" if damage == "odd" else "x_train_000001.npy"
+    if damage == "odd":
+        save(tmp_path / name, b"12345")
+    else:
+        tokens = np.zeros((4, 4) if damage == "matrix" else 100, np.uint32 if damage == "wide" else np.uint16)
+        np.save(tmp_path / name, tokens)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes({"short": data[:-20], "no numpy": b"text"}.get(damage, data))
+    with pytest.raises(UserError, match=name):
+        open_dataset(tmp_path)
 
 
 def test_four_byte_shards_without_a_manifest_are_refused(tmp_path):
