@@ -15,6 +15,7 @@ import os
 import re
 import resource
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -295,37 +296,19 @@ def write_json(path: str | Path, content: dict) -> None:
 def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int]:
     """Reads every byte of a data set and holds it against its manifest; returns tokens and documents.
 
-    Header, size, sha256, token range and number of documents (end-of-text tokens) of each shard, the sums, and
-    the tokenizer's file. UserError
-    lists all that is wrong. `progress` is called with the bytes just read.
+    Header, size, sha256, token range and number of documents (end-of-text tokens) of each shard, the sums, and the
+    tokenizer's file. UserError lists all that is wrong. `progress` is called with the bytes just read.
     """
     dataset = open_dataset(folder)
     folder = dataset.folder
     if dataset.manifest is None:
         raise UserError(f"{folder} has no {MANIFEST} to verify it by: its sizes fit its headers, no more is known.")
-    problems, totals = [], {"shards": 0, "tokens": 0, "documents": 0}
-    for shard in dataset.manifest["shards"]:
-        path = folder / shard["file"]
-        digest, documents, highest = hashlib.sha256(), 0, 0
-        with open(path, "rb") as file:
-            digest.update(file.read(HEADER_BYTES))
-            while block := file.read(1 << 24):
-                digest.update(block)
-                tokens = np.frombuffer(block, token_dtype(dataset.vocab_size))
-                documents += int(np.count_nonzero(tokens == dataset.eot_id))
-                highest = max(highest, int(tokens.max()))
-                progress(len(block))
-        if digest.hexdigest() != shard["sha256"]:
-            problems.append(f"{path}: sha256 is {digest.hexdigest()}, the manifest says {shard['sha256']}")
-        if highest >= dataset.vocab_size:
-            problems.append(f"{path}: token {highest} outside the vocabulary of {dataset.vocab_size:,}")
-        if documents != shard["documents"]:
-            problems.append(f"{path}: {documents:,} documents begin in it, the manifest says {shard['documents']:,}")
-        totals = {
-            "shards": totals["shards"] + 1,
-            "tokens": totals["tokens"] + shard["tokens"],
-            "documents": totals["documents"] + documents,
-        }
+    shards = dataset.manifest["shards"]
+    with ThreadPoolExecutor() as threads:  # a disk gives more than one core hashes
+        found = list(threads.map(lambda shard: _verify_shard(dataset, shard, progress), shards))
+    problems = [problem for problems, _ in found for problem in problems]
+    totals = {"shards": len(shards), "tokens": sum(shard["tokens"] for shard in shards)}
+    totals["documents"] = sum(documents for _, documents in found)
     counted = dict.fromkeys(SPLITS, 0)
     for shard in dataset.manifest["shards"]:
         counted[_split_of(shard["file"])] += shard["tokens"]
@@ -337,3 +320,24 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
     if problems:
         raise UserError("the data set is damaged:\n  " + "\n  ".join(problems) + "\nPrepare or copy it again.")
     return totals
+
+
+def _verify_shard(dataset: Dataset, shard: dict, progress) -> tuple[list[str], int]:
+    """What is wrong with a shard, and how many documents begin in it."""
+    path, problems = dataset.folder / shard["file"], []
+    digest, documents, highest = hashlib.sha256(), 0, 0
+    with open(path, "rb") as file:
+        digest.update(file.read(HEADER_BYTES))
+        while block := file.read(1 << 22):
+            digest.update(block)
+            tokens = np.frombuffer(block, token_dtype(dataset.vocab_size))
+            documents += int(np.count_nonzero(tokens == dataset.eot_id))
+            highest = max(highest, int(tokens.max()))
+            progress(len(block))
+    if digest.hexdigest() != shard["sha256"]:
+        problems.append(f"{path}: sha256 is {digest.hexdigest()}, the manifest says {shard['sha256']}")
+    if highest >= dataset.vocab_size:
+        problems.append(f"{path}: token {highest} outside the vocabulary of {dataset.vocab_size:,}")
+    if documents != shard["documents"]:
+        problems.append(f"{path}: {documents:,} documents begin in it, the manifest says {shard['documents']:,}")
+    return problems, documents

@@ -221,11 +221,27 @@ def stages(files: list[str]) -> dict[str, float]:
     return spent | {"plan": plan_end - map_end, "write shards, sha256": end - plan_end}
 
 
+def copied(files: list[str], copies: int, folder: Path) -> list[str]:
+    """The files several times over, with the copy's number before every text so that no document is a double."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = []
+    for copy in range(copies):
+        for file in files:
+            texts = pq.read_table(file, columns=["text"]).column(0).to_pylist()
+            names.append(str(folder / f"{copy}-{Path(file).name}"))
+            table = pa.table({"text": [f"Copy {copy}.\n{text}" for text in texts]})
+            pq.write_table(table, names[-1], compression="zstd", row_group_size=2000)
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="*", help="a folder of parquet files")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=0, help="measure on so many copies of the folder, made different")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -236,12 +252,19 @@ def main() -> None:
     if len(options.path) != 1 or not (files := sorted(map(str, Path(options.path[0]).glob("*.parquet")))):
         parser.error("give one folder of parquet files")
 
+    with tempfile.TemporaryDirectory() as folder:
+        compare(copied(files, options.copies, Path(folder)) if options.copies else files, options)
+
+
+def compare(files: list[str], options: argparse.Namespace) -> None:
+    """Measures all ways and prints the tables."""
     import pyarrow.parquet as pq
 
     texts = (pq.read_table(file, columns=["text"]).column(0) for file in files)
     size = sum(len(text.encode()) for column in texts for text in column.to_pylist())
     lines = [
-        f"{len(files)} parquet files, {size / 1e6:,.0f} MB of text; {date.today()}, {os.cpu_count()} cores, "
+        f"{len(files)} parquet files{f' ({options.copies} copies, made different)' if options.copies else ''}, "
+        f"{size / 1e6:,.0f} MB of text; {date.today()}, {os.cpu_count()} cores, "
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "gigatoken", "datasets", "pyarrow")),
         "",
