@@ -2,6 +2,7 @@
 
     python tokenizer.py train stdlib --vocab-size 4096 --out data/stdlib-bpe.json
     python tokenizer.py train --input 'books/*.txt' --vocab-size 32768 --out data/books-bpe.json
+    python tokenizer.py compare gpt2 data/books-bpe.json --input 'books/*.txt'
     python fineweb.py files --input 'books/*.txt' --tokenizer data/books-bpe.json --out-dir data/books
 
 GPT-2's ranks lie in `assets/gpt2.tiktoken` (OpenAI's r50k_base.tiktoken, byte for byte), so nothing is
@@ -293,6 +294,25 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, progress: bool = Tru
     return FileTokenizer(out)
 
 
+def compare(specs: Iterable[str], texts: list[bytes]) -> str:
+    """A Markdown table of what each tokenizer makes of texts in UTF-8; words are runs of signs that are not blank."""
+    size, words = sum(map(len, texts)), sum(len(text.decode().split()) for text in texts)
+    if words == 0:
+        raise UserError("--input has no words to compare tokenizers by.")
+    lines = [
+        f"{len(texts):,} documents, {size:,} bytes, {words:,} words",
+        "",
+        "| tokenizer | vocabulary | tokens | bytes a token | tokens a word |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for spec in specs:
+        tokenizer = load_tokenizer(spec)
+        tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        vocabulary, per_token, per_word = f"{tokenizer.vocab_size:,}", f"{size / tokens:.3f}", f"{tokens / words:.3f}"
+        lines.append(f"| {spec} | {vocabulary} | {tokens:,} | {per_token} | {per_word} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     import tyro
 
@@ -322,7 +342,36 @@ def main() -> None:
         tokenizer = train(sources.first_bytes(source_, max_bytes), vocab_size, out)
         print(f"{out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
 
-    tyro.extras.subcommand_cli_from_dict({"train": train_command}, prog="tokenizer.py", description=__doc__)
+    def compare_command(
+        tokenizers: tyro.conf.Positional[tuple[str, ...]] = (),
+        /,
+        *,
+        input: tuple[str, ...],
+        text_column: str = "text",
+        max_bytes: int = 10_000_000,
+    ) -> None:
+        """How many tokens each tokenizer makes of a text.
+
+        Args:
+            tokenizers: "gpt2" or paths of a tokenizer.json.
+            input: Files, folders or patterns (parquet, jsonl, txt; .gz .xz .zst).
+            text_column: The column or key that holds a document's text.
+            max_bytes: Text to look at, in UTF-8 bytes, from the beginning.
+        """
+        # behind --input all are taken for files, but no file of text is called so
+        behind = [path for path in input if path == "gpt2" or path.endswith(".json")]
+        specs = [*tokenizers, *behind]
+        if not specs:
+            raise UserError('give one or more tokenizers: "gpt2" or paths of a tokenizer.json.')
+        source = sources.find("files", tuple(path for path in input if path not in behind), (text_column,))
+        texts, left = [], max_bytes
+        for text in sources.first_bytes(source, max_bytes):
+            texts.append(text.encode()[:left].decode(errors="ignore").encode())  # no part of a character
+            left -= len(texts[-1])
+        print(compare(specs, texts))
+
+    commands = {"train": train_command, "compare": compare_command}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="tokenizer.py", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,47 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused_by_name(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# comparing
+
+
+def table(out: str) -> dict[str, list[str]]:
+    """The rows of a Markdown table by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_tokenizers_are_compared_by_the_tokens_they_make_of_the_same_text(tmp_path, tokenizers, capsys):
+    source, own = save_jsonl(tmp_path / "a.jsonl", CORPUS), str(tokenizers["trained"].file)
+    size, words = sum(len(text.encode()) for text in CORPUS), sum(len(text.split()) for text in CORPUS)
+    call(tokenizer.main, "compare", "gpt2", own, "--input", source)
+    out = capsys.readouterr().out
+    assert out.startswith(f"12 documents, {size} bytes, {words} words\n")
+    assert list(table(out)) == ["gpt2", own]
+    for kind, row in zip(("gpt2", "trained"), table(out).values(), strict=True):
+        tokens = sum(len(tokenizers[kind].encode(text)) for text in CORPUS)
+        assert row[:2] == [f"{tokenizers[kind].vocab_size:,}", f"{tokens:,}"]
+        assert row[2:] == [f"{size / tokens:.3f}", f"{tokens / words:.3f}"]
+    call(tokenizer.main, "compare", "--input", source, "gpt2", own)
+    assert capsys.readouterr().out == out
+
+
+def test_a_comparison_reads_no_more_than_it_was_told_and_cuts_no_character(tmp_path, capsys):
+    source = save_jsonl(tmp_path / "a.jsonl", ["łódź ", "łódź " * 1000, "never"])  # a word is of 8 bytes
+    call(tokenizer.main, "compare", "gpt2", "--input", source, "--max-bytes", 8 + 14)
+    assert capsys.readouterr().out.startswith("2 documents, 21 bytes, 3 words\n")
+
+
+def test_a_comparison_of_nothing_is_refused(tmp_path):
+    source = save(tmp_path / "a.txt", b" \n")
+    with pytest.raises(UserError, match="no words"):
+        call(tokenizer.main, "compare", "gpt2", "--input", source)
+    with pytest.raises(UserError, match="give one or more tokenizers"):
+        call(tokenizer.main, "compare", "--input", source)
+    with pytest.raises(UserError, match=r"no tokenizer at .*none\.json"):
+        call(tokenizer.main, "compare", "--input", save(tmp_path / "b.txt", b"word"), tmp_path / "none.json")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # whole data sets, ten times faster
 
 
