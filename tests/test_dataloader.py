@@ -1,11 +1,20 @@
 """The order of the data: every token once, the same rows on any machine, nothing skipped at a resume."""
 
+import json
+import re
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import call
+from test_train import cut_back_to, flags
 
+import dataloader
+import fineweb
+import train
 from dataloader import (
     IGNORED,
     WINDOW,
@@ -15,12 +24,14 @@ from dataloader import (
     Position,
     chunk_cuts,
     inputs_and_targets,
+    position_of_step,
     shuffled,
     validation_batches,
     validation_rows,
 )
-from errors import ConfigError
-from shards import Tokens
+from errors import ConfigError, UserError
+from shards import HEADER_BYTES, Tokens, open_dataset
+from tokenizer import load_tokenizer
 
 EOT = 0
 
@@ -74,6 +85,33 @@ def test_an_epoch_reads_every_token_once_as_input_and_once_as_target():
         assert N - steps * R * T < (R + S) * T, "what an epoch leaves unread"
         ranks = [[n for n in range(steps * R) if n % W == r] for r in range(W)]
         assert sorted(n for rows in ranks for n in rows) == list(range(steps * R)), "the ranks share a step's rows"
+
+
+def test_rows_read_together_are_the_rows_read_one_by_one(monkeypatch):
+    rng = np.random.default_rng(7)
+    kinds, one_by_one, read_row = Counter(), [], Order.read_row
+    monkeypatch.setattr(Order, "read_row", lambda self, *rest: (one_by_one.append(rest[1]), read_row(self, *rest)))
+    for trial in range(300):
+        N, T, S = int(rng.integers(50, 3000)), int(rng.integers(1, 40)), int(rng.integers(1, 9))
+        tokens = make_tokens(N, float(rng.integers(2, 200)), rng, num_shards=int(rng.integers(1, 40)))
+        order = Order(tokens, EOT, T, S, seed=trial, chunk_tokens=int(rng.integers(T, N + 1)))
+        order.tokens = Tokens(np.split(np.arange(N), tokens.starts[1:-1]))  # each token tells its place
+        epoch = order.epoch(1)
+        if epoch.num_rows == 0:
+            continue
+        rows = rng.permutation(epoch.num_rows)[: int(rng.integers(1, 65))].tolist()
+        out = np.full((len(rows), T + 1), -1)
+        order.read_rows(1, rows, out)
+        borders, crossing = set(tokens.starts.tolist()), []
+        for n, row in zip(rows, out, strict=True):
+            ranges = epoch.row(n)
+            assert row.tolist() == [place for start, stop in ranges for place in range(start, stop)]
+            kind = len(ranges) > 1, any(borders & set(range(start + 1, stop)) for start, stop in ranges)
+            kinds[kind] += 1
+            crossing += [n] if any(kind) else []
+        assert one_by_one == crossing, "no other row takes the slow way"
+        one_by_one.clear()
+    assert min(kinds[chunks, shards] for chunks in (0, 1) for shards in (0, 1)) > 100, "all kinds of rows were tried"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -133,6 +171,21 @@ def test_chunks_begin_at_the_end_of_text_nearest_to_each_cursor():
                 forced_expected += 1
         assert cuts.tolist() == sorted(expected)
         assert forced == forced_expected
+
+
+def test_files_are_cut_as_arrays_are(tmp_path):
+    rng = np.random.default_rng(4)
+    for trial in range(8):
+        tokens = make_tokens(100_000, float(rng.choice([50, 3000, 30_000])), rng, num_shards=int(rng.integers(1, 30)))
+        files = []
+        for i, shard in enumerate(tokens.shards):
+            path = tmp_path / f"{trial}_{i}"
+            path.write_bytes(b"x" * 1024 + shard.astype(np.uint16).tobytes())
+            files.append(np.memmap(path, np.uint16, "r", offset=1024, shape=shard.shape) if len(shard) else shard)
+        arrays = Tokens([shard.astype(np.uint16) for shard in tokens.shards])
+        for chunk in (700, 9000, 60_000):
+            (cuts, forced), (cuts_2, forced_2) = chunk_cuts(Tokens(files), EOT, chunk), chunk_cuts(arrays, EOT, chunk)
+            assert (cuts.tolist(), forced) == (cuts_2.tolist(), forced_2)
 
 
 def test_of_two_ends_of_text_equally_near_the_earlier_cuts():
@@ -220,3 +273,149 @@ def test_a_row_outside_the_epoch_is_refused():
     assert epoch.num_rows == 9
     with pytest.raises(IndexError):
         epoch.row(9)
+    order = Order(make_tokens(500, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
+    for rows in ([-1, 0], [27, 28], [10**9, 0]):
+        with pytest.raises(IndexError, match="of 28"):
+            order.read_rows(0, rows, np.zeros((2, 17), np.int64))
+    with pytest.raises(ValueError, match="longer"):
+        order.read_rows(0, [1], np.zeros((2, 17), np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what did step n read?
+
+
+@pytest.fixture(scope="module")
+def sharded(dataset, tmp_path_factory) -> Path:
+    """The small data set in several shards."""
+    folder, source = tmp_path_factory.mktemp("data") / "sharded", dataset.parent
+    call(
+        fineweb.main, "files", "--input", source / "texts.jsonl", "--tokenizer", source / "bpe.json",
+        "--out-dir", folder, "--val-tokens", 300, "--workers", 1, "--shard-tokens", 500,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retold(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]:
+    """A run over three epochs that was resumed at step 5 with half the batch, and the rows that each step was given."""
+    out, steps, train_step = tmp_path_factory.mktemp("runs") / "retold", [], train.train_step
+
+    def traced(model, optimizer, data, *rest, **named):
+        steps.append([row.tolist() for batch in data.micro_batches for row in batch])
+        return train_step(model, optimizer, data, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", traced)
+        scenes = {f"{scene}__every_n_steps": 0 for scene in ("validation", "sampling")}
+        call(train.main, *flags(sharded, out, training__max_steps=5, **scenes))
+        scenes |= {"general__init_from": "resume", "training__batch_tokens": 128, "training__max_steps": 30}
+        call(train.main, *flags(sharded, out, **scenes))
+    assert [len(step) for step in steps] == [16] * 5 + [8] * 25
+    return out, steps
+
+
+def told(run: Path, step: int, capsys: pytest.CaptureFixture, *options: object) -> tuple[str, list[re.Match]]:
+    """The first line of the output, and the cells of each line of its table."""
+    capsys.readouterr()
+    call(dataloader.main, run, "--step", step, *options)
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    cells = r" *(?P<row>\d+) +(?P<rank>\d+) +(?P<stream>\d+)  (?P<shard>\S+) +(?P<token>\d+) +(?P<tokens>\d+) +"
+    return head, [re.fullmatch(cells + r"(?P<document>\d+)  (?P<text>.*)", line) for line in lines]
+
+
+def test_a_look_back_tells_the_tokens_that_each_step_of_a_real_run_read(retold, sharded, capsys):
+    run, steps = retold
+    parts = 0
+    for step, expected in enumerate(steps):
+        _, lines = told(run, step, capsys)
+        rows: dict[int, list[int]] = {}
+        for line in lines:
+            ids = np.fromfile(sharded / line["shard"], np.uint16, offset=HEADER_BYTES)
+            first, stop = int(line["token"]), int(line["token"]) + int(line["tokens"])
+            assert stop <= len(ids)
+            rows.setdefault(int(line["row"]), []).extend(ids[first:stop].tolist())
+            assert int(line["stream"]) == int(line["row"]) % 4
+        assert list(rows) == list(range(min(rows), min(rows) + len(expected)))
+        assert list(rows.values()) == expected
+        parts += len(lines)
+    assert parts > sum(map(len, steps)), "some rows go over the end of a chunk or a shard"
+
+
+def test_a_look_back_tells_epoch_rank_document_and_text(retold, sharded, capsys):
+    run, _ = retold
+    opened = open_dataset(sharded)
+    tokenizer, shards = load_tokenizer(opened.tokenizer), {Path(s.filename).name: s for s in opened.train.shards}
+    epochs = [told(run, step, capsys)[0] for step in (0, 10, 11, 26, 27)]
+    assert [head.split(":")[1].split(" of")[0] for head in epochs] == [
+        " epoch 0, rows 0 to 15", " epoch 0, rows 120 to 127", " epoch 1, rows 0 to 7", " epoch 1, rows 120 to 127",
+        " epoch 2, rows 0 to 7",
+    ]  # fmt: skip
+    lines = [line for step in range(12) for line in told(run, step, capsys, "--ranks", 4, "--chars", 9)[1]]
+    begun = set()
+    for line in lines:
+        assert int(line["rank"]) == int(line["row"]) % 4
+        ids, first, count = shards[line["shard"]], int(line["token"]), int(line["tokens"])
+        assert int(line["document"]) == np.count_nonzero(ids[: first + 1] == opened.eot_id)
+        assert line["text"] == tokenizer.decode(ids[first : first + count].tolist()).replace("\n", " ")[:9]
+        begun.add((line["document"] == "0", bool(ids[first] == opened.eot_id)))
+    assert begun >= {(True, False), (False, True), (False, False)}, (
+        "documents from the shard before, at their end of text"
+    )
+
+
+def test_a_look_ahead_takes_the_batch_of_the_settings_where_the_log_ends(retold, tmp_path, capsys):
+    run, _ = retold
+    lines = (run / "log.csv").read_text().splitlines(keepends=True)
+    for logged, row in ((20, 72), (5, 80)):  # at 5 the first part has ended and the resume has logged nothing yet
+        stopped = cut_back_to(run, logged, tmp_path / str(logged))
+        (stopped / "log.csv").write_text("".join(lines[: 1 + logged]))
+        (_, first), (_, later) = (told(stopped, step, capsys) for step in (logged, 25))
+        assert int(first[0]["row"]) == row
+        assert int(later[0]["row"]) == 112
+
+
+def test_position_of_step_counts_every_step_with_its_own_rows_and_begins_epochs_anew():
+    order = Order(make_tokens(16 * 20 + 1, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
+    assert order.rows_per_epoch == 20
+    rows = [6, 6, 9, 2, 10, 20, 1]
+    starts = [position_of_step(step, rows, order) for step in range(len(rows))]
+    assert starts == [
+        Position(0, 0), Position(0, 6), Position(1, 0), Position(1, 9), Position(2, 0), Position(3, 0), Position(4, 0)
+    ]  # fmt: skip
+
+
+def test_a_look_back_refuses_what_it_cannot_tell(retold, sharded, tmp_path, capsys):
+    def copy(name: str, without: str = "", **sections: dict) -> Path:
+        path = tmp_path / name
+        shutil.copytree(retold[0], path, ignore=shutil.ignore_patterns(without))
+        config = json.loads((path / "config.json").read_text())
+        for section, fields in sections.items():
+            config[section] |= fields
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    other = tmp_path / "other"
+    shutil.copytree(sharded, other)
+    shard = next(other.glob("*_train_*.bin"))
+    manifest = json.loads((other / "dataset.json").read_text())
+    for entry in manifest["shards"]:
+        entry["sha256"] = entry["sha256"][::-1] if entry["file"] == shard.name else entry["sha256"]
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    headless = copy("headless")
+    lines = (headless / "log.csv").read_text().splitlines(keepends=True)
+    (headless / "log.csv").write_text("".join([lines[0], *lines[3:]]))
+    for run, step, message in (
+        (tmp_path / "none", 3, "there is no run at .*none"),
+        (retold[0], -1, "--step -1: .* has the steps 0 to 29"),
+        (retold[0], 30, "--step 30: .* has the steps 0 to 29"),
+        (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "data of .*gone are not at .*away"),
+        (copy("wrong", data={"dataset": str(other)}), 3, "other is not the data that .*wrong was trained on"),
+        (headless, 3, "has not every step from 0 on"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(dataloader.main, run, "--step", step)
+    for option in (("--ranks", 0), ("--chars", -1)):
+        with pytest.raises(UserError, match="must be at least"):
+            call(dataloader.main, retold[0], "--step", 3, *option)
+    call(dataloader.main, copy("unsaved", "checkpoints", data={"dataset": str(other)}), "--step", 3)
