@@ -16,12 +16,12 @@ import errno
 import fcntl
 import json
 import os
-import shutil
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -30,15 +30,16 @@ from typing import Literal
 import storage
 from errors import UserError, run
 from filters import Filters
-from plan import BUCKET_ROWS, SPLITS, Plan, load_index, plan
+from plan import SPLITS, Plan, load_index, plan
 from quality import QualityModel, check
 from readers import Task
-from shards import MANIFEST, open_dataset, read_manifest, shard_name, token_dtype, verify, write_json
+from room import check_room
+from shards import MANIFEST, open_dataset, read_manifest, shard_name, verify, write_json
 from sources import Source, find
 from tokenizer import Tokenizer, load_tokenizer
 from workers import Setup, local_workers, map_task, ray_workers, warm_up, write_task
 
-WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
+FORMAT = 2  # of parts/: another one where tasks, hashes or indexes change
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class MapStage:
             return False
         done = list(takewhile(self.finished.__contains__, self.stems))
         kept = sum(plan(done, 0, None, self.buckets).tokens.values())
-        self.look_again_at = self.tokens + self.max_tokens - kept
+        self.look_again_at = self.tokens + max(self.max_tokens - kept, self.max_tokens // 50)  # a look reads all
         return kept >= self.max_tokens
 
 
@@ -140,24 +141,39 @@ class MapStage:
 # write: a task a shard
 
 
-def write_shards(placed: Plan, folder: str, pool: Executor, shard_tokens: int, vocab_size: int) -> list[dict]:
-    """Writes all shards that aren't there yet; returns their rows of the manifest."""
+def write_shards(
+    placed: Plan, folder: str, pool: Executor, ahead: int, shard_tokens: int, vocab_size: int
+) -> list[dict]:
+    """Writes all shards that aren't there yet, `ahead` at once; returns their rows of the manifest."""
     from tqdm import tqdm
 
     there, recorded = set(storage.files(folder)), set(storage.files(f"{folder}/parts"))
-    rows, futures, number = [], [], 0
+    rows, running, number = [], set(), 0
+    bar = tqdm(total=sum(-(-count // shard_tokens) for count in placed.tokens.values()), desc="write", unit="shard")
+
+    def reap() -> None:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            running.remove(future)
+            future.result()
+            bar.update()
+
     for split in SPLITS:
         number = max(number, 1) if split == "train" else 0  # llm.c's numbers: training begins at 1
         for begin in range(0, placed.tokens[split], shard_tokens):
             end = min(begin + shard_tokens, placed.tokens[split])
             name = shard_name(_name(folder), split, number)
             rows.append({"file": name, "tokens": end - begin})
-            if not (name in there and f"{name}.json" in recorded):
-                task = (f"{folder}/{name}", placed.pieces(split, begin, end), end - begin, vocab_size)
-                futures.append(pool.submit(write_task, *task, f"{folder}/parts/{name}.json"))
             number += 1
-    for future in tqdm(futures, desc="write", unit="shard"):
-        future.result()
+            if name in there and f"{name}.json" in recorded:
+                bar.update()
+                continue
+            while len(running) >= ahead:  # each holds what becomes of all documents of its parts
+                reap()
+            task = (f"{folder}/{name}", placed.pieces(split, begin, end), end - begin, vocab_size)
+            running.add(pool.submit(write_task, *task, f"{folder}/parts/{name}.json"))
+    while running:
+        reap()
+    bar.close()
     return [row | json.loads(storage.read_bytes(f"{folder}/parts/{row['file']}.json")) for row in rows]
 
 
@@ -171,18 +187,20 @@ def prepare(
 ) -> dict:  # fmt: skip
     """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
     parts = f"{folder}/parts"
-    scratch = storage.cache(folder) / "parts"  # what only this machine needs
+    here = storage.cache(folder)
+    scratch = here / "parts"  # what only this machine needs
     if (manifest := _finished(source, folder, settings)) is not None:
-        for left in {parts, str(scratch)}:  # all that can be left of a run killed in its last breath
-            storage.remove(left)
+        _tidy(parts, scratch)  # of a run killed in its last breath
         print(f"{folder} is complete already.")
         return manifest
     _open(source, folder, settings)
     if ray_address is None:
-        workers = _check_room(source, settings, folder, workers, tokenizer.vocab_size)
-    _only_one(scratch, folder)
-    _clean(scratch)
-    write_json(f"{parts}/settings.json", settings | {"revision": source.revision})
+        workers = check_room(source, settings, folder, workers, tokenizer.vocab_size)
+    begun = {"format": FORMAT} | settings | {"revision": source.revision}
+    _clean(here)
+    if not storage.is_remote(folder):
+        os.makedirs(parts, exist_ok=True)
+    write_json(f"{parts}/settings.json", begun)
 
     # other machines need what is downloaded too
     downloads = f"{parts if ray_address else scratch}/download"
@@ -190,7 +208,7 @@ def prepare(
     with _failures_told(), engine as (pool, count):
         max_tokens, wanted = settings["max_tokens"], settings["val_tokens"]
         stage = MapStage(source, parts, downloads, scratch / "buckets", pool, max_tokens)
-        stems = stage.run(ahead=2 * count if max_tokens else 4096)
+        stems = stage.run(ahead=max(8, 2 * count) if max_tokens else 4096)
         placed = plan(stems, wanted, max_tokens, scratch / "buckets") if stems else None
         if placed is None or placed.documents["kept"] == 0:
             filtered = " that the filters leave" if placed and placed.documents["filtered"] else ""
@@ -199,12 +217,14 @@ def prepare(
         if wanted and placed.tokens["val"] > 2 * wanted:
             print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
         print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
-        shards = write_shards(placed, folder, pool, settings["shard_tokens"], tokenizer.vocab_size)
+        shards = write_shards(placed, folder, pool, max(8, 2 * count), settings["shard_tokens"], tokenizer.vocab_size)
 
     beside = f"{folder}/{_tokenizer_file(tokenizer)}"
-    if not (os.path.exists(beside) and os.path.samefile(beside, tokenizer.file)):
+    if not (storage.exists(beside) and storage.read_bytes(beside) == tokenizer.data):
         with storage.create(beside) as file:
-            file.write(tokenizer.file.read_bytes())
+            file.write(tokenizer.data)
+    if json.loads(storage.read_bytes(f"{parts}/settings.json")) != begun:
+        raise UserError(f"another fineweb.py with other settings writes to {folder}. Give each its own --out-dir.")
     counts = {"documents": placed.documents, "tokens": placed.tokens, "text_bytes": placed.bytes}
     manifest = {
         "format": 1,
@@ -218,9 +238,13 @@ def prepare(
         "shards": shards,
     }
     write_json(f"{folder}/{MANIFEST}", manifest)
+    _tidy(parts, scratch)
+    return manifest
+
+
+def _tidy(parts: str, scratch: Path) -> None:
     for left in {parts, str(scratch)}:
         storage.remove(left)
-    return manifest
 
 
 def _finished(source: Source, folder: str, settings: dict) -> dict | None:
@@ -232,14 +256,19 @@ def _finished(source: Source, folder: str, settings: dict) -> dict | None:
         source.open()
         settings = settings | {"revision": source.revision}
     _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
+    there = set(storage.files(folder))
+    if lost := [shard["file"] for shard in manifest["shards"] if shard["file"] not in there]:
+        raise UserError(f"{folder} has lost {', '.join(lost)}. Copy it there, or delete {MANIFEST} and the shards.")
     return manifest
 
 
 def _open(source: Source, folder: str, settings: dict) -> None:
     """Opens the source, in the revision that an earlier run of the folder had; UserError where that can't go on."""
     names = storage.files(f"{folder}/parts")
-    if "settings.json" in names and any(name.endswith(".npz") for name in names):  # something was done
-        earlier = json.loads(storage.read_bytes(f"{folder}/parts/settings.json"))
+    if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
+        earlier = json.loads(storage.read_bytes(f"{folder}/parts/settings.json"))  # something was done
+        if earlier.get("format") != FORMAT:
+            raise UserError(f"{folder}/parts was begun by another version of BabyGPT. Delete it to begin anew.")
         _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
         source.open(earlier["revision"])
         now = settings | {"revision": source.revision}
@@ -252,23 +281,34 @@ def _open(source: Source, folder: str, settings: dict) -> None:
         raise UserError(f"the source {source.name} has no files.")
 
 
-def _only_one(scratch: Path, folder: str) -> None:
-    """A lock that this process holds until it ends; UserError where another one here prepares the same folder."""
-    global _lock
+@contextmanager
+def _only_one(here: Path, folder: str) -> Iterator[None]:
+    """A lock on the folder; UserError where another process of this machine prepares it."""
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        _lock = open(scratch / "lock", "w")  # noqa: SIM115, open as long as the process
-        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another fineweb.py prepares {folder} right now. Let it end, or end it.") from None
+        here.mkdir(parents=True, exist_ok=True)
+        lock = os.open(here, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"can't write to {folder}: {error}. Give another --out-dir.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.access(here, os.W_OK):
+            raise UserError(f"can't write to {folder}: it is read-only. Give another --out-dir.")
+        yield
+    except BlockingIOError:
+        raise UserError(f"another fineweb.py prepares {folder} right now. Let it end, or end it.") from None
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            here.rmdir()  # nothing came of it
 
 
-def _clean(scratch: Path) -> None:
+def _clean(here: Path) -> None:
     """Deletes what a killed run was writing."""
-    (scratch / "download").mkdir(exist_ok=True)
-    for stale in [*scratch.parent.glob("*.tmp"), *scratch.glob("*.tmp"), *scratch.rglob("*.incomplete")]:
+    (here / "parts" / "download").mkdir(parents=True, exist_ok=True)
+    ours = re.compile(r".+\.(bin|json|tiktoken)\.[0-9a-f]{32}\.tmp")
+    for stale in [*filter(lambda path: ours.fullmatch(path.name), here.iterdir()), *(here / "parts").rglob("*.tmp")]:
+        stale.unlink()
+    for stale in (here / "parts").rglob("*.incomplete"):  # of a killed download; it can't be gone on with
         stale.unlink()
 
 
@@ -307,57 +347,6 @@ def _same_settings(earlier: dict, now: dict, folder: str, what: str) -> None:
             + "".join(f"  {key}: {earlier.get(key)!r} there, {now[key]!r} now\n" for key in differing)
             + f"Give the same settings to go on, another --out-dir, or delete {folder} to begin anew."
         )
-
-
-def _check_room(source: Source, settings: dict, folder: str, workers: int | None, vocab_size: int) -> int:
-    """Tells the disk and memory needed, refuses what can't fit, and returns the number of workers: as many as
-    asked for, else one a core as far as the memory reaches."""
-    source_bytes = sum(unit.bytes for unit in source.units)
-    tokens = int(source_bytes * source.tokens_per_byte)
-    tokens = min(tokens, settings["max_tokens"] or tokens)
-    largest = max(unit.bytes for unit in source.units) if source.downloads else 0
-    disk = source.units_at_once * largest + (
-        0 if storage.is_remote(folder) else 2 * token_dtype(vocab_size).itemsize * tokens
-    )
-    documents = tokens // 1000  # FineWeb's have 1,000 tokens
-    plan_memory = documents + min(documents, BUCKET_ROWS) * 100
-    available = _available_memory()
-    if workers is None:
-        most = (available - plan_memory) // WORKER_MEMORY if available is not None else _cores()
-        workers = max(1, min(_cores(), most))
-    memory = plan_memory + workers * WORKER_MEMORY
-    place = storage.cache(folder).absolute()
-    there = next(parent for parent in [place, *place.parents] if parent.exists())
-    written = sum(path.stat().st_size for path in place.rglob("*.bin"))  # by a run that was stopped
-    free = shutil.disk_usage(there).free
-    if source_bytes:
-        print(
-            f"{source.name}: {len(source.units):,} files or batches, {source_bytes / 1e9:,.2f} GB, roughly "
-            f"{tokens / 1e6:,.0f} M tokens; needs about {disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} free) and "
-            f"{memory / 1e9:,.1f} GB of memory for {workers} workers."
-        )
-    if (disk - written) / 2 > free:  # the estimate may be twice the truth
-        raise UserError(
-            f"{there} has too little room: {free / 1e9:,.2f} GB free. Give another --out-dir, or --max-tokens."
-        )
-    if disk - written > free:
-        print("warning: the disk may not be enough.")
-    if available is not None and memory > available:
-        raise UserError(f"too little memory: {available / 1e9:,.1f} GB are free. Give fewer --workers than {workers}.")
-    return workers
-
-
-def _available_memory() -> int | None:
-    """Bytes that programs can have, file caches counted in; None where the system doesn't tell (macOS)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def verify_command(arguments: list[str]) -> None:
@@ -424,16 +413,18 @@ def main() -> None:
             config: Configuration of a hub data set given as OWNER/NAME.
             split: Split of a hub data set given as OWNER/NAME.
         """
-        for name, value, low in (("val", val_tokens, 0), ("shard", shard_tokens, 1), ("max", max_tokens, 1)):
-            if value is not None and not low <= value < 2**31 and not (name == "max" and value >= low):
-                raise UserError(f"--{name}-tokens {value} is out of range: {low} to {2**31 - 1:,}.")
-        if workers is not None and workers < 1:
-            raise UserError(f"--workers {workers}: give at least 1.")
+        limits = [
+            ("val-tokens", val_tokens, 0, 2**31 - 1), ("shard-tokens", shard_tokens, 1, 2**31 - 1),
+            ("max-tokens", max_tokens, 1, 10**15), ("min-chars", min_chars, 0, 10**9), ("workers", workers, 1, 10**4),
+        ]  # fmt: skip
+        for name, value, low, high in limits:
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} {value} is out of range: {low} to {high:,}.")
         if (quality is None) != (min_quality is None):
             raise UserError("--quality MODEL and --min-quality X go together.")
         filters = Filters(min_chars, min_score, min_language_score, min_quality)
         found = find(source, input, (text_column, *filters.columns), config, split)
-        folder = out_dir or f"data/{source.split('/')[-1]}"
+        folder = (out_dir or f"data/{source.split('/')[-1]}").removeprefix("file://").rstrip("/") or "/"
         encoder = load_tokenizer(tokenizer)
         model = None if quality is None else QualityModel.load(quality)
         if model is not None:
@@ -447,7 +438,8 @@ def main() -> None:
         if engine == "ray" and not storage.is_remote(folder):
             folder = os.path.abspath(folder)  # on a disk that all machines share
         ray_address = address if engine == "ray" else None
-        manifest = prepare(found, encoder, folder, settings, Setup(encoder, filters, model), workers, ray_address)
+        with _only_one(storage.cache(folder), folder):
+            manifest = prepare(found, encoder, folder, settings, Setup(encoder, filters, model), workers, ray_address)
         counts = manifest["counts"]
         print(
             f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "

@@ -9,10 +9,12 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 import storage
+from errors import UserError
 from filters import DUPLICATE, EMPTY, FILTERED, KEPT
 
 VALIDATES = 255  # what becomes of a document, beside those of filters.py
@@ -24,8 +26,11 @@ ROW = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u
 
 def load_index(stem: str, names: tuple[str, ...] = ("hash", "tokens", "bytes", "decision")) -> dict[str, np.ndarray]:
     """The index of a part: `hash` (n, 2), `tokens`, `bytes` and `decision` (n,)."""
-    with np.load(io.BytesIO(storage.read_bytes(f"{stem}.npz"))) as file:
-        return {name: file[name] for name in names}
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(f"{stem}.npz"))) as file:
+            return {name: file[name] for name in names}
+    except (BadZipFile, ValueError, KeyError) as error:
+        raise UserError(f"{stem}.npz is damaged ({error}). Delete it: the same command makes it anew.") from None
 
 
 class Buckets:
@@ -121,17 +126,17 @@ def plan(stems: list[str], val_tokens: int | None, max_tokens: int | None, scrat
     for stem, a in zip(stems, first[:-1].tolist(), strict=True):
         tokens = load_index(stem, ("tokens",))["tokens"].astype(np.int64)
         stays = np.flatnonzero(decisions[a : a + len(tokens)] == KEPT)
-        if max_tokens is not None and total + tokens[stays].sum() >= max_tokens:
+        if max_tokens is not None and len(stays) and total + tokens[stays].sum() >= max_tokens:
             stays = stays[: int(np.searchsorted(np.cumsum(tokens[stays]), max_tokens - total)) + 1]
             seen = a + int(stays[-1]) + 1
         total, kept = total + int(tokens[stays].sum()), kept + len(stays)
-        if seen < len(decisions):
+        if max_tokens is not None and total >= max_tokens:
             break
     decisions = decisions[:seen]
 
     wanted = min(DEFAULT_VAL_TOKENS, total // 20) if val_tokens is None else val_tokens
     for rows in buckets:
-        rows = rows[(rows["document"] < seen)]
+        rows = rows[rows["document"] < seen]
         rows = rows[decisions[rows["document"]] == KEPT]
         enough = int(np.searchsorted(np.cumsum(rows["tokens"], dtype=np.int64), wanted)) + 1 if wanted > 0 else 0
         chosen = rows[: min(enough, kept - 1)]  # one is left to train on
@@ -142,14 +147,14 @@ def plan(stems: list[str], val_tokens: int | None, max_tokens: int | None, scrat
 
     first = np.minimum(first, seen)
     starts = {split: np.zeros(len(stems) + 1, np.int64) for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
+    sizes, found = dict.fromkeys(SPLITS, 0), np.zeros(256, np.int64)
     for i, stem in enumerate(stems):
-        index, decision = load_index(stem), decisions[first[i] : first[i + 1]]
+        index, decision = load_index(stem, ("tokens", "bytes")), decisions[first[i] : first[i + 1]]
+        found += np.bincount(decision, minlength=256)
         for split, code in SPLITS.items():
             mine = np.flatnonzero(decision == code)
             starts[split][i + 1] = starts[split][i] + index["tokens"][mine].sum(dtype=np.int64)
             sizes[split] += int(index["bytes"][mine].sum())
-    found = np.bincount(decisions, minlength=256)
     counts = {"seen": seen, "kept": int(found[KEPT] + found[VALIDATES]), "empty": int(found[EMPTY])}
     counts |= {"filtered": int(found[list(FILTERED.values())].sum()), "duplicate": int(found[DUPLICATE])}
     counts |= {"train": int(found[KEPT]), "val": int(found[VALIDATES])}

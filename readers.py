@@ -119,16 +119,20 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
         file = pq.ParquetFile(_parquet(path))
         for rows in file.iter_batches(BATCH, row_groups=groups, columns=columns, use_threads=False):
             texts = rows.column(columns[0])
+            if any(kind(texts.type) for kind in (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_null)):
+                texts = texts.cast(pa.large_string())
             if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
                 raise UserError(f"{path}: the column {columns[0]!r} is {texts.type}, not text. Give --text-column.")
             texts.validate(full=True)  # is it UTF-8?
             numbers = {}
             for column in columns[1:]:
                 try:
-                    numbers[column] = rows.column(column).cast(pa.float64()).to_numpy(zero_copy_only=False)
-                except pa.ArrowInvalid:
+                    numbers[column] = rows.column(column).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                     raise UserError(f"{path}: {column!r} is {rows.column(column).type}, no number.") from None
             yield Batch([text or b"" for text in texts.cast(pa.large_binary()).to_pylist()], numbers)
+    except KeyError:
+        raise UserError(f"{path} has two columns of a name, of {', '.join(columns)}. Rename one.") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged, in {where}: {error}. Fetch it again.") from None
 
@@ -189,8 +193,8 @@ def _fields(row: dict, columns: tuple[str, ...], where: str) -> tuple:
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: {columns[0]!r} is {type(text).__name__}, not text. Give --text-column.")
     for column, number in zip(columns[1:], numbers, strict=True):
-        if number is not None and not isinstance(number, (int, float)):
-            raise UserError(f"{where}: {column!r} is {type(number).__name__}, no number.")
+        if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):
+            raise UserError(f"{where}: {column!r} is {type(number).__name__} {number!r:.40}, no number to compare.")
     return (without_surrogates(text or "").encode(), *numbers)
 
 

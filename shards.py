@@ -14,8 +14,10 @@ import json
 import os
 import re
 import resource
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +171,11 @@ def open_dataset(folder: str | Path) -> Dataset:
         counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     elif (folder / "parts").exists():
         raise UserError(f"{folder} is not finished. Give the command that began it again: python fineweb.py ...")
+    if (folder / "meta.pkl").exists():
+        raise UserError(f"{folder} has a meta.pkl: its tokens are nanoGPT's characters, not GPT-2's. Prepare it anew.")
+    stems = Counter(path.stem for path in found.values())
+    if twice := [name for name, count in stems.items() if count > 1]:
+        raise UserError(f"{folder} holds {twice[0]} as .bin and as .npy. Move one of them away.")
     _allow_open_files(len(found) + 256)
     opened = {name: open_shard(path) for name, path in found.items()}
     if not opened:
@@ -219,36 +226,43 @@ def _pull(url: str, folder: Path) -> None:
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     manifest = read_manifest(url)
     if manifest is None:  # somebody else's
-        names = [name for name in storage.files(url) if _split_of(name)]
-        if not names:
+        if storage.files(f"{url}/parts"):
+            raise UserError(f"{url} is not finished. Give the command that began it again: python fineweb.py ...")
+        wanted = {name: storage.state(f"{url}/{name}") for name in storage.files(url) if _split_of(name)}
+        if not wanted:
             raise UserError(f"there is no data set at {url}: no {MANIFEST}, and no shards.")
-        sizes = {name: storage.size(f"{url}/{name}") for name in names}
-        return storage.pull(url, names, folder, lambda path: path.stat().st_size == sizes[path.name], quiet)
-    sums = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
-    sums[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
-    for name in set(storage.files(folder)) - {*sums, "sound.json", "lock"}:
+    else:
+        wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+        wanted[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
+    record = folder / "sound.json"  # of each file that was found sound: its size and time here, what it should be
+    for name in set(storage.files(folder)) - {*wanted, record.name, "lock"}:
         (folder / name).unlink()  # of another state of this data set
-    record = folder / "sound.json"  # name: size, time and sha256 of what was found sound
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(record.read_text())
 
-    def check(path: Path) -> bool:
-        seen = [path.stat().st_size, path.stat().st_mtime_ns, sums[path.name]]
-        if known.get(path.name) != seen and _file_sha256(path) != sums[path.name]:
-            return False
-        known[path.name] = seen
-        return True
+    def seen(path: Path) -> list:
+        return [path.stat().st_size, path.stat().st_mtime_ns, wanted[path.name]]
 
-    storage.pull(url, sorted(sums), folder, check, quiet)
-    write_json(record, known)
-    write_json(folder / MANIFEST, manifest)
+    def is_sound(path: Path) -> bool:
+        return manifest is None or _file_sha256(path) == wanted[path.name]
+
+    def is_here(path: Path) -> bool:
+        return known.get(path.name) == seen(path) or (manifest is not None and is_sound(path))
+
+    storage.pull(url, sorted(wanted), folder, is_here, is_sound, quiet)
+    write_json(record, {name: seen(folder / name) for name in wanted})
+    if manifest is not None:
+        write_json(folder / MANIFEST, manifest)
 
 
 def _allow_open_files(count: int) -> None:
     """A memory map keeps its file open, and the usual limit of 1,024 (256 on macOS) is soft."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
-        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise UserError(f"{count:,} files must be open at once, {hard:,} may. Raise the limit: ulimit -n {count}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _split_of(file_name: str) -> str | None:
@@ -277,10 +291,13 @@ def read_manifest(folder: str | Path) -> dict | None:
         return None
     try:
         manifest = json.loads(storage.read_bytes(path))
-        for key in ("shards", "tokenizer", "eot_id", "vocab_size", "counts"):
-            manifest[key]
+        manifest["eot_id"], manifest["vocab_size"], manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"]
+        manifest["counts"]["tokens"]["train"], manifest["counts"]["documents"]["kept"]
+        for name in [manifest["tokenizer"]["file"], *(shard["file"] for shard in manifest["shards"])]:
+            if os.path.basename(name) != name:
+                raise ValueError(f"{name!r} is no file's name")
         for shard in manifest["shards"]:
-            shard["file"], shard["tokens"], shard["documents"], shard["sha256"]
+            shard["tokens"], shard["documents"], shard["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Copy it or prepare the data again.") from None
     return manifest
@@ -314,6 +331,10 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
         counted[_split_of(shard["file"])] += shard["tokens"]
     if counted != dataset.manifest["counts"]["tokens"]:
         problems.append(f"{folder / MANIFEST}: its shards have {counted} tokens, its counts say otherwise")
+    if totals["documents"] != dataset.manifest["counts"]["documents"]["kept"]:
+        problems.append(
+            f"{folder / MANIFEST}: its shards have {totals['documents']:,} documents, its counts say otherwise"
+        )
     tokenizer = folder / dataset.manifest["tokenizer"]["file"]
     if not tokenizer.exists() or _file_sha256(tokenizer) != dataset.manifest["tokenizer"]["sha256"]:
         problems.append(f"{tokenizer} is missing or not the tokenizer that the data was made with")

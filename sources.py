@@ -27,7 +27,7 @@ import storage
 from errors import UserError
 from readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
 
-WHOLE_BYTES, SAMPLE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
+WHOLE_BYTES, PLACE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
 
 # name -> (hub data set, folder of its parquet files)
 HUB_SOURCES = {
@@ -98,13 +98,14 @@ class LocalFiles(Source):
         """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
         digest, sizes, self.batches = hashlib.sha256(), [], []
         for path in self.paths:
-            size = storage.size(path)
-            digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
-            with storage.reading(path) as file:
+            try:
+                size = storage.size(path)
+                digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
                 whole = size <= WHOLE_BYTES
-                for place in (0,) if whole else (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                    file.seek(place)
-                    digest.update(file.read(size if whole else SAMPLE_BYTES))
+                for place in (0,) if whole else (0, size // 2, max(0, size - PLACE_BYTES)):
+                    digest.update(storage.read_bytes(path, place, place + (size if whole else PLACE_BYTES)))
+            except OSError as error:
+                raise UserError(f"{path} can't be read: {error.strerror}.") from None
             alone = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
             if alone or sizes[-1] + size > readers.TASK_BYTES:
                 self.batches.append([path])

@@ -7,31 +7,25 @@ A file is committed whole or not at all, here by a rename, in an object store as
 file of this machine.
 """
 
+import hashlib
+import io
 import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import IO
 
 from errors import UserError
 
-OBJECT_STORES = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "abfs",
-    "abfss",
-    "az",
-    "adl",
-    "oci",
-    "oss",
-    "memory",
-}  # a put is atomic there
+# a put is whole or not at all there
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
+READ_AHEAD = 1 << 20  # bytes; the file systems' own is up to 50 MB, and they copy it for every line
 AT_ONCE = 8  # transfers
 
 
@@ -41,15 +35,21 @@ def is_remote(path: str | Path) -> bool:
 
 def cache(path: str | Path) -> Path:
     """The folder of this machine that stands for a path: the path itself, or of a URL one under data/cache/."""
-    return Path("data") / "cache" / re.sub(r"\W+", "-", str(path)) if is_remote(path) else Path(path)
+    if not is_remote(path):
+        return Path(path)
+    url = str(path).rstrip("/")
+    name = re.sub(r"\W+", "-", url)[-60:].strip("-")  # to read; the hash tells s3://a-b/c from s3://a/b-c
+    return Path("data") / "cache" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 def _system(url: str | Path):
     """The file system of a URL and the path in it."""
     import fsspec
 
+    protocol = str(url).split("://")[0]
+    options = {"use_listings_cache": False} if protocol in OBJECT_STORES else {}  # somebody else may change them
     try:
-        return fsspec.core.url_to_fs(str(url), use_listings_cache=False)
+        return fsspec.core.url_to_fs(str(url), **options)
     except ImportError as error:
         raise UserError(f"{url} needs another package: {error}") from None
     except ValueError as error:
@@ -71,7 +71,7 @@ def _told(path: str | Path) -> Iterator[None]:
 def create(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file to write to: there whole once the block has ended, not at all where it fails."""
     if not is_remote(path):
-        temporary = f"{path}.tmp"
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # a cluster may have a task done twice at once
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -102,7 +102,7 @@ def reading(path: str | Path) -> IO[bytes]:
         return open(path, "rb")
     with _told(path):
         system, path = _system(path)
-        return system.open(path, "rb")
+        return io.BufferedReader(system.open(path, "rb", block_size=READ_AHEAD), READ_AHEAD)
 
 
 def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> bytes:
@@ -129,8 +129,19 @@ def size(path: str | Path) -> int:
     if not is_remote(path):
         return os.path.getsize(path)
     with _told(path):
-        system, path = _system(path)
-        return system.size(path)
+        system, there = _system(path)
+        found = system.size(there)
+    if found is None:
+        raise UserError(f"{path}: its server doesn't tell how large it is. Download it first.")
+    return found
+
+
+def state(path: str | Path) -> str:
+    """What tells the contents of a remote file from others': its size, and the tag or time that its system gives."""
+    with _told(path):
+        system, there = _system(path)
+        info = system.info(there)
+    return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime"))
 
 
 def files(folder: str | Path) -> list[str]:
@@ -150,38 +161,45 @@ def glob(pattern: str) -> list[str]:
     """URLs of the files that a pattern, a file or a folder far away names, sorted."""
     with _told(pattern):
         system, path = _system(pattern)
-        found = system.find(path) if system.isdir(path) else [f for f in system.glob(path) if system.isfile(f)]
+        if system.isfile(path):
+            found = [path]
+        else:
+            found = system.find(path) if system.isdir(path) else [f for f in system.glob(path) if system.isfile(f)]
         return sorted(map(system.unstrip_protocol, found))
 
 
 def remove(path: str | Path) -> None:
     """Deletes a file or a folder with all that is in it; nothing where there is none."""
-    if not is_remote(path):
-        shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
-        return
-    with _told(path), suppress(FileNotFoundError):
-        system, path = _system(path)
-        system.rm(path, recursive=True)
+    if is_remote(path):
+        with _told(path), suppress(FileNotFoundError):
+            system, path = _system(path)
+            system.rm(escape(path), recursive=True)  # it takes patterns
+    elif os.path.isdir(path):
+        shutil.rmtree(os.path.realpath(path))  # of a link, what is there
+        if os.path.islink(path):
+            os.unlink(path)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
-def pull(url: str, names: list[str], folder: Path, check: Callable[[Path], bool], quiet: bool = False) -> None:
-    """Brings files of a folder far away to `folder`, those that are not there and sound, several at once.
-
-    `check` tells of a file on this machine whether it is what it should be.
-    """
-
+def pull(
+    url: str, names: list[str], folder: Path, is_here: Callable[[Path], bool], is_sound: Callable[[Path], bool],
+    quiet: bool = False,
+) -> None:  # fmt: skip
+    """Brings files of a folder far away to `folder`, several at once: those for which `is_here` doesn't hold, and
+    which must then be `is_sound`."""
     from tqdm import tqdm
 
     def fetch(name: str) -> None:
         path = folder / name
-        if path.exists() and check(path):
+        if path.exists() and is_here(path):
             return
         temporary = path.with_name(f".{name}.tmp")
         with _told(f"{url}/{name}"):
             system, there = _system(f"{url}/{name}")
             system.get_file(there, str(temporary))
         os.replace(temporary, path)
-        if not check(path):
+        if not is_sound(path):
             path.unlink()
             raise UserError(f"{url}/{name} is damaged: it is not what the manifest beside it says.")
 

@@ -40,6 +40,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<s>")
 
 
+CACHED = 4 << 30  # bytes of text after which gigatoken, which keeps every word it met, is made anew
 # Characters that Unicode 17 made letters or numbers. gigatoken knows them as such, tiktoken and tokenizers don't, so
 # a word may end elsewhere. By the first byte, what a text with one of them must hold; a few older ones match too.
 UNICODE_17 = {
@@ -67,11 +68,15 @@ class _Batches:
     """Encodes whole data sets: by gigatoken, once it was found to do it alike."""
 
     fast = None  # gigatoken's tokenizer, where it is used
+    encoded = 0  # bytes that it has encoded; it never forgets a word
 
     def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
         """From here on batches are encoded by gigatoken, if it encodes the first `sample_bytes` of these texts as
         this tokenizer does; else says why not."""
         self.fast = None
+        if self.encoded > CACHED:
+            self.__dict__.pop("_gigatoken", None)
+            self.encoded = 0
         try:
             fast = self._gigatoken
         except ImportError:
@@ -92,6 +97,7 @@ class _Batches:
         """Ids of each text, (n,) uint32, on one thread (preparing data runs one process a core)."""
         if self.fast is None:
             return list(map(self._plain_ids, texts))
+        self.encoded += sum(map(len, texts))
         return [self.fast.encode(text) if _splits_alike(text) else self._plain_ids(text) for text in texts]
 
 

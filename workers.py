@@ -210,7 +210,7 @@ def ray_workers(address: str, setup: Setup) -> Iterator[tuple[RayPool, int]]:
     except ImportError:
         raise UserError("--engine ray needs Ray: pip install ray") from None
     code = {"working_dir": str(Path(__file__).parent), "excludes": [".git", ".venv", "data", "out", "results"]}
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()

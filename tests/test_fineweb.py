@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import fineweb
 import plan as plan_module
 import readers
+import room
 import sources
 from errors import UserError
 from filters import EMPTY, KEPT
@@ -401,9 +402,10 @@ LOST = {
 def test_whatever_a_kill_leaves_is_gone_on_with_to_the_same_bytes(tmp_path, pages, finished, unfinished, lost):
     folder = shutil.copytree(unfinished, tmp_path / "d")
     for path in [path for pattern in LOST[lost] for path in folder.glob(pattern)]:
-        path.rename(f"{path}.tmp")
-        os.truncate(f"{path}.tmp", path.with_name(f"{path.name}.tmp").stat().st_size // 2)
-    save(folder / "d_train_000099.bin.tmp", b"of a worker that is no more")
+        half = f"{path}.{'0' * 32}.tmp"
+        path.rename(half)
+        os.truncate(half, os.path.getsize(half) // 2)
+    save(folder / f"d_train_000099.bin.{'0' * 32}.tmp", b"of a worker that is no more")
     prepare(folder, pages, workers=2, **SETTINGS)
     assert snapshot(folder) == snapshot(finished)
 
@@ -413,8 +415,8 @@ def long_pages(tmp_path_factory) -> Path:
     """Parquet files that take a second or so."""
     folder, rng = tmp_path_factory.mktemp("long_pages"), random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
-    for i in range(6):
-        texts = [" ".join(rng.choices(words, k=100)) for _ in range(2000)]
+    for i in range(12):
+        texts = [" ".join(rng.choices(words, k=100)) for _ in range(1000)]
         pq.write_table(pa.table({"text": texts}), folder / f"{i}.parquet")
     return folder
 
@@ -476,6 +478,64 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
 # a folder that is in use
 
 
+def test_what_another_source_left_is_never_taken_for_this_one_s(tmp_path):
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    bad = save(tmp_path / "b.jsonl", b"{")
+    with pytest.raises(UserError, match=r"b\.jsonl"):
+        prepare(tmp_path / "d", tmp_path / "a.parquet", bad)
+    pq.write_table(pa.table({"text": ["never to be lost"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="revision"):
+        prepare(tmp_path / "d", tmp_path / "c.parquet")
+    shutil.rmtree(tmp_path / "d")
+    assert prepare(tmp_path / "d", tmp_path / "c.parquet")["counts"]["documents"]["kept"] == 1
+
+
+def test_parts_of_another_version_are_not_gone_on_with(tmp_path, pages, unfinished):
+    folder = shutil.copytree(unfinished, tmp_path / "d")
+    settings = json.loads((folder / "parts" / "settings.json").read_text())
+    (folder / "parts" / "settings.json").write_text(json.dumps(settings | {"format": 1}))
+    with pytest.raises(UserError, match="another version"):
+        prepare(folder, pages, **SETTINGS)
+
+
+def test_a_finished_set_that_has_lost_a_shard_says_how_to_get_out(tmp_path, pages, finished):
+    folder = shutil.copytree(finished, tmp_path / "d")
+    (folder / "d_train_000001.bin").unlink()
+    with pytest.raises(UserError, match=r"lost d_train_000001\.bin.*delete"):
+        prepare(folder, pages, **SETTINGS)
+
+
+def test_the_tokenizer_that_encoded_is_the_one_that_is_kept(tmp_path, pages):
+    path = train(TEXTS * 2, 300, tmp_path / "own.json", progress=False).file
+    data = path.read_bytes()
+    with mock.patch.object(fineweb, "plan", side_effect=lambda *a: (path.write_bytes(b"changed"), plan(*a))[1]):
+        prepare(tmp_path / "d", pages, tokenizer=path, **SETTINGS)
+    assert (tmp_path / "d" / "tokenizer.json").read_bytes() == data
+    verify(tmp_path / "d")
+
+
+def test_files_of_others_are_left_alone(tmp_path, pages):
+    save(tmp_path / "d" / "notes.tmp", b"mine")
+    (tmp_path / "d" / "folder.tmp").mkdir()
+    prepare(tmp_path / "d", pages, **SETTINGS)
+    assert (tmp_path / "d" / "notes.tmp").read_bytes() == b"mine"
+
+
+def test_max_tokens_reached_before_parts_without_documents(tmp_path):
+    save_jsonl(tmp_path / "in" / "a.jsonl", ["the only one"])
+    save(tmp_path / "in" / "b.jsonl", b"\n" * 600)
+    prepare(tmp_path / "d", tmp_path / "in", max_tokens=4, val_tokens=0)
+    assert documents(tmp_path / "d") == expected(["the only one"], 0)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+def test_text_columns_of_any_kind_are_read(tmp_path, kind):
+    texts = ["one", "two", None, "one"]
+    pq.write_table(pa.table({"text": pa.array(texts, kind)}), tmp_path / "a.parquet")
+    assert read_all(tmp_path / "a.parquet") == ["one", "two", "", "one"]
+
+
 def test_an_unfinished_preparation_is_not_opened_as_a_data_set(unfinished):
     with pytest.raises(UserError, match=r"fineweb\.py"):
         open_dataset(unfinished)
@@ -532,11 +592,10 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, pages):
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux counts its file cache as used")
-def test_memory_that_only_caches_files_counts_as_free(tmp_path, pages):
-    real = os.sysconf
-    with mock.patch.object(os, "sysconf", lambda name: 1000 if name == "SC_AVPHYS_PAGES" else real(name)):
-        prepare(tmp_path / "d", pages)
+def test_memory_that_only_caches_files_counts_as_free():
+    told = "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 600 kB\n"
+    with mock.patch.object(Path, "read_text", return_value=told):
+        assert room._available_memory() == 600 << 10
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -688,8 +747,8 @@ def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages
 
 def test_as_many_workers_as_the_memory_allows(tmp_path, pages, capsys):
     with (
-        mock.patch.object(fineweb, "_available_memory", return_value=900 << 20),
-        mock.patch.object(fineweb, "_cores", return_value=64),
+        mock.patch.object(room, "_available_memory", return_value=900 << 20),
+        mock.patch.object(room, "_cores", return_value=64),
     ):
         call(fineweb.main, "files", "--input", pages, "--out-dir", tmp_path / "d")
     assert "for 2 workers" in capsys.readouterr().out

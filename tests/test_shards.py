@@ -39,7 +39,7 @@ def make_dataset(folder: Path, val=VAL, train=TRAIN, vocab_size=50257) -> Path:
             "tokenizer": {"name": "gpt2", "file": "gpt2.tiktoken", "sha256": hashlib.sha256(b"ranks").hexdigest()},
             "eot_id": EOT,
             "vocab_size": vocab_size,
-            "counts": {"tokens": counts},
+            "counts": {"tokens": counts, "documents": {"kept": sum(shard["documents"] for shard in rows)}},
             "shards": rows,
         },
     )
@@ -327,9 +327,12 @@ def test_verify_says_so_when_there_is_nothing_to_verify_by(tmp_path):
 
 def test_verify_finds_wrong_sums_and_another_tokenizer(tmp_path):
     folder = make_dataset(tmp_path / "d")
-    edit_manifest(folder, counts={"tokens": {"val": 3, "train": 9}})
+    edit_manifest(folder, counts={"tokens": {"val": 3, "train": 9}, "documents": {"kept": 77}})
     (folder / "gpt2.tiktoken").write_bytes(b"other ranks")
-    with pytest.raises(UserError, match=r"(?s)its counts say otherwise.*gpt2.tiktoken is missing or not the tokenizer"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)tokens, its counts.*documents, its counts.*gpt2.tiktoken is missing",
+    ):
         verify(folder)
 
 

@@ -26,7 +26,12 @@ TEXTS = [f"Page {i}: " + "a few words and more, " * (i % 13) for i in range(200)
 def server():
     """An S3 server; its address and keys are in the environment, as on a user's machine."""
     server = ThreadedMotoServer(port=0, verbose=False)
+    server.got = []
     server.start()
+    server.app = server._server.app
+    server._server.app = lambda environ, begin: (
+        server.got.append((environ["REQUEST_METHOD"], environ["PATH_INFO"])), server.app(environ, begin)
+    )[1]  # fmt: skip
     host, port = server.get_host_and_port()
     settings = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
@@ -35,7 +40,7 @@ def server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        yield
+        yield server
     server.stop()
 
 
@@ -164,7 +169,7 @@ def test_somebody_else_s_shards_open_from_far_away(bucket, local, tmp_path, monk
     assert len(open_dataset(f"{bucket}/set").train) == len(open_dataset(local).train)
 
 
-def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path):
+def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, server, local):
     code = "import sys; sys.path.insert(0, sys.argv[2]); from shards import open_dataset; open_dataset(sys.argv[1])"
     ranks = [
         subprocess.Popen([sys.executable, "-c", code, far, str(ROOT)], env=os.environ | {"LOCAL_RANK": str(rank)},
@@ -173,15 +178,18 @@ def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path):
     ]  # fmt: skip
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], errors
-    shards = list(storage.cache(far).glob("*.bin"))
-    assert shards
     assert sum(error.count("pull ") > 0 for error in errors) == 1  # one bar
+    gets = [path for method, path in server.got if method == "GET" and path.startswith(far.removeprefix("s3:/"))]
+    gets = [path for path in gets if path.endswith(".bin")]
+    assert sorted(gets) == sorted(f"/{far.removeprefix('s3://')}/{path.name}" for path in local.glob("*.bin"))
 
 
-@pytest.mark.parametrize("url", ["s3://no-such-bucket/set", "nosuch://bucket/set"])
-def test_what_is_not_there_is_told_in_one_message(server, tmp_path, pages, url, monkeypatch):
+@pytest.mark.parametrize(
+    ("url", "words"), [("s3://no-such-bucket/set", "no data set at"), ("nosuch://bucket/set", "Protocol not known")]
+)
+def test_what_is_not_there_is_told_in_one_message(server, tmp_path, pages, url, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="such"):
+    with pytest.raises(UserError, match=words):
         open_dataset(url)
     process = start(tmp_path, "files", "--input", pages, "--out-dir", url, *OPTIONS)
     _, stderr = process.communicate(timeout=60)
@@ -202,6 +210,50 @@ def test_a_file_appears_whole_or_not_at_all(bucket, tmp_path):
         storage.remove(path)
         storage.remove(path)  # nothing is no mistake
         assert not storage.exists(path)
+
+
+def test_a_name_is_a_name_and_no_pattern(bucket):
+    for name in ("a[bc]/x", "ab/x", "ac/x"):
+        with storage.create(f"{bucket}/{name}") as file:
+            file.write(b"x")
+    storage.remove(f"{bucket}/a[bc]")
+    assert [storage.files(f"{bucket}/{name}") for name in ("a[bc]", "ab", "ac")] == [[], ["x"], ["x"]]
+
+
+def test_every_url_has_a_cache_of_its_own():
+    urls = ("s3://a/b/c", "s3://a-b/c", "s3://a/b-c", "gs://a/b/c")
+    assert len({storage.cache(url) for url in urls}) == 4
+    assert storage.cache("s3://a/b/c/") == storage.cache("s3://a/b/c")
+
+
+def test_a_set_whose_url_ends_in_a_slash_is_the_same_set(bucket, tmp_path, pages, local, monkeypatch):
+    prepare(tmp_path, "files", "--input", pages, "--out-dir", f"{bucket}/set/", *OPTIONS)
+    assert contents(f"{bucket}/set") == snapshot(local)
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset(f"{bucket}/set/").fingerprint == open_dataset(local).fingerprint
+
+
+def test_somebody_else_s_shards_are_brought_up_to_date(bucket, local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    system, shards = fsspec.filesystem("s3"), sorted(local.glob("*_train_*.bin"))
+    system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")
+    open_dataset(f"{bucket}/set")
+    data = bytearray(shards[0].read_bytes())
+    data[1024:1026] = b"\7\7"
+    system.pipe_file(f"{bucket}/set/{shards[0].name}", bytes(data))
+    system.rm(f"{bucket}/set/{shards[1].name}")
+    dataset = open_dataset(f"{bucket}/set")
+    assert dataset.train.read(0, 1).tolist() == [0x0707]
+    assert len(dataset.train.shards) == len(shards) - 1
+
+
+def test_an_unfinished_set_far_away_is_not_opened(bucket, local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    system = fsspec.filesystem("s3")
+    system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")
+    system.pipe_file(f"{bucket}/set/parts/settings.json", b"{}")
+    with pytest.raises(UserError, match="not finished"):
+        open_dataset(f"{bucket}/set")
 
 
 def test_names_that_are_taken_for_files_are(tmp_path):
