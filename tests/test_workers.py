@@ -89,7 +89,6 @@ def test_the_same_bytes_in_an_object_store(cluster, local, tmp_path, monkeypatch
     assert {os.path.basename(name): system.cat_file(name) for name in names} == snapshot(folder)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
-def test_without_a_cluster_it_says_how_to_start_one(local, tmp_path, address):
+def test_without_a_cluster_it_says_how_to_start_one(local, tmp_path):
     with pytest.raises(UserError, match="ray start --head"):
-        call(fineweb.main, *local[1], "--out-dir", tmp_path / "set", "--engine", "ray", "--address", address)
+        call(fineweb.main, *local[1], "--out-dir", tmp_path / "set", "--engine", "ray", "--address", "127.0.0.1:1")
