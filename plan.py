@@ -36,9 +36,11 @@ def load_index(stem: str, names: tuple[str, ...] = ("hash", "tokens", "bytes", "
 class Buckets:
     """The documents that the filters left, by hash: bucket after bucket, each sorted by hash and place."""
 
-    def __init__(self, num_documents: int, folder: Path):
-        self.bits = max(0, (num_documents - 1) // BUCKET_ROWS).bit_length()
-        self.folder, self.waiting, self.num_waiting = folder, [np.empty(0, ROW)], 0
+    def __init__(self, decisions: np.ndarray, folder: Path):
+        """`decisions` (documents,) uint8 learns which documents are doubles; `folder` is for what memory can't hold."""
+        self.bits = max(0, (len(decisions) - 1) // BUCKET_ROWS).bit_length()
+        self.decisions, self.folder = decisions, folder
+        self.waiting, self.num_waiting = [np.empty(0, ROW)], 0
 
     def add(self, index: dict[str, np.ndarray], first_document: int) -> None:
         kept = np.flatnonzero(index["decision"] == KEPT)
@@ -51,20 +53,28 @@ class Buckets:
             self.flush()
 
     def flush(self) -> None:
-        rows = np.concatenate(self.waiting)
+        """Puts what waits into the files of the buckets, by the first bits of the hash."""
+        rows = self.firsts(np.concatenate(self.waiting))
         self.waiting, self.num_waiting = [np.empty(0, ROW)], 0
         bucket = rows["high"] >> np.uint64(64 - self.bits)
-        rows, ends = rows[np.argsort(bucket, kind="stable")], np.cumsum(np.bincount(bucket, minlength=2**self.bits))
-        for i, piece in enumerate(np.split(rows, ends[:-1])):
+        for i, piece in enumerate(np.split(rows, np.searchsorted(bucket, np.arange(1, 2**self.bits, dtype=np.uint64)))):
             with open(self.folder / f"bucket-{i}", "ab") as file:
                 piece.tofile(file)
+
+    def firsts(self, rows: np.ndarray) -> np.ndarray:
+        """The rows by hash and place, without doubles of earlier ones, which are marked as such."""
+        rows = rows[np.lexsort((rows["document"], rows["low"], rows["high"]))]
+        again = np.zeros(len(rows), bool)
+        again[1:] = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+        self.decisions[rows["document"][again]] = DUPLICATE
+        return rows[~again]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self.bits:
             self.flush()
         for i in range(2**self.bits):
             rows = np.fromfile(self.folder / f"bucket-{i}", ROW) if self.bits else np.concatenate(self.waiting)
-            yield rows[np.lexsort((rows["document"], rows["low"], rows["high"]))]
+            yield self.firsts(rows)
 
 
 @dataclass
@@ -108,14 +118,14 @@ def decide(stems: list[str], scratch: Path) -> tuple[Buckets, np.ndarray, np.nda
     first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     storage.remove(scratch)  # of a killed run
     scratch.mkdir(parents=True)
-    buckets, decisions = Buckets(int(first[-1]), scratch), np.empty(first[-1], np.uint8)
+    decisions = np.empty(first[-1], np.uint8)
+    buckets = Buckets(decisions, scratch)
     for stem, a, b in zip(stems, first[:-1], first[1:], strict=True):
         index = load_index(stem)
         decisions[a:b] = index["decision"]
         buckets.add(index, a)
-    for rows in buckets:
-        again = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
-        decisions[rows["document"][1:][again]] = DUPLICATE
+    for _ in buckets:
+        pass  # marks the doubles
     return buckets, decisions, first
 
 

@@ -53,7 +53,7 @@ MISTAKES = [
     (8, "no shuffle", "test_dataloader.py -k two_epochs",
      [("dataloader.py", "        if self.shuffle:\n            chunks = chunks", "        if False:\n            chunks = chunks")]),
     (9, "a document on both sides of the split", "test_fineweb.py",
-     [("plan.py", "        decisions[rows[\"document\"][1:][again]] = DUPLICATE\n", "")]),
+     [("plan.py", "        return rows[~again]\n", "        self.decisions[rows[\"document\"][again]] = KEPT\n        return rows\n")]),
     (10, "the search for an end of text never widens", "test_dataloader.py -k nearest",
      [("dataloader.py", "            if width == widest:", "            if True:")]),
     (10, "a target beyond the end of the data", "test_dataloader.py -k every_token_once",
