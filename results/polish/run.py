@@ -1,6 +1,6 @@
 """Two equal small models on the same Polish text, one with GPT-2's vocabulary and one with its own of 32,768 entries.
 
-    python results/polish/run.py PATH [PATH ...]       # texts, as `fineweb.py files --input` takes them
+python results/polish/run.py PATH [PATH ...]       # texts, as `fineweb.py files --input` takes them
 """
 
 import json
