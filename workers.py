@@ -209,6 +209,8 @@ def ray_workers(address: str, setup: Setup) -> Iterator[tuple[RayPool, int]]:
         import ray
     except ImportError:
         raise UserError("--engine ray needs Ray: pip install ray") from None
+    if " " in sys.executable:
+        raise UserError(f"Ray can't start workers from a path with a space: {sys.executable}. Move the environment.")
     code = {"working_dir": str(Path(__file__).parent), "excludes": [".git", ".venv", "data", "out", "results"]}
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:

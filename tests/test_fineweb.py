@@ -415,8 +415,8 @@ def long_pages(tmp_path_factory) -> Path:
     """Parquet files that take a second or so."""
     folder, rng = tmp_path_factory.mktemp("long_pages"), random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
-    for i in range(12):
-        texts = [" ".join(rng.choices(words, k=100)) for _ in range(1000)]
+    for i in range(40):
+        texts = [" ".join(rng.choices(words, k=100)) for _ in range(300)]
         pq.write_table(pa.table({"text": texts}), folder / f"{i}.parquet")
     return folder
 
@@ -444,7 +444,7 @@ def test_killed_by_the_system_again_and_again_the_bytes_are_the_same(tmp_path, l
         enough, quiet = files_in(folder) + 4, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = start(folder, long_pages, **quiet)
         wait_until(lambda process=process, enough=enough: process.poll() is not None or files_in(folder) >= enough)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.03))
         kill_group(process)
         if process.wait() == 0:
             break

@@ -1,6 +1,7 @@
 """workers.py: the same bytes from a Ray cluster of two machines as from the processes of one."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from workers import Setup, ray_workers
 
 TEXTS = [f"Page {i}: " + "a few words and more, " * (i % 13) for i in range(200)]
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
+
+
+pytestmark = pytest.mark.skipif(" " in sys.executable, reason="Ray can't start workers from a path with a space")
 
 
 @pytest.fixture(scope="module")
