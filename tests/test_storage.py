@@ -40,6 +40,7 @@ def server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another server's address
         yield server
     server.stop()
 
