@@ -30,7 +30,7 @@ from typing import Literal
 import storage
 from errors import UserError, run
 from filters import Filters
-from plan import SPLITS, Plan, load_index, plan
+from plan import CODES, Plan, load_index, plan
 from quality import QualityModel, check
 from readers import Task
 from room import check_room
@@ -157,7 +157,7 @@ def write_shards(
             future.result()
             bar.update()
 
-    for split in SPLITS:
+    for split in CODES:
         number = max(number, 1) if split == "train" else 0  # llm.c's numbers: training begins at 1
         for begin in range(0, placed.tokens[split], shard_tokens):
             end = min(begin + shard_tokens, placed.tokens[split])
@@ -182,11 +182,10 @@ def write_shards(
 
 
 def prepare(
-    source: Source, tokenizer: Tokenizer, folder: str, settings: dict, setup: Setup, workers: int | None,
-    ray_address: str | None,
-) -> dict:  # fmt: skip
+    source: Source, folder: str, settings: dict, setup: Setup, workers: int | None, ray_address: str | None
+) -> dict:
     """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
-    parts = f"{folder}/parts"
+    tokenizer, parts = setup.tokenizer, f"{folder}/parts"
     here = storage.cache(folder)
     scratch = here / "parts"  # what only this machine needs
     if (manifest := _finished(source, folder, settings)) is not None:
@@ -439,7 +438,7 @@ def main() -> None:
             folder = os.path.abspath(folder)  # on a disk that all machines share
         ray_address = address if engine == "ray" else None
         with _only_one(storage.cache(folder), folder):
-            manifest = prepare(found, encoder, folder, settings, Setup(encoder, filters, model), workers, ray_address)
+            manifest = prepare(found, folder, settings, Setup(encoder, filters, model), workers, ray_address)
         counts = manifest["counts"]
         print(
             f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "

@@ -18,7 +18,7 @@ from errors import UserError
 from filters import DUPLICATE, EMPTY, FILTERED, KEPT
 
 VALIDATES = 255  # what becomes of a document, beside those of filters.py
-SPLITS = {"val": VALIDATES, "train": KEPT}
+CODES = {"val": VALIDATES, "train": KEPT}
 DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a run reads the first 20 x 524,288
 BUCKET_ROWS = 1 << 22  # documents sorted at once: about 400 MB
 ROW = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u4")])
@@ -102,7 +102,7 @@ class Plan:
         whether it is in the split, and which tokens of those: from the first to the last plus one."""
         starts, found = self.starts[split], []
         for i in range(int(np.searchsorted(starts, begin, "right")) - 1, int(np.searchsorted(starts, end, "left"))):
-            mine = self.decisions[self.first[i] : self.first[i + 1]] == SPLITS[split]
+            mine = self.decisions[self.first[i] : self.first[i + 1]] == CODES[split]
             first, last = max(begin, int(starts[i])), min(end, int(starts[i + 1]))
             if first < last:
                 found.append((self.stems[i], mine, first - int(starts[i]), last - int(starts[i])))
@@ -156,12 +156,12 @@ def plan(stems: list[str], val_tokens: int | None, max_tokens: int | None, scrat
             break
 
     first = np.minimum(first, seen)
-    starts = {split: np.zeros(len(stems) + 1, np.int64) for split in SPLITS}
-    sizes, found = dict.fromkeys(SPLITS, 0), np.zeros(256, np.int64)
+    starts = {split: np.zeros(len(stems) + 1, np.int64) for split in CODES}
+    sizes, found = dict.fromkeys(CODES, 0), np.zeros(256, np.int64)
     for i, stem in enumerate(stems):
         index, decision = load_index(stem, ("tokens", "bytes")), decisions[first[i] : first[i + 1]]
         found += np.bincount(decision, minlength=256)
-        for split, code in SPLITS.items():
+        for split, code in CODES.items():
             mine = np.flatnonzero(decision == code)
             starts[split][i + 1] = starts[split][i] + index["tokens"][mine].sum(dtype=np.int64)
             sizes[split] += int(index["bytes"][mine].sum())

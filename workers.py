@@ -63,8 +63,8 @@ def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
     hashes, sizes, message = bytearray(), array("Q"), None
     lengths, decisions = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)]
     with storage.create(f"{stem}.bin") as file:
-        for i, batch in enumerate(read(task)):
-            if i == 0:
+        for number, batch in enumerate(read(task)):
+            if number == 0:
                 message = tokenizer.use_gigatoken(batch.texts, SAMPLE_BYTES)
             decision = filters.judge(batch)
             kept = np.flatnonzero(decision == KEPT)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from table import show  # noqa: E402
 
 WAYS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
 
@@ -293,11 +294,7 @@ def compare(files: list[str], options: argparse.Namespace) -> None:
     spent = stages(files)
     lines += ["", "Ours, one process that has imported all:", "", "| stage | seconds | share |", "|---|---:|---:|"]
     lines += [f"| {name} | {second:.2f} | {second / sum(spent.values()):.0%} |" for name, second in spent.items()]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(lines, options.out)
 
 
 if __name__ == "__main__":

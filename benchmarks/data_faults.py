@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
+from table import show  # noqa: E402
 
 import fineweb  # noqa: E402
 import readers  # noqa: E402
@@ -198,11 +199,7 @@ def main() -> None:
         lines.append(kills(options.kills, count, rng))
         print(lines[-1], file=sys.stderr)
     lines += damages(options.damages, rng)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(lines, options.out)
 
 
 if __name__ == "__main__":

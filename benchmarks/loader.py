@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from table import show  # noqa: E402
 
 from dataloader import DataLoader, Order, Position  # noqa: E402
 from shards import HEADER_BYTES, MAGIC_UINT16, VERSION_UINT16, open_dataset, shard_name  # noqa: E402
@@ -214,11 +215,7 @@ def main() -> None:
             times = (max(rest), statistics.median(rest), first)
             lines.append(f"| the consumer: {name} | " + " | ".join(f"{1e3 * t:.2f} ms" for t in times) + " |")
             print(lines[-1], file=sys.stderr, flush=True)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from xxhash import xxh3_64_intdigest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from table import show  # noqa: E402
+
 from shards import open_dataset  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -168,11 +170,7 @@ def main() -> None:
             "|---|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
         ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(lines, options.out)
 
 
 if __name__ == "__main__":

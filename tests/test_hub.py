@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,7 +47,13 @@ def start(server, tmp_path):
         env |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments), "--workers", "1"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, **pipes)
+
+        def hear_interrupts() -> None:  # what a shell starts in the background ignores them, and its children too
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=env, start_new_session=True, preexec_fn=hear_interrupts, **pipes
+        )
 
     return start
 
@@ -121,11 +126,8 @@ def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
     with start("fineweb-edu-10BT") as process:
         while process.poll() is None and not list(tmp_path.glob("data/*/parts/*.npz")):
             time.sleep(0.01)
-        for _ in range(3):  # one that comes while Python cleans up is lost, as for a person, who presses again
-            os.killpg(process.pid, signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                _, stderr = process.communicate(timeout=20)
-                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130, stderr
     assert "what is done is kept" in stderr
     assert "Traceback" not in stderr

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from helpers import call, save, save_jsonl
-from moto.server import ThreadedMotoServer
+from helpers import call, save
+from s3_server import s3_server, save_pages, snapshot
 
 import fineweb
 import storage
@@ -19,34 +19,17 @@ from errors import UserError
 from shards import MANIFEST, open_dataset
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [f"Page {i}: " + "a few words and more, " * (i % 13) for i in range(200)]
 
 
 @pytest.fixture(scope="module")
-def server():
-    """An S3 server; its address and keys are in the environment, as on a user's machine."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.got = []
-    server.start()
-    server.app = server._server.app
-    server._server.app = lambda environ, begin: (
-        server.got.append((environ["REQUEST_METHOD"], environ["PATH_INFO"])), server.app(environ, begin)
-    )[1]  # fmt: skip
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "no_proxy": "*",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another server's address
-        yield server
-    server.stop()
+def requests():
+    """What the S3 server was asked."""
+    with s3_server() as requests:
+        yield requests
 
 
 @pytest.fixture
-def bucket(server, request) -> str:
+def bucket(requests, request) -> str:
     name = f"bucket-{abs(hash(request.node.name))}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
@@ -54,10 +37,7 @@ def bucket(server, request) -> str:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pages")
-    for i in range(0, len(TEXTS), 20):
-        save_jsonl(folder / f"{i:03d}.jsonl.gz", TEXTS[i : i + 20])
-    return folder
+    return save_pages(tmp_path_factory.mktemp("pages"), "jsonl.gz")
 
 
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000, "--workers", 2)
@@ -86,10 +66,6 @@ def contents(url: str) -> dict[str, bytes]:
     """All files below a URL."""
     system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return {name.split(path.rstrip("/") + "/")[-1]: system.cat_file(name) for name in system.find(path)}
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("kind", ["s3", "file"])
@@ -170,7 +146,7 @@ def test_somebody_else_s_shards_open_from_far_away(bucket, local, tmp_path, monk
     assert len(open_dataset(f"{bucket}/set").train) == len(open_dataset(local).train)
 
 
-def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, server, local):
+def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, requests, local):
     code = "import sys; sys.path.insert(0, sys.argv[2]); from shards import open_dataset; open_dataset(sys.argv[1])"
     ranks = [
         subprocess.Popen([sys.executable, "-c", code, far, str(ROOT)], env=os.environ | {"LOCAL_RANK": str(rank)},
@@ -180,7 +156,7 @@ def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, server, local
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], errors
     assert sum(error.count("pull ") > 0 for error in errors) == 1  # one bar
-    gets = [path for method, path in server.got if method == "GET" and path.startswith(far.removeprefix("s3:/"))]
+    gets = [path for method, path in requests if method == "GET" and path.startswith(far.removeprefix("s3:/"))]
     gets = [path for path in gets if path.endswith(".bin")]
     assert sorted(gets) == sorted(f"/{far.removeprefix('s3://')}/{path.name}" for path in local.glob("*.bin"))
 
@@ -188,7 +164,7 @@ def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, server, local
 @pytest.mark.parametrize(
     ("url", "words"), [("s3://no-such-bucket/set", "no data set at"), ("nosuch://bucket/set", "Protocol not known")]
 )
-def test_what_is_not_there_is_told_in_one_message(server, tmp_path, pages, url, words, monkeypatch):
+def test_what_is_not_there_is_told_in_one_message(requests, tmp_path, pages, url, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         open_dataset(url)

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from helpers import call, save_jsonl
-from moto.server import ThreadedMotoServer
+from helpers import call
+from s3_server import TEXTS, s3_server, save_pages, snapshot
 
 import fineweb
 from errors import UserError
 from tokenizer import load_tokenizer, train
 from workers import Setup, ray_workers
 
-TEXTS = [f"Page {i}: " + "a few words and more, " * (i % 13) for i in range(200)]
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
 
 
@@ -25,40 +24,25 @@ pytestmark = pytest.mark.skipif(" " in sys.executable, reason="Ray can't start w
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a Ray cluster of two nodes with one core each; an S3 server's is in their environment."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "no_proxy": "*", "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another server's address
+    with s3_server(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
 
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         nodes.add_node(num_cpus=1)
         yield nodes.address
         nodes.shutdown()
-    server.stop()
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> tuple[Path, tuple]:
     """A data set made by this machine's processes, and the arguments that made it but for --out-dir."""
     folder = tmp_path_factory.mktemp("local")
-    for i in range(0, len(TEXTS), 20):
-        save_jsonl(folder / "pages" / f"{i:03d}.jsonl", TEXTS[i : i + 20])
+    save_pages(folder / "pages", "jsonl")
     train(TEXTS, 300, folder / "bpe.json", progress=False)
     arguments = ("files", "--input", folder / "pages", "--tokenizer", folder / "bpe.json", *OPTIONS)
     call(fineweb.main, *arguments, "--out-dir", folder / "set")
     return folder / "set", arguments
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_tasks_are_done_on_all_machines_and_a_mistake_is_told_as_it_was_raised(cluster):
