@@ -18,12 +18,11 @@ from workers import Setup, ray_workers
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
 
 
-pytestmark = pytest.mark.skipif(" " in sys.executable, reason="Ray can't start workers from a path with a space")
-
-
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a Ray cluster of two nodes with one core each; an S3 server's is in their environment."""
+    if " " in sys.executable:
+        pytest.skip("Ray can't start workers from a path with a space")
     with s3_server(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
@@ -81,3 +80,12 @@ def test_the_same_bytes_in_an_object_store(cluster, local, tmp_path, monkeypatch
 def test_without_a_cluster_it_says_how_to_start_one(local, tmp_path):
     with pytest.raises(UserError, match="ray start --head"):
         call(fineweb.main, *local[1], "--out-dir", tmp_path / "set", "--engine", "ray", "--address", "127.0.0.1:1")
+
+
+def test_a_path_with_a_space_is_refused_where_ray_would_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/home/a person/bin/python")
+    with (
+        pytest.raises(UserError, match="a person/bin/python"),
+        ray_workers("127.0.0.1:1", Setup(load_tokenizer("gpt2"))),
+    ):
+        pass
