@@ -16,13 +16,12 @@ from tokenizer import load_tokenizer, train
 from workers import Setup, ray_workers
 
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
+with_ray = pytest.mark.skipif(" " in sys.executable, reason="Ray can't start workers from a path with a space")
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a Ray cluster of two nodes with one core each; an S3 server's is in their environment."""
-    if " " in sys.executable:
-        pytest.skip("Ray can't start workers from a path with a space")
     with s3_server(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         from ray.cluster_utils import Cluster
@@ -44,6 +43,7 @@ def local(tmp_path_factory) -> tuple[Path, tuple]:
     return folder / "set", arguments
 
 
+@with_ray
 def test_tasks_are_done_on_all_machines_and_a_mistake_is_told_as_it_was_raised(cluster):
     def where(seconds: float) -> str:
         import ray
@@ -61,12 +61,14 @@ def test_tasks_are_done_on_all_machines_and_a_mistake_is_told_as_it_was_raised(c
             pool.submit(fails).result()
 
 
+@with_ray
 def test_the_same_bytes_on_a_shared_disk(cluster, local, tmp_path):
     folder, arguments = local
     call(fineweb.main, *arguments, "--out-dir", tmp_path / "set", "--engine", "ray", "--address", cluster)
     assert snapshot(tmp_path / "set") == snapshot(folder)
 
 
+@with_ray
 def test_the_same_bytes_in_an_object_store(cluster, local, tmp_path, monkeypatch):
     folder, arguments = local
     monkeypatch.chdir(tmp_path)
@@ -77,6 +79,7 @@ def test_the_same_bytes_in_an_object_store(cluster, local, tmp_path, monkeypatch
     assert {os.path.basename(name): system.cat_file(name) for name in names} == snapshot(folder)
 
 
+@with_ray
 def test_without_a_cluster_it_says_how_to_start_one(local, tmp_path):
     with pytest.raises(UserError, match="ray start --head"):
         call(fineweb.main, *local[1], "--out-dir", tmp_path / "set", "--engine", "ray", "--address", "127.0.0.1:1")
