@@ -1,23 +1,27 @@
-"""GPT-2, exactly: layer norm, attention, MLP, block, model, and the way from and to Hugging Face's weights.
+"""GPT-2, exactly, and what was found since, a switch each; and the way from and to Hugging Face's weights.
 
     >>> model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))
     >>> logits = model(idx)                     # (B, T) int64 -> (B, T, V)
     >>> loss = model(idx, targets)              # summed over the targets that count (not -100)
 
-Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head size, V vocabulary (padded).
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; names are Hugging Face's.
+Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head size, V vocabulary (padded); S is the time of
+keys and values, T or more with a cache.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; names are Hugging Face's. The switches are
+those of the public speed records (KellerJordan/modded-nanogpt); what each is worth stands in results/recipe.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from errors import UserError
+from loss import linear_cross_entropy, softcapped
 
 VOCAB_MULTIPLE = 128  # matrix sides that the hardware likes; 50,257 becomes 50,304
 
@@ -35,6 +39,21 @@ class GPTConfig:
     dropout: float = 0.0  # share dropped of embeddings, attention weights and each branch's output
     bias: bool = True  # biases in the linear layers and layer norms
     tie_head: bool = True  # the head is the token embedding, transposed
+    # found since GPT-2; all of it off is GPT-2
+    rope: bool = False  # rotary positions (arXiv:2104.09864) in place of learned ones
+    qk_norm: bool = False  # each query and key has length sqrt(D)
+    relu2: bool = False  # the square of ReLU in place of GELU (arXiv:2109.08668)
+    rms_norm: bool = False  # RMS norms without parameters in place of layer norms
+    embedding_norm: bool = False  # a norm behind the embedding too
+    zero_init: bool = False  # what adds to the residual stream, and an untied head, begin at zero
+    value_residual: bool = False  # values are mixed with the first block's (arXiv:2410.17897)
+    x0_shortcut: bool = False  # every block begins with a mix of the stream and the embedding
+    unet: bool = False  # the first half of the blocks hands its outputs to the second, last to first
+    logit_softcap: float | None = None  # logits are c tanh(logits / c) (Gemma 2, arXiv:2408.00118)
+    attention_scale: float | None = None  # of query times key [1 / sqrt(D)]
+    document_mask: bool = False  # attention stays inside documents; each begins with eot_id
+    eot_id: int | None = None  # the tokenizer's end of text [from the data set]
+    window: int | None = None  # tokens that attention looks back, itself included [all]
 
     @property
     def padded_vocab_size(self) -> int:
@@ -50,13 +69,21 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for a batch of B sequences of up to `block_size` tokens."""
+    """Keys and values of the tokens seen so far, for a batch of B sequences of up to `block_size` tokens.
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+    Sequences of different lengths end together: `begins`, (B,), is the slot at which each begins.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype,
+        begins: torch.Tensor | None = None,
+    ):  # fmt: skip
         shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens in it
+        self.documents = torch.zeros(batch_size, config.block_size, device=device, dtype=torch.int64)
+        self.begins = begins
+        self.length = 0  # slots in use
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts k, v (B, K, T, D) of new tokens behind the old ones; returns all, (B, K, length + T, D)."""
@@ -66,30 +93,79 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention written out; q (B, H, T, D), k and v (B, K, S, D), the T queries being the last of S.
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """Attention written out; q (B, H, T, D), k and v (B, K, S, D), the T queries being the last of S.
 
-    What `attention` computes with a fused kernel; the tests hold the two equal.
+    `mask`, (B or 1, 1, T, S) bool, tells which keys a query sees: all up to its own unless given. What `attention`
+    computes with a fused kernel; the tests hold the two equal.
     """
     groups = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    scores = q @ k.transpose(-2, -1) * (scale or 1 / math.sqrt(q.size(-1)))  # (B, H, T, S)
     T, S = scores.shape[-2:]
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return weights @ v  # (B, H, T, D)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-    """Causal attention by PyTorch's fused kernels; shapes as in `plain_attention`."""
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: "torch.Tensor | BlockMask | None" = None,
+    scale: float | None = None, dropout: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Attention by PyTorch's fused kernels; arguments as in `plain_attention`, or FlexAttention's mask."""
     T, S = q.size(2), k.size(2)
-    mask = None
-    if 1 < T < S:  # several new tokens behind a filled cache; is_causal would count from the wrong corner
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     grouped = q.size(1) != k.size(1)
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    if mask is None and 1 < T < S:  # several new tokens behind a filled cache; is_causal counts from the wrong corner
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=dropout, enable_gqa=grouped
+        q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
     )
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """(..., C) divided by its root mean square (arXiv:1910.07467), without parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.rms_norm:
+        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotation(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, (B or 1, 1, T, D / 2) each, by which queries and keys at `positions` (B or 1, T) are turned.
+
+    Half of the pairs turn, from 1 radian a token down to 1 / 1024; the others stay (modded-nanogpt's half-truncated
+    RoPE).
+    """
+    half = head_size // 4
+    speeds = (1 / 1024) ** torch.linspace(0, 1, half, device=positions.device)
+    speeds = F.pad(speeds, (0, head_size // 2 - half))
+    angles = positions[:, None, :, None] * speeds
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, D): its pairs (d, d + D / 2) turned by their position's angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
+
+
+@dataclass
+class Shared:
+    """What the blocks of one forward pass have in common."""
+
+    cache: KVCache | None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None  # with rope
+    mask: "torch.Tensor | BlockMask | None"  # who sees whom; None: every token sees itself and all before
+    x0: torch.Tensor  # (B, T, C), what the first block is given
+    v0: torch.Tensor | None = None  # (B, K, T, D), the first block's values
 
 
 class CausalSelfAttention(nn.Module):
@@ -99,20 +175,32 @@ class CausalSelfAttention(nn.Module):
         D = config.head_size
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.value_residual and layer > 0:
+            self.v_mix = nn.Parameter(torch.tensor(0.5))  # the first block's share
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shared: Shared) -> torch.Tensor:
+        config = self.config
         B, T, C = x.size()
-        D = self.config.head_size
+        D = config.head_size
         # of the C + 2 K D outputs, the first C are queries, then keys, then values
-        q, k, v = self.c_attn(x).split([C, self.config.kv_heads * D, self.config.kv_heads * D], dim=2)
+        q, k, v = self.c_attn(x).split([C, config.kv_heads * D, config.kv_heads * D], dim=2)
         q = q.view(B, T, -1, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        y = attention(q, k, v, self.config.dropout if self.training else 0.0)  # (B, H, T, D)
+        if config.qk_norm:
+            q, k = norm(q), norm(k)
+        if config.rope:
+            q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
+        if config.value_residual and self.layer == 0:
+            shared.v0 = v
+        elif config.value_residual:
+            v = torch.lerp(v, shared.v0, self.v_mix.to(v.dtype))
+        if shared.cache is not None:
+            k, v = shared.cache.append(self.layer, k, v)  # (B, K, S, D)
+        dropout = config.dropout if self.training else 0.0
+        y = attention(q, k, v, shared.mask, config.attention_scale, dropout)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), self.config.dropout, self.training)
+        return F.dropout(self.c_proj(y), config.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -123,20 +211,25 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4 C)
+        x = self.c_fc(x)  # (B, T, 4 C)
+        x = F.relu(x).square() if self.config.relu2 else F.gelu(x, approximate="tanh")
         return F.dropout(self.c_proj(x), self.config.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
+        # shares of the stream and of its beginning
+        self.x_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: torch.Tensor, shared: Shared) -> torch.Tensor:
+        if self.x_mix is not None:
+            x = self.x_mix[0] * x + self.x_mix[1] * shared.x0
+        x = x + self.attn(self.ln_1(x), shared)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -145,26 +238,37 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if not config.rope:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_head:
             self.lm_head.weight = self.wte.weight
+        if config.unet:
+            self.skip_mix = nn.Parameter(torch.ones(config.n_layer // 2))  # weight of each output handed over
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """GPT-2's: normal with deviation 0.02, biases zero, layer norms one. What adds to the residual stream
-        is scaled down by the root of its 2 n_layer contributions (section 2.3 of the paper)."""
+        is scaled down by the root of its 2 n_layer contributions (section 2.3 of the paper), or zero with
+        zero_init, as is an untied head then. An embedding that is normed begins with deviation 1."""
+        config = self.config
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("_mix"):
+                continue  # as they are made
+            elif name.endswith("bias"):
                 parameter.zero_()
             elif name.split(".")[-2].startswith("ln_"):
                 parameter.fill_(1.0)
+            elif config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+            elif config.embedding_norm and name == "wte.weight" and not config.tie_head:
+                parameter.normal_(0.0, 1.0)
             else:
                 residual = name.endswith("c_proj.weight")
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None
@@ -173,29 +277,91 @@ class GPT(nn.Module):
 
         Targets of -100 don't count. With a cache, idx are the tokens behind the ones it holds.
         """
-        logits = self.logits(self.hidden(idx, cache))
+        x = self.hidden(idx, cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+            return self.logits(x)
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, self.config.logit_softcap
+        )
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Token ids (B, T) to what the head reads, (B, T, C)."""
+    def hidden(
+        self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Token ids (B, T) to what the head reads, (B, T, C).
+
+        A row is a text from its beginning, or behind what the cache holds, unless `positions`, (B, T), and `mask`,
+        (B, 1, T, T) bool, lay it out otherwise.
+        """
+        config = self.config
         T, start = idx.size(1), cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than the block size of {self.config.block_size}")
-        positions = torch.arange(start, start + T, device=idx.device)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x, cache)
+        if start + T > config.block_size:
+            raise ValueError(f"{start + T} tokens are more than the block size of {config.block_size}")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
+            if cache is not None and cache.begins is not None:
+                positions = (positions - cache.begins[:, None]).clamp(min=0)  # (B, T)
+        x = self.wte(idx)  # (B, T, C)
+        if not config.rope:
+            x = x + self.wpe(positions)
+        x = F.dropout(x, config.dropout, self.training)
+        if config.embedding_norm:
+            x = norm(x)
+        turns = rotation(positions, config.head_size) if config.rope else None
+        shared = Shared(cache, turns, self.mask(idx, positions, cache, mask), x)
+        handed_over, half = [], config.n_layer // 2
+        for i, block in enumerate(self.h):
+            if config.unet and i >= config.n_layer - half:
+                x = x + self.skip_mix[i - config.n_layer + half] * handed_over.pop()
+            x = block(x, shared)
+            if config.unet and i < half:
+                handed_over.append(x)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
+
+    def mask(
+        self, idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None, given: torch.Tensor | None
+    ) -> "torch.Tensor | BlockMask | None":
+        """Which of the S keys each of the T queries sees, (B or 1, 1, T, S) bool; None: itself and all before.
+
+        Compiled for CUDA it is FlexAttention's mask, which leaves out blocks that nobody sees.
+        """
+        config, T = self.config, idx.size(1)
+        padded = cache is not None and cache.begins is not None
+        if not (config.document_mask or config.window or padded):
+            return given
+        documents = (idx == config.eot_id).cumsum(dim=1) if config.document_mask else torch.zeros_like(idx)  # (B, T)
+        window = config.window or config.block_size
+
+        def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (q >= k) & (q - k < window) & (documents[b, q] == documents[b, k])
+
+        plain = cache is not None or given is not None or (config.dropout > 0 and self.training)
+        if torch.compiler.is_compiling() and idx.is_cuda and not plain:
+            return create_block_mask(sees, idx.size(0), None, T, T, device=idx.device)
+
+        key_positions, key_documents = positions, documents
+        if cache is not None:
+            start, end = cache.length, cache.length + T
+            key_positions = torch.arange(end, device=idx.device)[None]  # slots
+            positions = key_positions[:, start:]
+            if start:
+                documents = documents + cache.documents[:, start - 1 : start]
+            if padded:
+                documents = documents.masked_fill(positions < cache.begins[:, None], -1)
+            cache.documents[:, start:end] = documents
+            key_documents = cache.documents[:, :end]  # (B, S)
+        distance = positions[:, :, None] - key_positions[:, None, :]  # (B or 1, T, S)
+        seen = (distance >= 0) & (distance < window) & (documents[:, :, None] == key_documents[:, None, :])
+        return seen[:, None] if given is None else seen[:, None] & given
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) to logits (..., V); the entries that only pad the vocabulary are -inf, so they get no
         probability wherever logits are sampled, scored or enter a loss."""
         logits = self.lm_head(x)
+        if self.config.logit_softcap is not None:
+            logits = softcapped(logits, self.config.logit_softcap)
         logits[..., self.config.vocab_size :] = float("-inf")
         return logits
 
@@ -209,11 +375,12 @@ class GPT(nn.Module):
         """Operations to train on one token, forward and backward.
 
         6 a weight of every matrix product (PaLM paper, appendix B: 2 forward, 4 backward), and 12 L T C for
-        attention's two products over the context, counted whole as is usual: 854.7 M for GPT-2 at T = 1024.
+        attention's two products over the context (or window), counted whole as is usual: 854.7 M for GPT-2 at T = 1024.
         """
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         config = self.config
-        return 6 * matrices + 12 * config.n_layer * config.block_size * config.n_embd
+        context = min(config.window or config.block_size, config.block_size)
+        return 6 * matrices + 12 * config.n_layer * context * config.n_embd
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -264,8 +431,13 @@ def from_gpt2(state: dict[str, torch.Tensor], config: GPTConfig) -> GPT:
 
 def to_gpt2(model: GPT) -> dict[str, torch.Tensor]:
     """The model's tensors under Hugging Face's GPT-2 names and shapes, padding cut off."""
-    if model.config.kv_heads != model.config.n_head or not model.config.bias:
-        raise UserError("Hugging Face's GPT-2 has one key and value head a head, and biases: this model can't be told.")
+    config = model.config
+    shape = {name: getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    plain = GPTConfig(**shape, n_kv_head=config.n_kv_head, dropout=config.dropout, tie_head=config.tie_head)
+    if config.kv_heads != config.n_head or replace(config, eot_id=None) != plain:
+        raise UserError(
+            "this model is no GPT-2 (grouped heads, no biases, or what came later): it can't be told as one."
+        )
     state = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor

@@ -1,13 +1,26 @@
-"""Parameter groups, AdamW, and the learning rate of a step.
+"""Parameter groups, AdamW, Muon, and the learning rate of a step.
 
->>> optimizer = adamw(model, weight_decay=0.1)
+>>> optimizers = adamw(model, max_lr=6e-4, weight_decay=0.1)
+>>> optimizers = muon(model, max_lr=0.04, embedding_lr=0.6, head_lr=0.008, scalar_lr=0.04)
 >>> learning_rate(step=0, max_lr=6e-4, min_lr_ratio=0.1, warmup_steps=715, max_steps=19_073)
+
+Each returns a list of PyTorch's optimizers, whose groups carry their highest learning rate as `max_lr`. All leave
+parameters and state alone where `optimizer.found_inf`, a float32 tensor on the device, is 1: the gate of the training
+step, without a word between device and host.
 """
 
 import math
+from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# AdamW
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -20,39 +33,166 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(
-    model: nn.Module, weight_decay: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
-) -> torch.optim.AdamW:
-    """PyTorch's AdamW with its fused kernel; the learning rate is set at each step.
+    model: nn.Module, max_lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
+) -> Optimizers:
+    """PyTorch's AdamW with its fused kernel, for all parameters."""
+    groups = [group | {"max_lr": max_lr} for group in parameter_groups(model, weight_decay) if group["params"]]
+    return [torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=eps, fused=True)]
 
-    The kernel leaves parameters, moments and step count alone where `optimizer.found_inf`, a float32 tensor
-    on the device, is 1: the gate of the training step, without a word between device and host.
+
+# ---------------------------------------------------------------------------------------------------------
+# Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(N, rows, columns) to the nearest matrices with orthonormal rows or columns, about, in bfloat16.
+
+    Newton-Schulz iterations by the polynomial a x + b x^3 + c x^5 on the singular values, whose slope at 0 is steep:
+    five bring all but the smallest near 1 (0.7 to 1.2), which serves as well as 1.
     """
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=(beta1, beta2), eps=eps, fused=True)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    if x.size(-2) > x.size(-1):
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
 
-def learning_rate(step: int, max_lr: float, min_lr_ratio: float, warmup_steps: int, max_steps: int) -> float:
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: for the matrices of the blocks.
+
+    A parameter that holds several matrices one above the other (queries, keys, values) has their heights in
+    `splits`, and each is orthogonalised by itself. Every rank keeps all momentum; of the orthogonalising each does its
+    share, and the updates are gathered, so that all ranks step alike.
+    """
+
+    def __init__(self, splits: dict[nn.Parameter, list[int]], max_lr: float, weight_decay: float = 0.0,
+                 momentum: float = 0.95, cautious: bool = False):  # fmt: skip
+        defaults = {"lr": 0.0, "max_lr": max_lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(list(splits), defaults)
+        self.splits, self.cautious, self.found_inf = splits, cautious, None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        momentum, shapes = group["momentum"], defaultdict(list)  # matrices of a shape are done together
+        for p in group["params"]:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"]
+            # behind the gate the momentum is its own gradient, and stays what it is
+            grad = p.grad if self.found_inf is None else torch.where(self.found_inf.bool(), buffer, p.grad)
+            buffer.lerp_(grad, 1 - momentum)
+            update = grad.lerp(buffer, momentum)  # Nesterov's
+            for matrix, piece in zip(p.split(self.splits[p]), update.split(self.splits[p]), strict=True):
+                shapes[matrix.shape].append((matrix, piece))
+        lr = torch.as_tensor(group["lr"]) if self.found_inf is None else group["lr"] * (1 - self.found_inf)
+        for (rows, columns), pairs in shapes.items():
+            updates = _shared_out([update for _, update in pairs])
+            for (matrix, _), update in zip(pairs, updates.to(lr.device), strict=True):
+                update = update.float()
+                decay = lr * group["weight_decay"] * matrix
+                if self.cautious:  # only where it points where the update does (arXiv:2411.16085, for decay)
+                    decay = decay * (update * matrix > 0)
+                matrix.sub_(decay).sub_(lr * math.sqrt(max(1.0, rows / columns)) * update)
+
+
+def _shared_out(updates: list[torch.Tensor]) -> torch.Tensor:
+    """Updates of one shape, orthogonalised, (N, rows, columns): each rank does a share of them."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalize(torch.stack(updates))
+    share = math.ceil(len(updates) / world_size)
+    begin = dist.get_rank() * share
+    mine = updates[begin : begin + share]
+    mine += [torch.zeros_like(updates[0])] * (share - len(mine))
+    done = orthogonalize(torch.stack(mine)).contiguous()
+    gathered = done.new_empty(world_size * share, *done.shape[1:])
+    dist.all_gather_into_tensor(gathered, done)
+    return gathered[: len(updates)]
+
+
+def muon(
+    model: nn.Module, max_lr: float, embedding_lr: float, head_lr: float, scalar_lr: float, weight_decay: float = 0.0,
+    beta1: float = 0.8, beta2: float = 0.95, eps: float = 1e-10, cautious: bool = False,
+) -> Optimizers:  # fmt: skip
+    """Muon for the matrices of a GPT's blocks; Adam for embeddings, head and all that has one dimension or none, each
+    at its own rate. A tied head is an embedding. Weight decay is Muon's alone."""
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if name.startswith("h.") and p.dim() == 2}
+    queries, keys = model.config.n_embd, model.config.kv_heads * model.config.head_size
+    splits = {
+        p: [queries, keys, keys] if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
+    }
+    groups = [
+        ([named[name] for name in ("wte.weight", "wpe.weight") if name in named], embedding_lr),
+        ([named[name] for name in ("lm_head.weight",) if name in named], head_lr),
+        ([p for p in named.values() if p.dim() < 2], scalar_lr),
+    ]
+    adam = [{"params": parameters, "max_lr": lr} for parameters, lr in groups if parameters]
+    return [
+        Muon(splits, max_lr, weight_decay, cautious=cautious),
+        torch.optim.AdamW(adam, lr=0.0, betas=(beta1, beta2), eps=eps, weight_decay=0.0, fused=True),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the rates of a step
+
+
+def learning_rate(
+    step: int, max_lr: float, min_lr_ratio: float, warmup_steps: int, max_steps: int, cooldown: float | None = None
+) -> float:
     """Of update `step`, counted from 0: linear warm-up to max_lr, then half a cosine down to its ratio.
 
-    The cosine runs over what the warm-up leaves, so that it ends at max_steps.
+    The cosine runs over what the warm-up leaves, so that it ends at max_steps. With `cooldown` the rate is constant
+    instead, and falls linearly in this share of all steps, at the end.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
+    if cooldown is not None:
+        left = min(1.0, (max_steps - step) / max(1.0, cooldown * max_steps))
+        return max_lr * (min_lr_ratio + (1.0 - min_lr_ratio) * left)
     done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return max_lr * (min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """The optimizer's tensors by parameter name, on the CPU: the same whatever the number of ranks or groups."""
+def set_rates(
+    optimizers: Optimizers, step: int, min_lr_ratio: float, warmup_steps: int, max_steps: int,
+    cooldown: float | None = None, momentum_warmup_steps: int = 0,
+) -> float:  # fmt: skip
+    """Gives every group the learning rate of update `step`, and Muon its momentum, which rises from 0.85 to 0.95 over
+    the first steps; returns the first group's rate."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = learning_rate(step, group["max_lr"], min_lr_ratio, warmup_steps, max_steps, cooldown)
+        if "momentum" in group:
+            group["momentum"] = 0.85 + 0.1 * min(1.0, step / max(1, momentum_warmup_steps))
+    return optimizers[0].param_groups[0]["lr"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# state
+
+
+def optimizer_state(optimizers: Optimizers, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizers' tensors by parameter name, on the CPU: the same whatever the number of ranks or groups."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     return {
-        name: {key: value.detach().cpu() for key, value in optimizer.state[parameter].items()}
+        name: {key: value.detach().cpu() for key, value in states[parameter].items()}
         for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
+        if parameter in states
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, dict]) -> None:
+def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: dict[str, dict]) -> None:
     """Puts back what `optimizer_state` gave. KeyError where a name is not the model's."""
     parameters = dict(model.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, values in state.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in values.items()}
+        owner[parameter].state[parameter] = {
+            key: value.to(parameter.device, copy=True) for key, value in values.items()
+        }

@@ -15,7 +15,7 @@ import checkpoint
 from dataloader import Order, Position
 from distributed import Ranks
 from errors import ConfigError
-from model import GPT
+from model import GPT, GPTConfig
 from shards import Dataset, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, differences, read_config, to_json, variant
@@ -75,7 +75,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
 def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
     loaded = checkpoint.load(found)
-    state = loaded.state
+    state = loaded.state | {"model": asdict(GPTConfig(**loaded.state["model"]))}  # with what was added to it since
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
         for section, values in now.items()
@@ -115,7 +115,8 @@ def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:
             + "Give the preset or the flags that fit them."
         )
     model, tensors = GPT(config.model), checkpoint.model_tensors(loaded)
-    tensors["wpe.weight"] = tensors["wpe.weight"][: config.model.block_size]
+    if "wpe.weight" in tensors:
+        tensors["wpe.weight"] = tensors["wpe.weight"][: config.model.block_size]
     checkpoint.load_model_tensors(model, tensors)
     return model
 

@@ -28,7 +28,7 @@ from errors import run as run_script
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
 from log import Log, Samples
 from model import GPT
-from optim import adamw, learning_rate, load_optimizer_state, optimizer_state
+from optim import Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
 from plot import plot
 from sample import sample
 from shards import Dataset
@@ -57,8 +57,8 @@ class Pending:
 
 
 def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Step, lr: float, config: Config, ranks: Ranks,
-    seed: int, halted: torch.Tensor, stop: bool,
+    model: torch.nn.Module, optimizers: Optimizers, data: Step, config: Config, ranks: Ranks, seed: int,
+    halted: torch.Tensor, stop: bool,
 ) -> torch.Tensor:  # fmt: skip
     """One update from all micro-batches of a step. Returns the status, (3 + W,) float32 on the device: mean
     loss, gradient norm, how many ranks were told to stop, and for each rank whether its loss isn't finite.
@@ -79,7 +79,7 @@ def train_step(
         (loss * (ranks.world_size / data.targets)).backward()
         loss_sum += loss.detach()
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     if config.optimizer.grad_clip > 0:
         norm = clip_grad_norm_(parameters, config.optimizer.grad_clip)
     else:
@@ -92,11 +92,10 @@ def train_step(
     status[1] = norm
     halted.copy_(torch.maximum(halted, (~status[:2].isfinite()).any().float()))
 
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = halted
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.found_inf = halted
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return status
 
 
@@ -164,7 +163,7 @@ class Run:
     start: Start
     raw_model: GPT
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     examples: list[Example]
     log: Log | None = None
     samples: Samples | None = None
@@ -212,9 +211,13 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     start = begin(config, dataset, order, tokenizer, ranks)
     raw_model = start.model.to(device)
     o = config.optimizer
-    optimizer = adamw(raw_model, o.weight_decay, o.beta1, o.beta2, o.eps)
+    adam = {"weight_decay": o.weight_decay, "beta1": o.beta1, "beta2": o.beta2, "eps": o.eps}
+    if o.name == "adamw":
+        optimizers = adamw(raw_model, o.max_lr, **adam)
+    else:
+        optimizers = muon(raw_model, o.max_lr, o.embedding_lr, o.head_lr, o.scalar_lr, **adam, cautious=o.cautious)
     if start.optimizer:
-        load_optimizer_state(optimizer, raw_model, start.optimizer)
+        load_optimizer_state(optimizers, raw_model, start.optimizer)
     compiled = config.training.compile == "on" or (config.training.compile == "auto" and device.type == "cuda")
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
@@ -224,7 +227,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     describe(config, order, raw_model, ranks)
     if dataset.manifest is None:
         ranks.print(f"warning: {dataset.folder} has no dataset.json: its tokens are taken for GPT-2's, unverified")
-    run = Run(config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizer, examples)
+    run = Run(config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizers, examples)
     if ranks.is_main:
         run.log = Log(out / "log.csv", start.step)
         run.samples = Samples(out / "samples.txt", start.step)
@@ -332,7 +335,7 @@ def train(run: Run, signals: StopSignals) -> None:
         if "saving" in due and ranks.is_main:
             state = {"step": step, "tokens": tokens, "position": asdict(position)}
             checkpoint.save(
-                out, step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizer, raw_model),
+                out, step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
                 state | identity(config, run.dataset, run.order, run.tokenizer), config.saving.keep,
             )  # fmt: skip
         if last or stopping:
@@ -344,11 +347,13 @@ def train(run: Run, signals: StopSignals) -> None:
             unread = len(run.dataset.train) - position.n * run.order.block_size
             run.say(f"epoch {data.start.epoch} begins; {unread:,} tokens of the one before stay unread")
         row["epoch"] = data.start.epoch
-        row["lr"] = learning_rate(step, o.max_lr, o.min_lr_ratio, o.warmup_steps, max_steps)
+        row["lr"] = set_rates(
+            run.optimizers, step, o.min_lr_ratio, o.warmup_steps, max_steps, o.cooldown, o.momentum_warmup_steps
+        )
         begin_mark = begin_mark or Mark(ranks.device)
         status = train_step(
-            run.model, run.optimizer, data, row["lr"], config, ranks, mix(config.general.seed, step, ranks.rank),
-            halted, stop=signals.received is not None,
+            run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), halted,
+            stop=signals.received is not None,
         )  # fmt: skip
         status = status.to("cpu", non_blocking=ranks.device.type == "cuda")
         end_mark = Mark(ranks.device)  # behind the copy: who has waited for it can read the status

@@ -54,16 +54,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW and its learning rate."""
+    """AdamW, or Muon for the blocks' matrices with Adam for the rest; and the learning rate."""
 
-    max_lr: float = 6e-4  # after the warm-up (GPT-3 paper, table 2.1, for 125 M parameters)
-    min_lr_ratio: float = 0.1  # of max_lr, at the last step
+    name: Literal["adamw", "muon"] = "adamw"
+    max_lr: float = 6e-4  # after the warm-up (GPT-3 paper, table 2.1, for 125 M parameters); with muon Muon's own
+    min_lr_ratio: float = 0.1  # of each highest rate, at the last step
     warmup_steps: int = 715  # 375 M tokens, as in the GPT-3 paper
-    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms
+    cooldown: float | None = None  # share of the steps, at the end, in which a constant rate falls linearly [cosine]
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms; with muon on its matrices
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of their squares
     eps: float = 1e-8  # added to the root of the latter
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    # with muon
+    embedding_lr: float = 0.6  # Adam's rates, as in modded-nanogpt's records
+    head_lr: float = 0.008  # of an untied head
+    scalar_lr: float = 0.04  # of what has one dimension or none
+    momentum_warmup_steps: int = 300  # Muon's momentum rises from 0.85 to 0.95 meanwhile
+    cautious: bool = False  # decay a weight only where the update makes it smaller too
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,36 @@ GPT2 = Config()
 PRESETS: dict[str, Config] = {
     # GPT-2's four sizes; learning rates are the GPT-3 paper's (table 2.1) for models of those sizes
     "gpt2": GPT2,
+    # the same model by what public speed records found: see "The modern recipe" in the README
+    "modern": variant(
+        GPT2,
+        model={
+            "bias": False,
+            "tie_head": False,
+            "rope": True,
+            "qk_norm": True,
+            "relu2": True,
+            "rms_norm": True,
+            "embedding_norm": True,
+            "zero_init": True,
+            "value_residual": True,
+            "x0_shortcut": True,
+            "unet": True,
+            "logit_softcap": 15.0,
+        },
+        training={"max_steps": 3000},
+        optimizer={
+            "name": "muon",
+            "max_lr": 0.04,
+            "min_lr_ratio": 0.0,
+            "warmup_steps": 0,
+            "cooldown": 0.3,
+            "beta1": 0.8,
+            "eps": 1e-10,
+            "weight_decay": 0.0,
+            "grad_clip": 0.0,
+        },
+    ),
     "gpt2-medium": variant(
         GPT2,
         model={"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -253,6 +291,8 @@ def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
                     f"--model.vocab-size {config.model.vocab_size} is not the {dataset.vocab_size} of "
                     f"{config.data.dataset}'s tokenizer. Leave it out (it is padded to a multiple of 128 anyhow)."
                 )
+            if config.model.document_mask:
+                config = variant(config, model={"eot_id": dataset.eot_id})
             if "val" in config.general.mode and len(dataset.val) <= config.model.block_size:
                 problems.append(
                     f"{config.data.dataset} has {len(dataset.val):,} validation tokens, not one row of block_size "
@@ -285,7 +325,9 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(1, "model", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head")
     at_least(0, "model", "vocab_size")
     at_least(1, "training", "max_steps", "batch_tokens", "micro_batch_size")
-    at_least(0, "optimizer", "max_lr", "warmup_steps", "weight_decay", "grad_clip")
+    at_least(1, "model", "window")
+    at_least(0, "optimizer", "max_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr", "head_lr")
+    at_least(0, "optimizer", "scalar_lr", "momentum_warmup_steps")
     for section in ("validation", "evaluation", "sampling", "saving", "logging"):
         at_least(0, section, "every_n_steps")
     at_least(0, "saving", "keep")
@@ -298,12 +340,23 @@ def check(config: Config, world_size: int) -> list[str]:
     need(0 <= optimizer.beta1 < 1, "optimizer.beta1", optimizer.beta1, "must be from 0 to below 1")
     need(0 <= optimizer.beta2 < 1, "optimizer.beta2", optimizer.beta2, "must be from 0 to below 1")
     need(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be above 0")
+    cooldown = optimizer.cooldown
+    need(cooldown is None or 0 <= cooldown <= 1, "optimizer.cooldown", cooldown, "must be from 0 to 1")
+    for name in ("logit_softcap", "attention_scale"):
+        value = getattr(model, name)
+        need(value is None or value > 0, f"model.{name.replace('_', '-')}", value, "must be above 0")
     top_p = sampling.top_p
     need(top_p is None or 0 < top_p <= 1, "sampling.top-p", top_p, "must be above 0, up to 1")
     if not can_divide:
         return problems
     need(model.n_embd % model.n_head == 0, "model.n-embd", model.n_embd, f"must be a multiple of n_head {model.n_head}")
     need(model.n_head % model.kv_heads == 0, "model.n-kv-head", model.n_kv_head, f"must divide n_head {model.n_head}")
+    need(
+        not model.rope or model.head_size % 4 == 0,
+        "model.rope",
+        model.rope,
+        f"needs heads of a multiple of 4 wide, not {model.head_size}",
+    )
     row_tokens = training.micro_batch_size * model.block_size * world_size
     need(
         training.batch_tokens % row_tokens == 0 or "train" not in config.general.mode,

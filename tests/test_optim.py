@@ -4,9 +4,21 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import optim
 from model import GPT, GPTConfig
-from optim import adamw, learning_rate, load_optimizer_state, optimizer_state, parameter_groups
+from optim import (
+    Muon,
+    adamw,
+    learning_rate,
+    load_optimizer_state,
+    muon,
+    optimizer_state,
+    orthogonalize,
+    parameter_groups,
+    set_rates,
+)
 
 
 def tiny() -> GPT:
@@ -38,7 +50,7 @@ def test_the_rate_warms_up_and_falls_by_a_cosine_over_what_is_left():
 
 def test_a_step_equals_adamw_written_out():
     model = tiny()
-    optimizer = adamw(model, weight_decay=0.1)
+    (optimizer,) = adamw(model, max_lr=0.01, weight_decay=0.1)
     w = model.h[0].mlp.c_fc.weight
     before, m, v = w.detach().clone().double(), 0.0, 0.0
     for step in range(1, 4):
@@ -55,30 +67,186 @@ def test_a_step_equals_adamw_written_out():
 
 def test_a_shut_gate_leaves_weights_and_moments_alone():
     model = tiny()
-    optimizer = adamw(model, weight_decay=0.1)
+    (optimizer,) = optimizers = adamw(model, max_lr=0.01, weight_decay=0.1)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     for gate in (0.0, 1.0):
         before = [p.detach().clone() for p in model.parameters()]
-        state = optimizer_state(optimizer, model)
+        state = optimizer_state(optimizers, model)
         optimizer.zero_grad()
         (model(torch.arange(16)[None], torch.arange(16)[None]) * (1.0 if gate == 0 else math.nan)).backward()
         optimizer.found_inf = torch.tensor(gate)
         optimizer.step()
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == (gate == 1)
-    after = optimizer_state(optimizer, model)
+    after = optimizer_state(optimizers, model)
     assert all(torch.equal(after[name][key], state[name][key]) for name in state for key in state[name])
     assert after["wte.weight"]["step"] == 1
 
 
 def test_state_by_name_comes_back_whatever_the_groups():
     model, other = tiny(), tiny()
-    optimizer, another = adamw(model, 0.1), torch.optim.AdamW(other.parameters(), lr=0.01, fused=True)
+    (optimizer,) = optimizers = adamw(model, 0.01, 0.1)
+    another = [torch.optim.AdamW(other.parameters(), lr=0.01, fused=True)]
     model(torch.arange(16)[None], torch.arange(16)[None]).backward()
     optimizer.step()
-    state = optimizer_state(optimizer, model)
+    state = optimizer_state(optimizers, model)
     assert set(state) == {name for name, _ in model.named_parameters()}
     load_optimizer_state(another, other, state)
     again = optimizer_state(another, other)
     assert all(torch.equal(state[name][key], again[name][key]) for name in state for key in state[name])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def tall_and_wide() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (16, 16), (24, 8))]
+
+
+def steps(optimizers, parameters, count: int = 3, seed: int = 5) -> None:
+    """Some updates with the same random gradients every time."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    for shape in ((3, 32, 8), (2, 8, 32), (1, 16, 16)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+        assert abs(values.median() - 0.95) < 0.25
+
+
+def test_muon_equals_pytorchs_on_plain_matrices():
+    ours, theirs = tall_and_wide(), tall_and_wide()
+    mine = Muon({p: [p.size(0)] for p in ours}, max_lr=0.02, weight_decay=0.1)
+    mine.param_groups[0]["lr"] = 0.02
+    steps([mine], ours)
+    steps([torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)], theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # of updates of 0.02: bfloat16's rounding
+
+
+def test_queries_keys_and_values_are_orthogonalised_apart():
+    torch.manual_seed(0)
+    together = torch.nn.Parameter(torch.randn(16, 8))
+    apart = [torch.nn.Parameter(piece.clone()) for piece in together.detach().split([8, 4, 4])]
+    one, three = Muon({together: [8, 4, 4]}, 0.02), Muon({p: [p.size(0)] for p in apart}, 0.02)
+    for optimizer in (one, three):
+        optimizer.param_groups[0]["lr"] = 0.02
+    grad = torch.randn(16, 8)
+    together.grad = grad
+    for p, piece in zip(apart, grad.split([8, 4, 4]), strict=True):
+        p.grad = piece.clone()
+    one.step()
+    three.step()
+    torch.testing.assert_close(together.detach(), torch.cat([p.detach() for p in apart]))
+    whole = Muon({torch.nn.Parameter(torch.randn(16, 8)): [16]}, 0.02)
+    assert list(whole.splits.values()) != list(one.splits.values())
+
+
+def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
+    torch.manual_seed(0)
+    fields = {"tie_head": False, "value_residual": True, "x0_shortcut": True, "unet": True, "n_kv_head": 1}
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **fields))
+    optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
+    names = {p: name for name, p in model.named_parameters()}
+    rates = {names[p]: g["max_lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert len(rates) == sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(names)
+    assert {name for name, rate in rates.items() if rate == 0.04} == {
+        f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert (rates["wte.weight"], rates["wpe.weight"], rates["lm_head.weight"]) == (0.6, 0.6, 0.008)
+    assert rates["skip_mix"] == rates["h.1.attn.v_mix"] == rates["h.0.x_mix"] == rates["ln_f.bias"] == 0.03
+    assert optimizers[0].splits[model.h[0].attn.c_attn.weight] == [8, 4, 4]
+
+
+def test_cautious_decay_leaves_weights_alone_that_the_update_makes_larger():
+    def moved(decay: float, cautious: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(8, 8))
+        optimizer = Muon({p: [8]}, 0.1, decay, cautious=cautious)
+        optimizer.param_groups[0]["lr"] = 0.1
+        steps([optimizer], [p], 1)
+        return p.detach()
+
+    torch.manual_seed(0)
+    before = torch.randn(8, 8)
+    update = before - moved(0.0, False)
+    expected = before - update - 0.1 * 0.5 * before * (update * before > 0)
+    torch.testing.assert_close(moved(0.5, True), expected)
+    torch.testing.assert_close(moved(0.5, False), before - update - 0.1 * 0.5 * before)
+
+
+def test_a_shut_gate_leaves_muon_alone_too():
+    parameters = tall_and_wide()
+    optimizer = Muon({p: [p.size(0)] for p in parameters}, 0.02, 0.1, cautious=True)
+    optimizer.param_groups[0]["lr"] = 0.02
+    steps([optimizer], parameters, 1)
+    before = [p.detach().clone() for p in parameters]
+    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
+    optimizer.found_inf = torch.tensor(1.0)
+    for p in parameters:
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    after = [optimizer.state[p]["momentum_buffer"] for p in parameters]
+    assert all(torch.equal(a, b) for a, b in zip(momentum, after, strict=True))
+    optimizer.found_inf = torch.tensor(0.0)
+    steps([optimizer], parameters, 1)
+    assert not torch.equal(before[0], parameters[0])
+
+
+def test_a_constant_rate_cools_down_linearly():
+    def rate(step):
+        return learning_rate(step, 1.0, 0.0, warmup_steps=0, max_steps=100, cooldown=0.4)
+
+    assert [rate(0), rate(30), rate(60)] == [1.0, 1.0, 1.0]
+    assert [rate(70), rate(80), rate(99), rate(100)] == pytest.approx([0.75, 0.5, 0.025, 0.0])
+
+
+def test_momentum_warms_up_and_every_group_gets_its_own_rate():
+    model = tiny()
+    optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
+    assert set_rates(optimizers, 0, 0.0, 2, 100, 0.4, momentum_warmup_steps=10) == 0.02
+    assert optimizers[0].param_groups[0]["momentum"] == 0.85
+    set_rates(optimizers, 5, 0.0, 2, 100, 0.4, momentum_warmup_steps=10)
+    assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.90)
+    set_rates(optimizers, 80, 0.0, 2, 100, 0.4, momentum_warmup_steps=10)
+    assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
+    assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.02, 0.3, 0.015])
+
+
+def share_the_work(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    parameters = tall_and_wide()
+    optimizer = Muon({p: [8, 8, 8] if p.shape == (24, 8) else [p.size(0)] for p in parameters}, 0.02)
+    optimizer.param_groups[0]["lr"] = 0.02
+    done, whole = [], optim.orthogonalize
+    optim.orthogonalize = lambda matrices: done.append(len(matrices)) or whole(matrices)
+    steps([optimizer], parameters, 2)
+    torch.save({"parameters": [p.detach() for p in parameters], "done": sum(done)}, f"{folder}/{world_size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_out_the_orthogonalising_and_step_alike(tmp_path):
+    for world_size in (1, 2, 4):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        torch.multiprocessing.spawn(share_the_work, (world_size, str(folder)), world_size)
+        ranks = [torch.load(folder / f"{world_size}-{rank}.pt") for rank in range(world_size)]
+        for rank in ranks[1:]:
+            assert all(map(torch.equal, rank["parameters"], ranks[0]["parameters"])), "the same on every rank"
+        if world_size == 1:
+            alone = ranks[0]
+        for a, b in zip(ranks[0]["parameters"], alone["parameters"], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+        # 6 of (8, 8), 1 of (8, 24), 1 of (16, 16) in two steps; a rank's share is rounded up
+        assert ranks[0]["done"] == 2 * sum(math.ceil(count / world_size) for count in (6, 1, 1))

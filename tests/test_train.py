@@ -24,7 +24,7 @@ TIMING = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
 STEPS = 14  # the data has 8 steps an epoch
 
 
-def flags(dataset: Path, out: Path, **changes: object) -> list[str]:
+def flags(dataset: Path, out: Path, preset: str = "gpt2", **changes: object) -> list[str]:
     """The command line of a small run; changes as section__field=value."""
     fields = {
         "data__dataset": dataset, "general__out_dir": out, "data__num_streams": 4, "data__chunk_tokens": 100,
@@ -34,7 +34,7 @@ def flags(dataset: Path, out: Path, **changes: object) -> list[str]:
         "evaluation__every_n_steps": 0, "sampling__every_n_steps": 5, "sampling__max_new_tokens": 8,
         "saving__every_n_steps": 1, "saving__keep": 0, "general__device": "cpu", "training__dtype": "float32",
     } | changes  # fmt: skip
-    line = ["gpt2"]
+    line = [preset]
     for name, value in fields.items():
         section, field = name.split("__")
         line += [f"--{section}.{field.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
@@ -138,6 +138,38 @@ def test_two_ranks_stopped_across_an_epochs_end_go_on_equal_to_the_bit(dataset, 
     out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
     torchrun(2, *flags(dataset, out, general__init_from="resume"))
     assert_equal_to_the_bit(out, tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_modern_run_is_the_same_stopped_and_shared_out(world, dataset, tmp_path):
+    """Muon, momentum's warm-up, every switch of the model, masks over documents that rows cut."""
+    modern = {
+        "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_scale": 0.3,
+        "optimizer__momentum_warmup_steps": 10, "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
+    }  # fmt: skip
+    torchrun(world, *flags(dataset, tmp_path / "unbroken", "modern", **modern))
+    out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
+    torchrun(world, *flags(dataset, out, "modern", general__init_from="resume", **modern))
+    assert_equal_to_the_bit(out, tmp_path / "unbroken")
+    rows = read_log(out / "log.csv")
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
+    assert {"momentum_buffer"} == weights(out, STEPS)[1]["h.0.attn.c_attn.weight"].keys()
+
+
+def test_a_modern_step_is_the_same_for_any_number_of_ranks(dataset, tmp_path):
+    changes = {
+        "model__dropout": 0.0,
+        "training__max_steps": 4,
+        "validation__every_n_steps": 0,
+        "sampling__every_n_steps": 0,
+    }
+    for world in (1, 2, 4):
+        torchrun(world, *flags(dataset, tmp_path / str(world), "modern", **changes))
+    one, two, four = (read_log(tmp_path / world / "log.csv") for world in ("1", "2", "4"))
+    for other in (two, four):
+        for a, b in zip(one[:-1], other[:-1], strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)  # Newton-Schulz is bfloat16
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
 
 
 def test_resume_without_a_checkpoint_starts_from_scratch(unbroken, dataset, tmp_path):

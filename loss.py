@@ -1,0 +1,81 @@
+"""The head and its loss in one, so that the logits are never there whole.
+
+    >>> loss = linear_cross_entropy(hidden, head.weight, targets, vocab_size=50257)     # summed over the targets
+
+Logits, (B T, V), are by far the largest tensor of a small GPT, and a loss makes several of them in float32. Here they
+live a chunk of rows at a time, and the gradients of hidden states and head are computed while a chunk is there.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_BYTES = {"cpu": 64 << 20}  # of logits that are there at once
+MOST_BYTES = 1 << 30  # the same, for what has more memory and less patience
+SLICE_BYTES = 2 << 20  # of those that a CPU turns into probabilities at once: what its cache holds
+
+
+def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """c tanh(logits / c), float32. By the sigmoid, which is ten times as fast on a CPU."""
+    return torch.sigmoid(logits.float() * (2 / cap)) * (2 * cap) - cap
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float | None = None
+) -> torch.Tensor:
+    """Summed cross entropy, () float32, of logits x @ weight.T, softcapped if a cap is given.
+
+    x (N, C), weight (V, C), targets (N,) int64, of which -100 doesn't count; entries from vocab_size on only pad, and
+    get no probability. Matrix products run in autocast's dtype, all else in float32. F.cross_entropy of the whole
+    logits, but for the order of sums over chunks.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, softcap):
+        device, (N, _), V = x.device.type, x.shape, weight.size(0)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x_, weight_ = x.detach().to(dtype), weight.detach().to(dtype)
+        loss, learns = torch.zeros((), device=x.device), any(ctx.needs_input_grad)
+        dx = torch.empty_like(x) if learns else None
+        dweight = torch.zeros_like(weight) if learns else None
+        chunk_rows = max(1, CHUNK_BYTES.get(device, MOST_BYTES) // (V * dtype.itemsize))
+        slice_rows = max(1, SLICE_BYTES // (V * 4)) if device == "cpu" else chunk_rows
+        for i in range(0, N, chunk_rows):
+            logits = F.linear(x_[i : i + chunk_rows], weight_)  # (n, V)
+            for j in range(0, len(logits), slice_rows):
+                part = logits[j : j + slice_rows]
+                part_loss, d = _loss_and_gradient(part, targets[i + j : i + j + len(part)], vocab_size, softcap, learns)
+                loss += part_loss
+                if learns:
+                    part.copy_(d)  # the gradient takes the logits' place
+            if learns:
+                dx[i : i + chunk_rows] = logits @ weight_
+                dweight += logits.mT @ x_[i : i + chunk_rows]
+        if learns:
+            ctx.save_for_backward(dx, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad, dweight * grad, None, None, None
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float | None, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss of a few rows of logits (n, V) before the cap, and its gradient by them, float32."""
+    capped = logits.float() if softcap is None else softcapped(logits, softcap)
+    z = capped.clone() if learns and softcap is not None else capped
+    z[:, vocab_size:] = float("-inf")
+    loss = F.cross_entropy(z, targets, ignore_index=-100, reduction="sum")
+    if not learns:
+        return loss, None
+    counted = (targets >= 0).float()[:, None]
+    d = F.softmax(z, dim=-1).mul_(counted)  # probabilities, less one at the target
+    d.scatter_add_(1, targets[:, None].clamp(min=0), -counted)
+    if softcap is not None:
+        d.mul_(1 - (capped / softcap).square())  # the slope of tanh
+    return loss, d

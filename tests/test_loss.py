@@ -1,0 +1,89 @@
+"""The head and its loss in one: what F.cross_entropy of the whole logits says, in a fraction of the memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import loss
+from loss import linear_cross_entropy, softcapped
+
+N, C, V, PADDED = 37, 16, 90, 128
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, C, generator=generator).requires_grad_()
+    weight = torch.randn(PADDED, C, generator=generator).requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[3:9] = -100
+    return x, weight, targets
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
+    logits = F.linear(x, weight).float()[:, :V]
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+@pytest.fixture(params=["one chunk", "many chunks", "many slices"])
+def chunked(request, monkeypatch):
+    """Chunks of 5 rows or slices of 3, neither of which divides the rows."""
+    if request.param != "one chunk":
+        monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
+    if request.param == "many slices":
+        monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 13 * 4 * PADDED)
+        monkeypatch.setattr(loss, "SLICE_BYTES", 3 * 4 * PADDED)
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_loss_and_gradients_are_those_of_the_whole_logits(cap):
+    x, weight, targets = inputs()
+    expected = plain(x, weight, targets, cap)
+    expected_gradients = torch.autograd.grad(expected * 0.25, (x, weight))
+    found = linear_cross_entropy(x, weight, targets, V, cap)
+    gradients = torch.autograd.grad(found * 0.25, (x, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+    assert (gradients[1][V:] == 0).all()
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, V, cap), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_in_bfloat16_the_gradients_are_as_near_as_bfloat16_can_be(cap):
+    x, weight, targets = inputs()
+    expected = torch.autograd.grad(plain(x, weight, targets, cap), (x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, V, cap), (x, weight))
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_targets_that_do_not_count_alone_give_no_loss_and_no_gradient():
+    x, weight, _ = inputs()
+    found = linear_cross_entropy(x, weight, torch.full((N,), -100), V)
+    gradients = torch.autograd.grad(found, (x, weight))
+    assert found == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_a_logit_that_is_not_finite_shows_in_the_loss():
+    x, weight, targets = inputs()
+    with torch.no_grad():
+        x[20] = float("nan")
+    assert not linear_cross_entropy(x, weight, targets, V).isfinite()
+
+
+def test_the_softcap_is_a_scaled_tanh():
+    logits = torch.linspace(-200, 200, 999)
+    torch.testing.assert_close(softcapped(logits, 15.0), 15 * torch.tanh(logits / 15), atol=1e-5, rtol=0)
+
+
+def test_the_whole_logits_are_never_there(monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
+    x, weight, targets = inputs()
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: shapes.append((out := linear(*arguments)).shape) or out)
+    linear_cross_entropy(x, weight, targets, V).backward()
+    assert max(shape[0] for shape in shapes) == 5
