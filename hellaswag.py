@@ -23,11 +23,12 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -187,28 +188,118 @@ def _clean(text: str) -> str:
 # the score
 
 
+@dataclass(frozen=True)
+class Tree:
+    """A context and the endings that branch off it: the part of an example that is computed in one piece."""
+
+    example: int
+    context: list[int]
+    endings: dict[int, list[int]]  # by number
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads: of an ending all but the last, which is only predicted."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings.values())
+
+
+def trees(examples: list[Example], block_size: int) -> Iterator[Tree]:
+    """A tree an example; where a row is longer than the block size, one an ending, for then each loses as much of the
+    beginning of its context as it must, and never of itself."""
+    for i, example in enumerate(examples):
+        room = [block_size + 1 - len(ending) for ending in example.endings]
+        if len(example.context) <= min(room):
+            yield Tree(i, example.context, dict(enumerate(example.endings)))
+        else:
+            for k, ending in enumerate(example.endings):
+                yield Tree(i, example.context[-room[k] :], {k: ending})
+
+
+def pack(found: Iterable[Tree], row_tokens: int) -> list[list[Tree]]:
+    """Trees in rows of at most `row_tokens` tokens (a larger tree has a row of its own): the largest first, each into
+    the first row with room for it."""
+    rows, room = [], []
+    for tree in sorted(found, key=lambda tree: -tree.size):
+        row = next((i for i, left in enumerate(room) if left >= tree.size), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(tree)
+        room[row] -= tree.size
+    return rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of trees as tensors. Token j of a row sees token i if i <= j, both are of one tree, and i is of the context
+    or of j's own ending."""
+
+    idx: torch.Tensor  # (B, L) int64
+    positions: torch.Tensor  # (B, L): in the text of context and ending
+    tree: torch.Tensor  # (B, L): which of the row's, 0 behind the last
+    branch: torch.Tensor  # (B, L): 0 for a context, 1 + k for ending k
+    places: torch.Tensor  # (M,): in B L, those whose next token counts
+    targets: torch.Tensor  # (M,): that token
+    sums: torch.Tensor  # (M,): 4 x example + ending, to whose loss it belongs
+
+    def mask(self) -> torch.Tensor:
+        """(B, 1, L, L) bool."""
+        later = torch.ones(self.idx.size(1), self.idx.size(1), dtype=torch.bool, device=self.idx.device).triu(1)
+        same_tree = self.tree[:, :, None] == self.tree[:, None, :]
+        branch = self.branch[:, None, :]  # of the token that is seen
+        return (same_tree & ((branch == 0) | (branch == self.branch[:, :, None])) & ~later)[:, None]
+
+
+def lay_out(rows: list[list[Tree]], row_tokens: int, device: torch.device) -> Batch:
+    """The tensors of some rows, each `row_tokens` long."""
+    grid = np.zeros((4, len(rows), row_tokens), np.int64)  # idx, positions, tree, branch
+    places, targets, sums = [], [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for number, tree in enumerate(row, 1):
+            n = len(tree.context)
+            grid[:, r, at : at + n] = tree.context, range(n), [number] * n, [0] * n
+            last, at = at + n - 1, at + n
+            for k, ending in tree.endings.items():
+                m = len(ending) - 1
+                grid[:, r, at : at + m] = ending[:-1], range(n, n + m), [number] * m, [1 + k] * m
+                places += [r * row_tokens + place for place in (last, *range(at, at + m))]
+                targets += ending
+                sums += [4 * tree.example + k] * len(ending)
+                at += m
+    lists = (torch.tensor(values, device=device) for values in (places, targets, sums))
+    return Batch(*torch.from_numpy(grid).to(device), *lists)
+
+
+ROW_TOKENS = 512  # of a packed row: three examples or so; longer rows would attend to more that is masked
+HEAD_ROWS = 256  # logits that are there at once
+
+
 @torch.no_grad()
-def losses(model: GPT, examples: list[Example], device: torch.device) -> torch.Tensor:
+def losses(
+    model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None
+) -> torch.Tensor:
     """Summed loss of each ending given its context, (examples, 4) float64.
 
-    A row that is longer than the block size loses the beginning of its context, never of its ending.
+    A context is computed once for its four endings, and the head at the tokens alone whose next one is scored. All
+    batches but those of trees that are longer than a row have the same shape.
     """
-    T = model.config.block_size
-    rows = [(e.context, ending) for e in examples for ending in e.endings]
-    tokens = [(context + ending)[-(T + 1) :] for context, ending in rows]
-    length = min(T, math.ceil((max(map(len, tokens)) - 1) / 32) * 32)  # few different shapes
-    inputs = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.full((len(rows), length), -1, dtype=torch.int64)
-    for i, (row, (_, ending)) in enumerate(zip(tokens, rows, strict=True)):
-        inputs[i, : len(row) - 1] = torch.tensor(row[:-1])
-        targets[i, len(row) - 1 - len(ending) : len(row) - 1] = torch.tensor(ending)
-    inputs, targets = inputs.to(device), targets.to(device)
-    scored = targets >= 0
-    logits = model.logits(model.hidden(inputs)[scored]).float()  # (scored tokens, V): the head on these alone
-    token_losses = F.cross_entropy(logits, targets[scored], reduction="none")
-    grid = torch.zeros(targets.shape, device=device)
-    grid[scored] = token_losses
-    return grid.sum(dim=1).cpu().double().view(len(examples), 4)
+    sums = torch.zeros(4 * len(examples), dtype=torch.float64)
+    rows = pack(trees(examples, model.config.block_size), ROW_TOKENS)
+    for begin in range(0, len(rows), batch_size):
+        part = rows[begin : begin + batch_size]
+        length = max(ROW_TOKENS, math.ceil(max(sum(tree.size for tree in row) for row in part) / 128) * 128)
+        batch = lay_out(part + [[]] * (batch_size - len(part)), length, device)
+        with autocast(device, dtype):
+            hidden = model.hidden(batch.idx, positions=batch.positions, mask=batch.mask()).flatten(0, 1)
+            token_losses = [
+                F.cross_entropy(model.logits(hidden[places]).float(), targets, reduction="none")
+                for places, targets in zip(batch.places.split(HEAD_ROWS), batch.targets.split(HEAD_ROWS), strict=True)
+            ]
+        sums.index_add_(0, batch.sums.cpu(), torch.cat(token_losses).cpu().double())
+        if progress is not None:
+            progress(len({tree.example for row in part for tree in row}))
+    return sums.view(len(examples), 4)
 
 
 def check_length(examples: list[Example], block_size: int) -> None:
@@ -221,20 +312,10 @@ def check_length(examples: list[Example], block_size: int) -> None:
         )
 
 
-def picks(
-    model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None
-) -> Iterator[tuple[int, int, int]]:
-    """For each example its index, the ending of least loss, and that of least loss a unit of length."""
-    size = [len(e.context) + max(map(len, e.endings)) for e in examples]
-    by_size = sorted(range(len(examples)), key=lambda i: size[i], reverse=True)  # rows of a batch are alike
-    for start in range(0, len(by_size), batch_size):
-        batch = by_size[start : start + batch_size]
-        with autocast(device, dtype):
-            sums = losses(model, [examples[i] for i in batch], device)
-        means = sums / torch.tensor([examples[i].lengths for i in batch]).clamp(min=1)
-        yield from zip(batch, sums.argmin(1).tolist(), means.argmin(1).tolist(), strict=True)
-        if progress is not None:
-            progress(len(batch))
+def picks(sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
+    """The ending of least loss of each example, and that of least loss a unit of length; sums (examples, 4)."""
+    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1)
+    return sums.argmin(dim=1).tolist(), (sums / lengths).argmin(dim=1).tolist()
 
 
 @dataclass(frozen=True)
@@ -267,14 +348,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     mine = examples[ranks.rank :: ranks.world_size]
-    correct = [0, 0, 0]
     with tqdm(total=len(mine), desc="hellaswag", leave=False, disable=None if ranks.is_main else True) as bar:
-        for i, pick, pick_norm in picks(model, mine, ranks.device, dtype, batch_size, bar.update):
-            correct[0] += pick == mine[i].label
-            correct[1] += pick_norm == mine[i].label
-            correct[2] += 1
+        sums = losses(model, mine, ranks.device, dtype, batch_size, bar.update)
     model.train(was_training)
-    acc, acc_norm, total = map(int, ranks.sum(correct))
+    right = [sum(pick == e.label for pick, e in zip(found, mine, strict=True)) for found in picks(sums, mine)]
+    acc, acc_norm, total = map(int, ranks.sum([*right, len(mine)]))
     if total != len(examples):
         raise AssertionError(f"{total} of {len(examples)} examples were scored")
     return {
@@ -308,7 +386,7 @@ def main() -> None:
             limit: Only the first so many examples.
             device: auto is cuda where there is one, else cpu.
             dtype: Of matrix products; auto is bfloat16 where the device has it, else float32.
-            batch_size: Examples computed at once.
+            batch_size: Rows of 512 tokens, some three examples each, computed at once.
         """
         if (limit is not None and limit < 1) or batch_size < 1:
             raise UserError("--limit and --batch-size must be at least 1.")

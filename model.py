@@ -295,9 +295,9 @@ class GPT(nn.Module):
         """
         config = self.config
         T, start = idx.size(1), cache.length if cache is not None else 0
-        if start + T > config.block_size:
-            raise ValueError(f"{start + T} tokens are more than the block size of {config.block_size}")
         if positions is None:
+            if start + T > config.block_size:
+                raise ValueError(f"{start + T} tokens are more than the block size of {config.block_size}")
             positions = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
             if cache is not None and cache.begins is not None:
                 positions = (positions - cache.begins[:, None]).clamp(min=0)  # (B, T)

@@ -49,25 +49,50 @@ def plain_losses(model: GPT, example: hellaswag.Example) -> list[float]:
     return sums
 
 
+MODERN = {"rope": True, "qk_norm": True, "value_residual": True, "unet": True, "document_mask": True, "eot_id": 299}
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN, MODERN | {"window": 6}], ids=["gpt2", "modern", "window"])
 @pytest.mark.parametrize("style", ["karpathy", "lm-eval"])
 @pytest.mark.parametrize("block_size", [64, 24])
-def test_losses_and_picks_equal_a_plain_reader(style, block_size, dataset, questions):
-    model = make_model(block_size)
+def test_losses_and_picks_equal_a_plain_reader(style, block_size, fields, dataset, questions, monkeypatch):
+    model = make_model(block_size, **fields)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     examples = load_examples(questions, load_tokenizer(dataset), style)
     assert max(len(e.context) + max(map(len, e.endings)) for e in examples) > 24, "some lose context"
     expected = torch.tensor([plain_losses(model, e) for e in examples])
-    assert (losses(model, examples, CPU) - expected).abs().max() < 1e-4
     means = expected / torch.tensor([e.lengths for e in examples])
-    for batch_size in (1, 4, 23):
-        found = sorted(picks(model, examples, CPU, "float32", batch_size))
-        assert found == [(i, int(expected[i].argmin()), int(means[i].argmin())) for i in range(23)]
+    for row_tokens, batch_size in ((512, 16), (256, 1), (256, 3), (32, 2)):  # in 32 no tree has room
+        monkeypatch.setattr(hellaswag, "ROW_TOKENS", row_tokens)
+        found = losses(model, examples, CPU, "float32", batch_size)
+        assert (found - expected).abs().max() < 1e-4
+        assert picks(found, examples) == (expected.argmin(1).tolist(), means.argmin(1).tolist())
+
+
+def test_rows_are_packed_full_and_of_one_shape(dataset, questions, monkeypatch):
+    examples, shapes = load_examples(questions, load_tokenizer(dataset), "karpathy"), []
+    found = list(hellaswag.trees(examples, 64))
+    rows = hellaswag.pack(found, 512)
+    assert sorted(tree.example for row in rows for tree in row) == list(range(23))
+    used = [sum(tree.size for tree in row) for row in rows]
+    assert max(used) <= 512
+    assert sum(used[:-1]) > 0.9 * 512 * len(used[:-1])
+    plain = sum(len(e.context) + len(ending) - 1 for e in examples for ending in e.endings)
+    assert sum(used) < 0.6 * plain, "a context is read once, not four times"
+    model = make_model()
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, **rest: shapes.append(idx.shape) or hidden(self, idx, **rest))
+    losses(model, examples, CPU, batch_size=2)
+    assert set(shapes) == {(2, 512)}
 
 
 def test_a_long_question_loses_context_never_its_ending(dataset):
     tokenizer, model = load_tokenizer(dataset), make_model(16)
     long = hellaswag.Example(list(range(200)), [[1] * 16, [2] * 10, [3], [4] * 5], 0, [16, 10, 1, 5])
     torch.testing.assert_close(
-        losses(model, [long], CPU)[0], torch.tensor(plain_losses(model, long)).double(), atol=1e-4, rtol=0
+        losses(model, [long], CPU, "float32")[0], torch.tensor(plain_losses(model, long)).double(), atol=1e-4, rtol=0
     )
     too_long = hellaswag.Example([1], [[1] * 17] * 4, 0, [17] * 4)
     with pytest.raises(UserError, match=r"17 tokens, more than the block size 16"):
@@ -121,10 +146,9 @@ def test_lm_evals_style_cleans_as_the_harness_does(dataset):
     assert example.lengths == [len("salt."), len("a pinch of salt."), len("nothing at all."), len("everything.")]
 
 
-def test_mean_and_sum_pick_by_their_own_measure(monkeypatch):
+def test_mean_and_sum_pick_by_their_own_measure():
     example = hellaswag.Example([1], [[1], [1, 1], [1] * 4, [1]], 0, [1, 2, 4, 1])
-    monkeypatch.setattr(hellaswag, "losses", lambda *args: torch.tensor([[3.0, 5.0, 6.0, 3.5]]))
-    assert list(picks(make_model(), [example], CPU)) == [(0, 0, 2)]
+    assert picks(torch.tensor([[3.0, 5.0, 6.0, 3.5]]).double(), [example]) == ([0], [2])
 
 
 def test_a_score_names_its_method_and_its_error():
