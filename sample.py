@@ -1,6 +1,7 @@
 """Text from a model, token by token, with a KV cache.
 
     python sample.py out/gpt2 --prompt "The meaning of life is" --num-samples 3
+    python sample.py out/gpt2 --prompt "In the beginning" "Once upon a time" "The reason why" --temperature 0
     python sample.py out/gpt2                          # asks for prompts
     python sample.py gpt2-xl --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
 
@@ -45,17 +46,18 @@ def choose(
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompt: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None, generator: torch.Generator | None = None,
+    model: GPT, prompts: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+    top_p: float | None = None, generator: torch.Generator | None = None, begins: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Yields the next token of each row, (B,) int64, `max_new_tokens` times; prompt is (B, T) int64.
+    """Yields the next token of each row, (B,) int64, `max_new_tokens` times; prompts are (B, T) int64.
 
-    Keys and values of the past are kept, so a token costs one token's work. Where the context is full, its
-    older half is let go and the newer half read in again: learned positions can't be moved on.
+    Prompts of different lengths end together: row b begins at `begins[b]`, (B,) int64, what stands before is not read.
+    Keys and values of the past are kept, so a token costs one token's work. Where the longest row's context is full,
+    the older half of all is let go and the newer half read in again: learned positions can't be moved on.
     """
     T = model.config.block_size
-    tokens = prompt[:, -T:]
-    cache, logits = _read_in(model, tokens)
+    tokens, begins = _last(prompts, begins, T)
+    cache, logits = _read_in(model, tokens, begins)
     for i in range(max_new_tokens):
         next_token = choose(logits, temperature, top_k, top_p, generator)
         yield next_token
@@ -65,41 +67,52 @@ def generate(
         if cache.length < T:
             logits = model.logits(model.hidden(next_token[:, None], cache)[:, -1])
         else:
-            tokens = tokens[:, -max(1, T // 2) :]
-            cache, logits = _read_in(model, tokens)
+            tokens, begins = _last(tokens, begins, max(1, T // 2))
+            cache, logits = _read_in(model, tokens, begins)
 
 
-def _read_in(model: GPT, tokens: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
+def _last(tokens: torch.Tensor, begins: torch.Tensor | None, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The last `length` tokens of each row, and where the rows begin in them: None where all do at once."""
+    if begins is not None:
+        begins = (begins - max(0, tokens.size(1) - length)).clamp(min=0)
+        begins = begins if begins.any() else None
+    return tokens[:, -length:], begins
+
+
+def _read_in(model: GPT, tokens: torch.Tensor, begins: torch.Tensor | None) -> tuple[KVCache, torch.Tensor]:
     """A cache filled with tokens (B, T), and the logits behind the last, (B, V)."""
     weight = model.wte.weight
     dtype = (
         torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
     )
-    cache = KVCache(model.config, tokens.size(0), weight.device, dtype)
+    cache = KVCache(model.config, tokens.size(0), weight.device, dtype, begins)
     return cache, model.logits(model.hidden(tokens, cache)[:, -1])
 
 
 def sample(
-    model: GPT, tokenizer: Tokenizer, prompt: str, num_samples: int, max_new_tokens: int, temperature: float,
-    top_k: int | None, top_p: float | None, seed: int, dtype: str = "auto", show=None,
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, temperature: float, top_k: int | None,
+    top_p: float | None, seed: int, dtype: str = "auto", show=None,
 ) -> list[str]:  # fmt: skip
-    """`num_samples` continuations of a prompt, without it, each up to its end-of-text token.
+    """A continuation of each prompt, without it, up to its end-of-text token; all are written at once.
 
-    `show` is called with pieces of the first sample's text as it grows. The model's training mode is put
-    back, and PyTorch's own random state is left alone.
+    `show` is called with pieces of the first text as it grows. The model's training mode is put back, and PyTorch's
+    own random state is left alone.
     """
     was_training = model.training
     model.eval()
     device = model.wte.weight.device
-    ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(prompt)]] * num_samples, device=device)
+    ids = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    longest = max(map(len, ids))
+    begins = torch.tensor([longest - len(row) for row in ids], device=device)
+    tokens = torch.tensor([[tokenizer.eot_id] * (longest - len(row)) + row for row in ids], device=device)
     generator = torch.Generator().manual_seed(seed)
-    rows: list[list[int]] = [[] for _ in range(num_samples)]
-    open_rows = set(range(num_samples))
+    rows: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
 
     def first_row() -> Iterator[int]:
         with autocast(device, dtype):
-            for tokens in generate(model, ids, max_new_tokens, temperature, top_k, top_p, generator):
-                for row, token in enumerate(tokens.tolist()):
+            for chosen in generate(model, tokens, max_new_tokens, temperature, top_k, top_p, generator, begins):
+                for row, token in enumerate(chosen.tolist()):
                     if token == tokenizer.eot_id:
                         open_rows.discard(row)
                     elif row in open_rows:
@@ -123,7 +136,7 @@ def main() -> None:
         model: tyro.conf.Positional[str],
         /,
         *,
-        prompt: str | None = None,
+        prompt: tuple[str, ...] = (),
         num_samples: int = 1,
         max_new_tokens: int = 200,
         temperature: float = 1.0,
@@ -137,8 +150,8 @@ def main() -> None:
 
         Args:
             model: A run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 folder, or gpt2[-medium|-large|-xl].
-            prompt: The beginning of the text.
-            num_samples: Texts to write; the first is shown as it grows.
+            prompt: The beginning of the text, or of several.
+            num_samples: Texts to write for each; the very first is shown as it grows. All are written at once.
             max_new_tokens: Longest text, in tokens.
             temperature: 1 samples as the model believes, less is more careful, 0 takes the likeliest token always.
             top_k: Only the k likeliest tokens.
@@ -154,23 +167,23 @@ def main() -> None:
         with process_group(device) as ranks:
             loaded = load_model(model, ranks.device)
             tokenizer = load_tokenizer(loaded.tokenizer)
-            settings = (num_samples, max_new_tokens, temperature, top_k, top_p, seed, dtype)
-            if prompt is not None:
-                return show_samples(loaded, tokenizer, prompt, settings)
+            settings = (max_new_tokens, temperature, top_k, top_p, seed, dtype)
+            if prompt:
+                return show_samples(loaded, tokenizer, [p for p in prompt for _ in range(num_samples)], settings)
             while text := _ask():
-                show_samples(loaded, tokenizer, text, settings)
+                show_samples(loaded, tokenizer, [text] * num_samples, settings)
 
     tyro.cli(command, prog="sample.py", description=__doc__)
 
 
-def show_samples(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, settings: tuple) -> None:
+def show_samples(loaded: LoadedModel, tokenizer: Tokenizer, prompts: list[str], settings: tuple) -> None:
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
-    show(prompt)
-    texts = sample(loaded.model, tokenizer, prompt, *settings, show=show)
+    show(prompts[0])
+    texts = sample(loaded.model, tokenizer, prompts, *settings, show=show)
     print()
-    for text in texts[1:]:
+    for prompt, text in zip(prompts[1:], texts[1:], strict=True):
         print(f"\n---\n\n{prompt}{text}")
 
 

@@ -129,7 +129,7 @@ def validate(model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config,
 def write_samples(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> list[str]:
     s = config.sampling
     texts = sample(
-        model, tokenizer, s.prompt, s.num_samples, s.max_new_tokens, s.temperature, s.top_k, s.top_p,
+        model, tokenizer, [s.prompt] * s.num_samples, s.max_new_tokens, s.temperature, s.top_k, s.top_p,
         mix(config.general.seed, step), config.training.dtype,
     )  # fmt: skip
     return [s.prompt + text for text in texts]

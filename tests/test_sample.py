@@ -59,6 +59,23 @@ def test_a_full_context_lets_its_older_half_go_and_writing_goes_on():
     assert first == model(prompt[:, -16:])[:, -1].argmax()
 
 
+MODERN = {"rope": True, "qk_norm": True, "document_mask": True, "eot_id": 299, "window": 40, "value_residual": True}
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
+@torch.no_grad()
+def test_several_prompts_at_once_get_what_each_gets_alone(fields, dataset):
+    model, tokenizer = make_model(block_size=64, **fields), load_tokenizer(dataset)
+    long = "the model reads the data and writes a shard"
+    while len(tokenizer.encode(long)) < 55:
+        long += " of data"
+    prompts = ["the", long, "a shard"]
+    assert len(tokenizer.encode(long)) < 64, "its context gets full, and theirs is moved on with it"
+    together = sample(model, tokenizer, prompts, 25, 0.0, None, None, 0, "float32")
+    assert together == [sample(model, tokenizer, [p], 25, 0.0, None, None, 0, "float32")[0] for p in prompts]
+    assert len(set(together)) == 3
+
+
 def test_padding_is_never_drawn_even_where_all_logits_are_negative():
     model = make_model(block_size=16)
     with torch.no_grad():
@@ -89,7 +106,7 @@ def test_a_seed_gives_the_same_texts_and_no_random_state_is_touched(dataset):
     model.train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    texts = [sample(model, tokenizer, "the model", 3, 20, 1.0, 50, None, seed) for seed in (1, 1, 2)]
+    texts = [sample(model, tokenizer, ["the model"] * 3, 20, 1.0, 50, None, seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert len(set(texts[0])) == 3
     assert torch.equal(before, torch.get_rng_state())
@@ -101,7 +118,7 @@ def test_a_text_ends_at_its_end_of_text(dataset, monkeypatch):
     script = [[10, 11], [12, tokenizer.eot_id], [13, 14], [tokenizer.eot_id, 15], [16, 17]]
     monkeypatch.setattr(sample_script, "generate", lambda *args: iter(torch.tensor(script)))
     shown = []
-    texts = sample(model, tokenizer, "the", 2, 5, 1.0, None, None, 0, show=shown.append)
+    texts = sample(model, tokenizer, ["the"] * 2, 5, 1.0, None, None, 0, show=shown.append)
     assert texts == [tokenizer.decode([10, 12, 13]), tokenizer.decode([11])]
     assert "".join(shown) == texts[0]
 
@@ -118,18 +135,21 @@ def test_a_prompt_comes_behind_an_end_of_text(dataset, monkeypatch):
     model, tokenizer, seen = make_model(), load_tokenizer(dataset), []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda idx, cache: (seen.append(idx.tolist()), hidden(idx, cache))[1])
-    sample(model, tokenizer, "the model", 2, 1, 1.0, None, None, 0)
+    sample(model, tokenizer, ["the model"] * 2, 1, 1.0, None, None, 0)
     assert seen == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
 
 
 def test_sampling_works_under_bfloat16(dataset):
     model, tokenizer = make_model(), load_tokenizer(dataset)
-    assert len(sample(model, tokenizer, "the model", 2, 20, 1.0, 50, 0.9, 0, dtype="bfloat16")) == 2
+    assert len(sample(model, tokenizer, ["the model"] * 2, 20, 1.0, 50, 0.9, 0, dtype="bfloat16")) == 2
 
 
 def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):
     call(sample_script.main, run, "--prompt", "the model", "--num-samples", 3, "--max-new-tokens", 5)
     assert capsys.readouterr().out.count("the model") == 3
+    call(sample_script.main, run, "--prompt", "the model", "a shard", "--num-samples", 2, "--max-new-tokens", 5)
+    out = capsys.readouterr().out
+    assert (out.count("the model"), out.count("a shard")) == (2, 2)
 
 
 def test_without_a_prompt_it_asks_until_an_empty_line(run, capsys, monkeypatch):
