@@ -1,6 +1,6 @@
 """How fast a training step, sampling and HellaSwag are: ours beside what a user would pick instead, in one run.
 
-    python benchmarks/speed.py --nanogpt PATH [--stages step sample hellaswag] [--runs 3] [--out results/speed/cpu.md]
+    python benchmarks/speed.py --nanogpt PATH [--stages step sample hellaswag muon] [--out results/speed/cpu.md]
 
 --nanogpt is a checkout of nanoGPT, whose model.py is imported. Every way is a process of its own; the ways take turns.
 All weights are random. On a CPU the step is that of a small model (4 layers, 4 heads, 256 wide, T = 256, batch 8), on
@@ -10,6 +10,7 @@ CUDA of GPT-2's smallest (T = 1,024); sampling and HellaSwag are always of GPT-2
     sample     32 tokens of prompt, 128 new ones, for 1 and for 8 texts at once
     hellaswag  --examples of --hellaswag FILE (questions in its format are made up without); build-nanogpt's way is one
                example at a time, four padded rows, all logits; picks are compared
+    muon       one update by Muon of 6 layers, 384 wide, on 1, 2 and 4 ranks of gloo with a thread each (CPU)
 """
 
 import argparse
@@ -21,8 +22,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from table import show  # noqa: E402
 
@@ -246,6 +250,33 @@ def hellaswag_one_by_one(dtype: str, options: argparse.Namespace) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Muon on several ranks
+
+
+def muon_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    config = replace(PRESETS["modern"].model, n_layer=6, n_head=6, n_embd=384, vocab_size=256)
+    model = GPT(config)
+    (optimizer, _) = muon(model, 0.04, 0.6, 0.008, 0.04)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    found = timed(optimizer.step, 5, 1)
+    if rank == 0:
+        Path(folder, "found").write_text(json.dumps(found))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def muon_step(world_size: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(muon_rank, (world_size, folder), world_size)
+        return json.loads(Path(folder, "found").read_text()) | {"tokens_per_s": None}
+
+
+# ---------------------------------------------------------------------------------------------------------
 # measuring
 
 Way = Callable[[argparse.Namespace], dict]
@@ -280,7 +311,8 @@ def ways(options: argparse.Namespace) -> dict[str, dict[str, Way]]:
     for dtype in dict.fromkeys(("float32", both)):
         scores[f"build-nanogpt's way, {dtype}"] = lambda o, d=dtype: hellaswag_one_by_one(d, o)
         scores[f"ours, {dtype}"] = lambda o, d=dtype: hellaswag_ours(d, o)
-    found = {"step": steps, "sample": samples, "hellaswag": scores}
+    muons = {f"{world_size} ranks": lambda _, w=world_size: muon_step(w) for world_size in (1, 2, 4)}
+    found = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muons}
     return {
         stage: {name: way for name, way in of.items() if theirs or not name.startswith("nanoGPT")}
         for stage, of in found.items()

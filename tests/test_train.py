@@ -407,6 +407,16 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(unbroken, dataset, tm
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
 
 
+def test_a_checkpoint_from_before_a_switch_of_the_model_existed_goes_on(unbroken, dataset, tmp_path):
+    out = cut_back_to(unbroken, 6, tmp_path / "older")
+    found = checkpoint.load(checkpoint.latest(out))
+    for name in ("rope", "window", "document_mask", "logit_softcap"):
+        del found.state["model"][name]
+    checkpoint.save(out, 6, found.model, found.optimizer, found.state, keep=0)
+    call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
 def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
     with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
         call(train.main, *flags(dataset, unbroken, general__init_from="resume", training__max_steps=5))
