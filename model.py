@@ -46,7 +46,7 @@ class GPTConfig:
     rms_norm: bool = False  # RMS norms without parameters in place of layer norms
     embedding_norm: bool = False  # a norm behind the embedding too
     zero_init: bool = False  # what adds to the residual stream, and an untied head, begin at zero
-    value_residual: bool = False  # values are mixed with the first block's (arXiv:2410.17897)
+    value_embeddings: int = 0  # tables of values by token, mixed into those of the first and last so many blocks
     x0_shortcut: bool = False  # every block begins with a mix of the stream and the embedding
     unet: bool = False  # the first half of the blocks hands its outputs to the second, last to first
     logit_softcap: float | None = None  # logits are c tanh(logits / c) (Gemma 2, arXiv:2408.00118)
@@ -165,7 +165,7 @@ class Shared:
     rotation: tuple[torch.Tensor, torch.Tensor] | None  # with rope
     mask: "torch.Tensor | BlockMask | None"  # who sees whom; None: every token sees itself and all before
     x0: torch.Tensor  # (B, T, C), what the first block is given
-    v0: torch.Tensor | None = None  # (B, K, T, D), the first block's values
+    values: list[torch.Tensor]  # (B, T, K D) each, of the tokens: the value embeddings
 
 
 class CausalSelfAttention(nn.Module):
@@ -175,8 +175,10 @@ class CausalSelfAttention(nn.Module):
         D = config.head_size
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        if config.value_residual and layer > 0:
-            self.v_mix = nn.Parameter(torch.tensor(0.5))  # the first block's share
+        from_end = config.n_layer - config.value_embeddings
+        self.table = layer if layer < config.value_embeddings else layer - from_end  # below 0: none
+        # shares of the block's own values and of the tokens'
+        self.v_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if self.table >= 0 else None
 
     def forward(self, x: torch.Tensor, shared: Shared) -> torch.Tensor:
         config = self.config
@@ -191,10 +193,9 @@ class CausalSelfAttention(nn.Module):
             q, k = norm(q), norm(k)
         if config.rope:
             q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
-        if config.value_residual and self.layer == 0:
-            shared.v0 = v
-        elif config.value_residual:
-            v = torch.lerp(v, shared.v0, self.v_mix.to(v.dtype))
+        if self.v_mix is not None:
+            of_tokens = shared.values[self.table].view(B, T, -1, D).transpose(1, 2)
+            v = (self.v_mix[0] * v + self.v_mix[1] * of_tokens).type_as(v)
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k, v)  # (B, K, S, D)
         dropout = config.dropout if self.training else 0.0
@@ -240,6 +241,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        width = config.kv_heads * config.head_size
+        self.vte = nn.ModuleList(nn.Embedding(config.padded_vocab_size, width) for _ in range(config.value_embeddings))
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -253,7 +256,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """GPT-2's: normal with deviation 0.02, biases zero, layer norms one. What adds to the residual stream
         is scaled down by the root of its 2 n_layer contributions (section 2.3 of the paper), or zero with
-        zero_init, as is an untied head then. An embedding that is normed begins with deviation 1."""
+        zero_init, as is an untied head then. An embedding that is normed, and those of values, have deviation 1."""
         config = self.config
         for name, parameter in self.named_parameters():
             if name.endswith("_mix"):
@@ -264,7 +267,7 @@ class GPT(nn.Module):
                 parameter.fill_(1.0)
             elif config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
                 parameter.zero_()
-            elif config.embedding_norm and name == "wte.weight" and not config.tie_head:
+            elif name.startswith("vte") or (config.embedding_norm and name == "wte.weight" and not config.tie_head):
                 parameter.normal_(0.0, 1.0)
             else:
                 residual = name.endswith("c_proj.weight")
@@ -308,7 +311,7 @@ class GPT(nn.Module):
         if config.embedding_norm:
             x = norm(x)
         turns = rotation(positions, config.head_size) if config.rope else None
-        shared = Shared(cache, turns, self.mask(idx, positions, cache, mask), x)
+        shared = Shared(cache, turns, self.mask(idx, positions, cache, mask), x, [table(idx) for table in self.vte])
         handed_over, half = [], config.n_layer // 2
         for i, block in enumerate(self.h):
             if config.unet and i >= config.n_layer - half:
@@ -367,8 +370,10 @@ class GPT(nn.Module):
 
     def num_params(self) -> int:
         """Parameters, the padding of the vocabulary left out: 124,439,808 for GPT-2's smallest."""
-        tables = 1 if self.config.tie_head else 2
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd * tables
+        config = self.config
+        width = config.n_embd * (1 if config.tie_head else 2)  # of all tables
+        width += config.value_embeddings * config.kv_heads * config.head_size
+        padding = (config.padded_vocab_size - config.vocab_size) * width
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     def flops_per_token(self) -> int:

@@ -128,7 +128,7 @@ def muon(
         p: [queries, keys, keys] if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
     }
     groups = [
-        ([named[name] for name in ("wte.weight", "wpe.weight") if name in named], embedding_lr),
+        ([p for name, p in named.items() if name.startswith(("wte.", "wpe.", "vte."))], embedding_lr),
         ([named[name] for name in ("lm_head.weight",) if name in named], head_lr),
         ([p for p in named.values() if p.dim() < 2], scalar_lr),
     ]

@@ -160,7 +160,7 @@ PRESETS: dict[str, Config] = {
             "rms_norm": True,
             "embedding_norm": True,
             "zero_init": True,
-            "value_residual": True,
+            "value_embeddings": 2,
             "x0_shortcut": True,
             "unet": True,
             "logit_softcap": 15.0,
@@ -356,6 +356,13 @@ def check(config: Config, world_size: int) -> list[str]:
         "model.rope",
         model.rope,
         f"needs heads of a multiple of 4 wide, not {model.head_size}",
+    )
+    tables = model.value_embeddings
+    need(
+        0 <= 2 * tables <= model.n_layer,
+        "model.value-embeddings",
+        tables,
+        f"give at most half of n_layer {model.n_layer}",
     )
     row_tokens = training.micro_batch_size * model.block_size * world_size
     need(

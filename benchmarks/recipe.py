@@ -47,7 +47,7 @@ OUT = {
     "zero initialisation": ["--model.no-zero-init"],
     "untied head": ["--model.tie-head"],
     "no biases (biases)": ["--model.bias"],
-    "value residual": ["--model.no-value-residual"],
+    "value embeddings": ["--model.value-embeddings", "0"],
     "x0 shortcut": ["--model.no-x0-shortcut"],
     "U-Net shortcuts": ["--model.no-unet"],
     "soft-cap": ["--model.logit-softcap", "None"],

@@ -49,7 +49,7 @@ def plain_losses(model: GPT, example: hellaswag.Example) -> list[float]:
     return sums
 
 
-MODERN = {"rope": True, "qk_norm": True, "value_residual": True, "unet": True, "document_mask": True, "eot_id": 299}
+MODERN = {"rope": True, "qk_norm": True, "value_embeddings": 1, "unet": True, "document_mask": True, "eot_id": 299}
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN, MODERN | {"window": 6}], ids=["gpt2", "modern", "window"])

@@ -304,15 +304,18 @@ def test_with_zero_init_a_new_model_is_exactly_undecided_and_its_blocks_pass_on_
 
 
 @torch.no_grad()
-def test_a_value_residual_takes_the_first_blocks_values():
-    model, idx = stirred(value_residual=True, bias=False), rows()
+def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
+    model, idx = stirred(value_embeddings=2, n_layer=5, bias=False), rows()
+    assert [block.attn.table for block in model.h] == [0, 1, -1, 0, 1]
+    for block in (*model.h[:2], *model.h[3:]):
+        block.attn.v_mix.copy_(torch.tensor([0.0, 1.0]))
     before = model(idx)
-    model.h[1].attn.v_mix.fill_(1.0)
-    mixed = model(idx)
-    model.h[1].attn.c_attn.weight[64:].normal_()  # its own values, which nobody reads any more
-    assert torch.equal(model(idx), mixed)
-    assert not torch.allclose(mixed, before)
-    assert "v_mix" not in dict(model.h[0].attn.named_parameters()), "the first block has nothing to mix"
+    model.h[0].attn.c_attn.weight[64:].normal_()  # its own values, which nobody reads any more
+    assert torch.equal(model(idx), before)
+    model.vte[1].weight[int(idx[0, 0])] += 1.0
+    assert not torch.allclose(model(idx), before)
+    rest = model.num_params() - sum(table.weight[:300].numel() + 2 * 2 for table in model.vte)
+    assert rest == tiny(n_layer=5, bias=False).num_params()
 
 
 @torch.no_grad()
@@ -336,7 +339,7 @@ def test_a_unet_hands_outputs_over_last_to_first(n_layer):
             x = x + 0.5 * seen[1]
         if i == n_layer - 1:
             x = x - 2.0 * seen[0]
-        x = x + block.attn(block.ln_1(x), Shared(None, None, None, None))
+        x = x + block.attn(block.ln_1(x), Shared(None, None, None, None, []))
         x = x + block.mlp(block.ln_2(x))
         seen.append(x)
     torch.testing.assert_close(model.hidden(idx), model.ln_f(x))

@@ -154,7 +154,7 @@ def test_queries_keys_and_values_are_orthogonalised_apart():
 
 def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
     torch.manual_seed(0)
-    fields = {"tie_head": False, "value_residual": True, "x0_shortcut": True, "unet": True, "n_kv_head": 1}
+    fields = {"tie_head": False, "value_embeddings": 1, "x0_shortcut": True, "unet": True, "n_kv_head": 1}
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **fields))
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
     names = {p: name for name, p in model.named_parameters()}
@@ -163,7 +163,7 @@ def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
     assert {name for name, rate in rates.items() if rate == 0.04} == {
         f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    assert (rates["wte.weight"], rates["wpe.weight"], rates["lm_head.weight"]) == (0.6, 0.6, 0.008)
+    assert (rates["wte.weight"], rates["vte.0.weight"], rates["lm_head.weight"]) == (0.6, 0.6, 0.008)
     assert rates["skip_mix"] == rates["h.1.attn.v_mix"] == rates["h.0.x_mix"] == rates["ln_f.bias"] == 0.03
     assert optimizers[0].splits[model.h[0].attn.c_attn.weight] == [8, 4, 4]
 

@@ -59,7 +59,7 @@ def test_a_full_context_lets_its_older_half_go_and_writing_goes_on():
     assert first == model(prompt[:, -16:])[:, -1].argmax()
 
 
-MODERN = {"rope": True, "qk_norm": True, "document_mask": True, "eot_id": 299, "window": 40, "value_residual": True}
+MODERN = {"rope": True, "qk_norm": True, "document_mask": True, "eot_id": 299, "window": 40, "value_embeddings": 1}
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
