@@ -6,10 +6,12 @@ Logits, (B T, V), are by far the largest tensor of a small GPT, and a loss makes
 live a chunk of rows at a time, and the gradients of hidden states and head are computed while a chunk is there.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = {"cpu": 64 << 20}  # of logits that are there at once
+CHUNK_BYTES = {"cpu": 128 << 20}  # of logits that are there at once
 MOST_BYTES = 1 << 30  # the same, for what has more memory and less patience
 SLICE_BYTES = 2 << 20  # of those that a CPU turns into probabilities at once: what its cache holds
 
@@ -38,12 +40,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x_, weight_ = x.detach().to(dtype), weight.detach().to(dtype)
         loss, learns = torch.zeros((), device=x.device), any(ctx.needs_input_grad)
-        dx = torch.empty_like(x) if learns else None
-        dweight = torch.zeros_like(weight) if learns else None
-        chunk_rows = max(1, CHUNK_BYTES.get(device, MOST_BYTES) // (V * dtype.itemsize))
+        dx, dweight = (torch.empty_like(x), torch.empty_like(weight)) if learns else (None, None)
+        chunks = math.ceil(N * V * dtype.itemsize / CHUNK_BYTES.get(device, MOST_BYTES))
+        chunk_rows = math.ceil(N / chunks)
         slice_rows = max(1, SLICE_BYTES // (V * 4)) if device == "cpu" else chunk_rows
+        buffer = x_.new_empty(chunk_rows, V)
         for i in range(0, N, chunk_rows):
-            logits = F.linear(x_[i : i + chunk_rows], weight_)  # (n, V)
+            logits = buffer[: min(chunk_rows, N - i)]  # (n, V)
+            torch.mm(x_[i : i + chunk_rows], weight_.mT, out=logits)
             for j in range(0, len(logits), slice_rows):
                 part = logits[j : j + slice_rows]
                 part_loss, d = _loss_and_gradient(part, targets[i + j : i + j + len(part)], vocab_size, softcap, learns)
@@ -52,7 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     part.copy_(d)  # the gradient takes the logits' place
             if learns:
                 dx[i : i + chunk_rows] = logits @ weight_
-                dweight += logits.mT @ x_[i : i + chunk_rows]
+                of_chunk = logits.mT @ x_[i : i + chunk_rows]  # (V, C)
+                dweight = dweight.copy_(of_chunk) if i == 0 else dweight.add_(of_chunk)
         if learns:
             ctx.save_for_backward(dx, dweight)
         return loss

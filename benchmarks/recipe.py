@@ -94,8 +94,9 @@ class Runs:
     def loss(self, name: str) -> float:
         return column(read_log(self.out / name / "log.csv"), "val_loss")[1][-1]
 
-    def seconds(self, name: str) -> float:
-        return sum(column(read_log(self.out / name / "log.csv"), "step_ms")[1]) / 1e3
+    def ms(self, name: str) -> float:
+        """Of a step, the median: other work on the machine comes and goes."""
+        return statistics.median(column(read_log(self.out / name / "log.csv"), "step_ms")[1])
 
     def mean(self, names: list[str]) -> float:
         return statistics.mean(map(self.loss, names))
@@ -143,16 +144,18 @@ def main() -> None:
     ]
     parts += zip((what for what, _ in wanted), runs.all([arguments for _, arguments in wanted]), strict=True)
 
-    def seconds(names: list[str]) -> float:
-        return statistics.median(map(runs.seconds, names))
+    def seconds(names: list[str], share: float) -> float:
+        return statistics.median(map(runs.ms, names)) * round(share * steps) / 1e3
 
     def row(recipe: str, rate: str, share: float, names: list[str]) -> str:
         tokens = round(share * steps) * 4096
-        return f"| {recipe} | {rate} | {len(names)} | {tokens:,} | {runs.spread(names)} | {seconds(names):,.0f} |"
+        return (
+            f"| {recipe} | {rate} | {len(names)} | {tokens:,} | {runs.spread(names)} | {seconds(names, share):,.0f} |"
+        )
 
     told = "Modern does not reach the classic's loss at any of these shares."
     if needed:
-        time = seconds(moderns[needed]) / seconds(classics)
+        time = seconds(moderns[needed], needed) / seconds(classics, 1.0)
         told = f"Modern needs {needed:g} of the classic's tokens or less, and {time:.2f} of its time."
     lines = [
         f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
@@ -177,9 +180,7 @@ def main() -> None:
     ]
     for what, name in parts:
         worse = runs.loss(name) - runs.loss(quarters[0])
-        lines.append(
-            f"| {what} | {runs.loss(name):.4f} | {worse:+.4f} | {runs.seconds(name) / (steps // 4) * 1e3:.0f} |"
-        )
+        lines.append(f"| {what} | {runs.loss(name):.4f} | {worse:+.4f} | {runs.ms(name):.0f} |")
     show(lines, options.out and options.out / "recipe.md")
 
 
