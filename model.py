@@ -79,8 +79,8 @@ class KVCache:
         begins: torch.Tensor | None = None,
     ):  # fmt: skip
         shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.documents = torch.zeros(batch_size, config.block_size, device=device, dtype=torch.int64)
         self.begins = begins
         self.length = 0  # slots in use

@@ -40,8 +40,13 @@ def choose(
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones hold
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered)
-    # drawn on the CPU: the same seed gives the same numbers whatever the device
-    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    # one number a row, drawn on the CPU: the same seed gives the same whatever the device
+    drawn = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64)
+    if logits.device.type == "mps":
+        probabilities = probabilities.cpu()  # that device has no float64
+    up_to = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    chosen = torch.searchsorted(up_to, drawn.to(up_to.device) * up_to[:, -1:], right=True)  # the first that lies above
+    return chosen[:, 0].to(logits.device)
 
 
 @torch.no_grad()
