@@ -11,8 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = {"cpu": 128 << 20}  # of logits that are there at once
-MOST_BYTES = 1 << 30  # the same, for what has more memory and less patience
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of logits that are there at once
 SLICE_BYTES = 2 << 20  # of those that a CPU turns into probabilities at once: what its cache holds
 
 
@@ -41,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_, weight_ = x.detach().to(dtype), weight.detach().to(dtype)
         loss, learns = torch.zeros((), device=x.device), any(ctx.needs_input_grad)
         dx, dweight = (torch.empty_like(x), torch.empty_like(weight)) if learns else (None, None)
-        chunks = math.ceil(N * V * dtype.itemsize / CHUNK_BYTES.get(device, MOST_BYTES))
+        chunks = math.ceil(N * V * dtype.itemsize / CHUNK_BYTES.get(device, 128 << 20))
         chunk_rows = math.ceil(N / chunks)
         slice_rows = max(1, SLICE_BYTES // (V * 4)) if device == "cpu" else chunk_rows
         buffer = x_.new_empty(chunk_rows, V)

@@ -94,10 +94,12 @@ class Muon(torch.optim.Optimizer):
             updates = _shared_out([update for _, update in pairs])
             for (matrix, _), update in zip(pairs, updates.to(lr.device), strict=True):
                 update = update.float()
-                decay = lr * group["weight_decay"] * matrix
-                if self.cautious:  # only where it points where the update does (arXiv:2411.16085, for decay)
-                    decay = decay * (update * matrix > 0)
-                matrix.sub_(decay).sub_(lr * math.sqrt(max(1.0, rows / columns)) * update)
+                change = lr * math.sqrt(max(1.0, rows / columns)) * update
+                if group["weight_decay"] > 0:
+                    decay = lr * group["weight_decay"] * matrix
+                    # cautious: only where it points where the update does (arXiv:2411.16085, there of the update)
+                    change += decay * (update * matrix > 0) if self.cautious else decay
+                matrix.sub_(change)
 
 
 def _shared_out(updates: list[torch.Tensor]) -> torch.Tensor:

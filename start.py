@@ -75,7 +75,8 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
 def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
     loaded = checkpoint.load(found)
-    state = loaded.state | {"model": asdict(GPTConfig(**loaded.state["model"]))}  # with what was added to it since
+    state = {"optimizer": {"name": "adamw"}} | loaded.state  # with what was added since it was written
+    state["model"] = asdict(GPTConfig(**state["model"]))
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
         for section, values in now.items()
@@ -84,7 +85,7 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     ]
     if wrong:
         raise ConfigError(
-            f"{found} can't be gone on with: model and order of the data must stay.\n{''.join(wrong)}"
+            f"{found} can't be gone on with: model, optimizer and order of the data must stay.\n{''.join(wrong)}"
             "Give the earlier values, or begin anew with another --general.out-dir."
         )
     if state["step"] > config.training.max_steps:
@@ -122,7 +123,7 @@ def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:
 
 
 def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict:
-    """What a run can't change when it is resumed: architecture, data and their order."""
+    """What a run can't change when it is resumed: architecture, optimizer, data and their order."""
     return {
         "model": asdict(config.model),
         "data": {
@@ -130,4 +131,5 @@ def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenize
             "chunk_tokens": order.chunk_tokens, "seed": order.seed,
         },
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        "optimizer": {"name": config.optimizer.name},
     }  # fmt: skip
