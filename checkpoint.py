@@ -134,6 +134,14 @@ def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
+def model_config(state: dict) -> GPTConfig:
+    """The architecture in a checkpoint's state; UserError where a later BabyGPT wrote it."""
+    known = {field.name for field in dataclasses.fields(GPTConfig)}
+    if unknown := sorted(set(state["model"]) - known):
+        raise UserError(f"the checkpoint's model has settings that this version doesn't know: {', '.join(unknown)}.")
+    return GPTConfig(**state["model"])
+
+
 def load(path: Path) -> Checkpoint:
     """All of a checkpoint, on the CPU; UserError where it is damaged."""
     verify(path)
@@ -176,7 +184,7 @@ def load_model(spec: str | Path, device: torch.device) -> LoadedModel:
         )
     verify(found)
     state = read_state(found)
-    model = GPT(GPTConfig(**state["model"]))
+    model = GPT(model_config(state))
     load_model_tensors(model, load_file(found / MODEL))
     run = found.parent.parent
     tokenizer = "gpt2" if state["tokenizer"]["name"] == "gpt2" else str(run / state["tokenizer"]["name"])

@@ -281,15 +281,16 @@ def losses(
 ) -> torch.Tensor:
     """Summed loss of each ending given its context, (examples, 4) float64.
 
-    A context is computed once for its four endings, and the head at the tokens alone whose next one is scored. All
-    batches but those of trees that are longer than a row have the same shape.
+    A context is computed once for its four endings, and the head at the tokens alone whose next one is scored. On CUDA
+    all batches have the same shape, but those of trees that are longer than a row.
     """
     sums = torch.zeros(4 * len(examples), dtype=torch.float64)
-    rows = pack(trees(examples, model.config.block_size), ROW_TOKENS)
+    rows, done = pack(trees(examples, model.config.block_size), ROW_TOKENS), set()
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         length = max(ROW_TOKENS, math.ceil(max(sum(tree.size for tree in row) for row in part) / 128) * 128)
-        batch = lay_out(part + [[]] * (batch_size - len(part)), length, device)
+        filled = part + [[]] * (batch_size - len(part) if device.type == "cuda" else 0)
+        batch = lay_out(filled, length, device)
         with autocast(device, dtype):
             hidden = model.hidden(batch.idx, positions=batch.positions, mask=batch.mask()).flatten(0, 1)
             token_losses = [
@@ -298,7 +299,9 @@ def losses(
             ]
         sums.index_add_(0, batch.sums.cpu(), torch.cat(token_losses).cpu().double())
         if progress is not None:
-            progress(len({tree.example for row in part for tree in row}))
+            new = {tree.example for row in part for tree in row} - done
+            done |= new
+            progress(len(new))
     return sums.view(len(examples), 4)
 
 
@@ -314,7 +317,7 @@ def check_length(examples: list[Example], block_size: int) -> None:
 
 def picks(sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
     """The ending of least loss of each example, and that of least loss a unit of length; sums (examples, 4)."""
-    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1)
+    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # of none too
     return sums.argmin(dim=1).tolist(), (sums / lengths).argmin(dim=1).tolist()
 
 

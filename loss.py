@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of logits that are there at once
 SLICE_BYTES = 2 << 20  # of those that a CPU turns into probabilities at once: what its cache holds
@@ -29,20 +30,22 @@ def linear_cross_entropy(
     get no probability. Matrix products run in autocast's dtype, all else in float32. F.cross_entropy of the whole
     logits, but for the order of sums over chunks.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap)
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, learns)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, learns):
         device, (N, _), V = x.device.type, x.shape, weight.size(0)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x_, weight_ = x.detach().to(dtype), weight.detach().to(dtype)
-        loss, learns = torch.zeros((), device=x.device), any(ctx.needs_input_grad)
+        loss = torch.zeros((), device=x.device)
         dx, dweight = (torch.empty_like(x), torch.empty_like(weight)) if learns else (None, None)
         chunks = math.ceil(N * V * dtype.itemsize / CHUNK_BYTES.get(device, 128 << 20))
         chunk_rows = math.ceil(N / chunks)
-        slice_rows = max(1, SLICE_BYTES // (V * 4)) if device == "cpu" else chunk_rows
+        sliced = device == "cpu" and not torch.compiler.is_compiling()  # a compiler makes one pass of it anyway
+        slice_rows = max(1, SLICE_BYTES // (V * 4)) if sliced else chunk_rows
         buffer = x_.new_empty(chunk_rows, V)
         for i in range(0, N, chunk_rows):
             logits = buffer[: min(chunk_rows, N - i)]  # (n, V)
@@ -62,9 +65,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None, None, None
+        return dx * grad, dweight * grad, None, None, None, None
 
 
 def _loss_and_gradient(

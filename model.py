@@ -190,7 +190,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
         if config.qk_norm:
-            q, k = norm(q), norm(k)
+            q, k = norm(q).type_as(v), norm(k).type_as(v)  # autocast may have made them float32
         if config.rope:
             q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         if self.v_mix is not None:
@@ -237,6 +237,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if config.document_mask and config.eot_id is None:
+            raise ValueError("document_mask needs to know eot_id, the token that documents begin with")
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
@@ -248,7 +250,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_head:
             self.lm_head.weight = self.wte.weight
-        if config.unet:
+        if config.unet and config.n_layer > 1:
             self.skip_mix = nn.Parameter(torch.ones(config.n_layer // 2))  # weight of each output handed over
         self.init_weights()
 
@@ -332,17 +334,22 @@ class GPT(nn.Module):
         """
         config, T = self.config, idx.size(1)
         padded = cache is not None and cache.begins is not None
-        if not (config.document_mask or config.window or padded):
+        window = min(config.window or config.block_size, config.block_size)
+        if not (config.document_mask or window < config.block_size or padded):
             return given
-        documents = (idx == config.eot_id).cumsum(dim=1) if config.document_mask else torch.zeros_like(idx)  # (B, T)
-        window = config.window or config.block_size
+        starts = idx == config.eot_id if config.document_mask else torch.zeros_like(idx[:1], dtype=torch.bool)
+        documents = starts.cumsum(dim=1)  # (B, T), or (1, T) where all is one document
 
         def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return (q >= k) & (q - k < window) & (documents[b, q] == documents[b, k])
+            near = (q >= k) & (q - k < window)
+            return near & (documents[b, q] == documents[b, k]) if config.document_mask else near
 
-        plain = cache is not None or given is not None or (config.dropout > 0 and self.training)
+        # what FlexAttention has not: a cache, other layouts, dropout, narrow heads
+        plain = (
+            cache is not None or given is not None or config.head_size < 16 or (config.dropout > 0 and self.training)
+        )
         if torch.compiler.is_compiling() and idx.is_cuda and not plain:
-            return create_block_mask(sees, idx.size(0), None, T, T, device=idx.device)
+            return create_block_mask(sees, documents.size(0) if config.document_mask else None, None, T, T, idx.device)
 
         key_positions, key_documents = positions, documents
         if cache is not None:

@@ -89,10 +89,10 @@ class Muon(torch.optim.Optimizer):
             update = grad.lerp(buffer, momentum)  # Nesterov's
             for matrix, piece in zip(p.split(self.splits[p]), update.split(self.splits[p]), strict=True):
                 shapes[matrix.shape].append((matrix, piece))
-        lr = torch.as_tensor(group["lr"]) if self.found_inf is None else group["lr"] * (1 - self.found_inf)
+        lr = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
         for (rows, columns), pairs in shapes.items():
             updates = _shared_out([update for _, update in pairs])
-            for (matrix, _), update in zip(pairs, updates.to(lr.device), strict=True):
+            for (matrix, _), update in zip(pairs, updates, strict=True):
                 update = update.float()
                 change = lr * math.sqrt(max(1.0, rows / columns)) * update
                 if group["weight_decay"] > 0:
@@ -122,16 +122,19 @@ def muon(
     beta1: float = 0.8, beta2: float = 0.95, eps: float = 1e-10, cautious: bool = False,
 ) -> Optimizers:  # fmt: skip
     """Muon for the matrices of a GPT's blocks; Adam for embeddings, head and all that has one dimension or none, each
-    at its own rate. A tied head is an embedding. Weight decay is Muon's alone."""
+    at its own rate. A tied table has the head's, which suits logits. Weight decay is Muon's alone."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if name.startswith("h.") and p.dim() == 2}
     queries, keys = model.config.n_embd, model.config.kv_heads * model.config.head_size
     splits = {
         p: [queries, keys, keys] if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
     }
+    embeddings, heads = ("wte.", "wpe.", "vte."), ("lm_head.",)
+    if model.config.tie_head:
+        embeddings, heads = ("wpe.", "vte."), ("wte.",)
     groups = [
-        ([p for name, p in named.items() if name.startswith(("wte.", "wpe.", "vte."))], embedding_lr),
-        ([named[name] for name in ("lm_head.weight",) if name in named], head_lr),
+        ([p for name, p in named.items() if name.startswith(embeddings)], embedding_lr),
+        ([p for name, p in named.items() if name.startswith(heads)], head_lr),
         ([p for p in named.values() if p.dim() < 2], scalar_lr),
     ]
     adam = [{"params": parameters, "max_lr": lr} for parameters, lr in groups if parameters]
@@ -171,7 +174,9 @@ def set_rates(
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(step, group["max_lr"], min_lr_ratio, warmup_steps, max_steps, cooldown)
         if "momentum" in group:
-            group["momentum"] = 0.85 + 0.1 * min(1.0, step / max(1, momentum_warmup_steps))
+            group["momentum"] = (
+                0.95 - 0.1 * max(0.0, 1 - step / momentum_warmup_steps) if momentum_warmup_steps else 0.95
+            )
     return optimizers[0].param_groups[0]["lr"]
 
 

@@ -46,7 +46,7 @@ def choose(
         probabilities = probabilities.cpu()  # that device has no float64
     up_to = probabilities.cumsum(dim=-1, dtype=torch.float64)
     chosen = torch.searchsorted(up_to, drawn.to(up_to.device) * up_to[:, -1:], right=True)  # the first that lies above
-    return chosen[:, 0].to(logits.device)
+    return chosen[:, 0].clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last where logits are NaN
 
 
 @torch.no_grad()

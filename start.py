@@ -15,7 +15,7 @@ import checkpoint
 from dataloader import Order, Position
 from distributed import Ranks
 from errors import ConfigError
-from model import GPT, GPTConfig
+from model import GPT
 from shards import Dataset, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, differences, read_config, to_json, variant
@@ -76,7 +76,7 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
     loaded = checkpoint.load(found)
     state = {"optimizer": {"name": "adamw"}} | loaded.state  # with what was added since it was written
-    state["model"] = asdict(GPTConfig(**state["model"]))
+    state["model"] = asdict(checkpoint.model_config(state))
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
         for section, values in now.items()

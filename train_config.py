@@ -9,6 +9,7 @@ A section is a dataclass; PRESETS at the end are data. 0 for an `every_n_steps` 
 import dataclasses
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -291,8 +292,12 @@ def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
                     f"--model.vocab-size {config.model.vocab_size} is not the {dataset.vocab_size} of "
                     f"{config.data.dataset}'s tokenizer. Leave it out (it is padded to a multiple of 128 anyhow)."
                 )
-            if config.model.document_mask:
-                config = variant(config, model={"eot_id": dataset.eot_id})
+            if config.model.eot_id not in (None, dataset.eot_id):
+                problems.append(
+                    f"--model.eot-id {config.model.eot_id} is not the {dataset.eot_id} of {config.data.dataset}. "
+                    "Leave it out."
+                )
+            config = variant(config, model={"eot_id": dataset.eot_id if config.model.document_mask else None})
             if "val" in config.general.mode and len(dataset.val) <= config.model.block_size:
                 problems.append(
                     f"{config.data.dataset} has {len(dataset.val):,} validation tokens, not one row of block_size "
@@ -344,7 +349,7 @@ def check(config: Config, world_size: int) -> list[str]:
     need(cooldown is None or 0 <= cooldown <= 1, "optimizer.cooldown", cooldown, "must be from 0 to 1")
     for name in ("logit_softcap", "attention_scale"):
         value = getattr(model, name)
-        need(value is None or value > 0, f"model.{name.replace('_', '-')}", value, "must be above 0")
+        need(value is None or 0 < value < math.inf, f"model.{name.replace('_', '-')}", value, "must be above 0")
     top_p = sampling.top_p
     need(top_p is None or 0 < top_p <= 1, "sampling.top-p", top_p, "must be above 0, up to 1")
     if not can_divide:

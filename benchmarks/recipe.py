@@ -137,10 +137,16 @@ def main() -> None:
     wanted = [
         (
             f"{kind} {what}",
-            (f"{kind}-{number}", "modern", steps // 4, SEEDS[0], *(f.replace("BEST", str(best)) for f in flags)),
+            (
+                "-".join([kind, *(f.replace("BEST", f"{best:g}").strip("-") for f in flags)]),
+                "modern",
+                round(0.25 * steps),
+                SEEDS[0],
+                *(f.replace("BEST", str(best)) for f in flags),
+            ),
         )
         for kind, table in (("without", OUT), ("with", IN))
-        for number, (what, flags) in enumerate(table.items())
+        for what, flags in table.items()
     ]
     parts += zip((what for what, _ in wanted), runs.all([arguments for _, arguments in wanted]), strict=True)
 
@@ -171,7 +177,7 @@ def main() -> None:
         "",
         told,
         "",
-        f"## Parts, at {steps // 4 * 4096:,} tokens, one seed",
+        f"## Parts, at {round(0.25 * steps) * 4096:,} tokens, one seed",
         "",
         f"The three seeds of all of it: {runs.spread(quarters)}.",
         "",

@@ -393,8 +393,7 @@ def main() -> None:
         return only(*options.way, options)
 
     hardware = torch.cuda.get_device_name() if CUDA else f"{options.threads} cores, {platform.machine()}"
-    names = ("transformers",) if not CUDA else ()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *names))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = [
         f"{date.today()}, {hardware}, Python {platform.python_version()}, {versions}; {options.runs} runs in turns"
     ]

@@ -122,3 +122,10 @@ def test_a_model_is_found_by_run_or_checkpoint_or_hugging_face_folder(tmp_path):
     torch.testing.assert_close(loaded.model(idx)[..., :50], theirs(idx).logits, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="there is no model at"):
         load_model(tmp_path / "none", torch.device("cpu"))
+
+
+def test_settings_of_a_later_version_are_refused_by_name(tmp_path):
+    state = {"step": 1, "model": vars(small().config) | {"hyperdrive": True}, "tokenizer": {"name": "gpt2"}}
+    path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
+    with pytest.raises(UserError, match="doesn't know: hyperdrive"):
+        load_model(path, torch.device("cpu"))

@@ -84,8 +84,8 @@ def test_rows_are_packed_full_and_of_one_shape(dataset, questions, monkeypatch):
     model = make_model()
     hidden = GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, idx, **rest: shapes.append(idx.shape) or hidden(self, idx, **rest))
-    losses(model, examples, CPU, batch_size=2)
-    assert set(shapes) == {(2, 512)}
+    losses(model, examples, CPU, batch_size=1)
+    assert set(shapes) == {(1, 512)}
 
 
 def test_a_long_question_loses_context_never_its_ending(dataset):
@@ -149,6 +149,15 @@ def test_lm_evals_style_cleans_as_the_harness_does(dataset):
 def test_mean_and_sum_pick_by_their_own_measure():
     example = hellaswag.Example([1], [[1], [1, 1], [1] * 4, [1]], 0, [1, 2, 4, 1])
     assert picks(torch.tensor([[3.0, 5.0, 6.0, 3.5]]).double(), [example]) == ([0], [2])
+
+
+def test_a_rank_without_examples_scores_none(dataset, questions):
+    examples = load_examples(questions, load_tokenizer(dataset), "karpathy", limit=1)
+    told: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "sum", lambda self, values: told.append(values) or [0, 0, 1])
+        evaluate(make_model(), examples, "karpathy", Ranks(1, 1, 2, CPU))
+    assert told == [[0, 0, 0]]
 
 
 def test_a_score_names_its_method_and_its_error():

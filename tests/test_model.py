@@ -401,6 +401,29 @@ def test_sequences_of_different_lengths_in_one_cache_are_as_each_alone(fields):
     torch.testing.assert_close(together[1, 9:], model(idx[1:, 9:])[0, :, :300], atol=1e-4, rtol=1e-4)
 
 
+def test_one_block_has_nobody_to_hand_anything_to():
+    model, idx = stirred(unet=True, n_layer=1), rows()
+    model(idx, idx).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_document_mask_needs_the_token_that_documents_begin_with():
+    with pytest.raises(ValueError, match="eot_id"):
+        tiny(document_mask=True)
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN, MODERN | LONG_ROWS], ids=["gpt2", "modern", "modern, long"])
+def test_a_compiler_takes_the_model_whole_and_changes_nothing(fields):
+    torch._dynamo.reset()
+    model, idx, targets = stirred(**fields), rows(), rows(seed=4)
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        run(idx, targets).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
 def test_a_modern_model_is_no_gpt2_for_hugging_face():
     for name, value in MODERN.items():
         if name != "tie_head":

@@ -137,7 +137,8 @@ def test_muon_equals_pytorchs_on_plain_matrices():
 def test_queries_keys_and_values_are_orthogonalised_apart():
     torch.manual_seed(0)
     together = torch.nn.Parameter(torch.randn(16, 8))
-    apart = [torch.nn.Parameter(piece.clone()) for piece in together.detach().split([8, 4, 4])]
+    start = together.detach().clone()
+    apart = [torch.nn.Parameter(piece.clone()) for piece in start.split([8, 4, 4])]
     one, three = Muon({together: [8, 4, 4]}, 0.02), Muon({p: [p.size(0)] for p in apart}, 0.02)
     for optimizer in (one, three):
         optimizer.param_groups[0]["lr"] = 0.02
@@ -148,8 +149,12 @@ def test_queries_keys_and_values_are_orthogonalised_apart():
     one.step()
     three.step()
     torch.testing.assert_close(together.detach(), torch.cat([p.detach() for p in apart]))
-    whole = Muon({torch.nn.Parameter(torch.randn(16, 8)): [16]}, 0.02)
-    assert list(whole.splits.values()) != list(one.splits.values())
+    fused = torch.nn.Parameter(start.clone())
+    fused.grad = grad
+    whole = Muon({fused: [16]}, 0.02)
+    whole.param_groups[0]["lr"] = 0.02
+    whole.step()
+    assert not torch.allclose(fused, together, atol=1e-3), "as one matrix it would be another update"
 
 
 def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
@@ -221,7 +226,10 @@ def test_momentum_warms_up_and_every_group_gets_its_own_rate():
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.90)
     set_rates(optimizers, 80, 0.0, 2, 100, 0.4, momentum_warmup_steps=10)
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
-    assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.02, 0.3, 0.015])
+    assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.02, 0.3, 0.004, 0.015])
+    assert optimizers[1].param_groups[1]["params"] == [model.wte.weight], "a tied table is a head"
+    set_rates(optimizers, 0, 0.0, 2, 100, 0.4, momentum_warmup_steps=0)
+    assert optimizers[0].param_groups[0]["momentum"] == 0.95
 
 
 def share_the_work(rank: int, world_size: int, folder: str) -> None:

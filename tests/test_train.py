@@ -476,6 +476,8 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
+        ({"model__eot_id": 7}, "--model.eot-id 7 is not the 299"),
+        ({"model__value_embeddings": 2}, "--model.value-embeddings 2: give at most half of n_layer 2"),
         ({"model__block_size": 512}, "validation tokens, not one row of block_size 512"),
         ({"general__init_from": "out/none"}, "there is no model at out/none"),
     ],
