@@ -174,9 +174,8 @@ def set_rates(
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(step, group["max_lr"], min_lr_ratio, warmup_steps, max_steps, cooldown)
         if "momentum" in group:
-            group["momentum"] = (
-                0.95 - 0.1 * max(0.0, 1 - step / momentum_warmup_steps) if momentum_warmup_steps else 0.95
-            )
+            risen = min(1.0, step / momentum_warmup_steps) if momentum_warmup_steps else 1.0
+            group["momentum"] = 0.85 + 0.1 * risen
     return optimizers[0].param_groups[0]["lr"]
 
 

@@ -194,6 +194,14 @@ class Run:
             plot([out], out / "plot.png")
 
 
+def make_optimizers(model: GPT, config: Config) -> Optimizers:
+    o = config.optimizer
+    adam = {"weight_decay": o.weight_decay, "beta1": o.beta1, "beta2": o.beta2, "eps": o.eps}
+    if o.name == "adamw":
+        return adamw(model, o.max_lr, **adam)
+    return muon(model, o.max_lr, o.embedding_lr, o.head_lr, o.scalar_lr, **adam, cautious=o.cautious)
+
+
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     """Everything from the settings to the first step: order, examples, weights, optimizer, log."""
     device, out = ranks.device, Path(config.general.out_dir)
@@ -210,12 +218,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
 
     start = begin(config, dataset, order, tokenizer, ranks)
     raw_model = start.model.to(device)
-    o = config.optimizer
-    adam = {"weight_decay": o.weight_decay, "beta1": o.beta1, "beta2": o.beta2, "eps": o.eps}
-    if o.name == "adamw":
-        optimizers = adamw(raw_model, o.max_lr, **adam)
-    else:
-        optimizers = muon(raw_model, o.max_lr, o.embedding_lr, o.head_lr, o.scalar_lr, **adam, cautious=o.cautious)
+    optimizers = make_optimizers(raw_model, config)
     if start.optimizer:
         load_optimizer_state(optimizers, raw_model, start.optimizer)
     compiled = config.training.compile == "on" or (config.training.compile == "auto" and device.type == "cuda")

@@ -42,10 +42,10 @@ from dataloader import Position, Step  # noqa: E402
 from distributed import Ranks, autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
 from hellaswag import Example, load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from optim import adamw, muon, set_rates  # noqa: E402
+from optim import muon, set_rates  # noqa: E402
 from sample import generate  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
-from train import train_step  # noqa: E402
+from train import make_optimizers, train_step  # noqa: E402
 from train_config import PRESETS, Config, variant  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -83,13 +83,10 @@ def step_settings(preset: str, dtype: str) -> Config:
 
 def step_ours(preset: str, dtype: str, compiled: bool) -> dict:
     config, ranks = step_settings(preset, dtype), Ranks(0, 0, 1, DEVICE)
-    o, training = config.optimizer, config.training
+    training = config.training
     torch.manual_seed(0)
     raw_model = GPT(config.model).to(DEVICE)
-    if o.name == "muon":
-        optimizers = muon(raw_model, o.max_lr, o.embedding_lr, o.head_lr, o.scalar_lr)
-    else:
-        optimizers = adamw(raw_model, o.max_lr, o.weight_decay)
+    optimizers = make_optimizers(raw_model, config)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     rows = torch.randint(0, 50257, (training.micro_batch_size, config.model.block_size + 1))
     rows = rows.pin_memory() if CUDA else rows
