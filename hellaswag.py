@@ -23,6 +23,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,17 +216,17 @@ def trees(examples: list[Example], block_size: int) -> Iterator[Tree]:
 
 
 def pack(found: Iterable[Tree], row_tokens: int) -> list[list[Tree]]:
-    """Trees in rows of at most `row_tokens` tokens (a larger tree has a row of its own): the largest first, each into
-    the first row with room for it."""
-    rows, room = [], []
-    for tree in sorted(found, key=lambda tree: -tree.size):
-        row = next((i for i, left in enumerate(room) if left >= tree.size), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(row_tokens)
-        rows[row].append(tree)
-        room[row] -= tree.size
+    """Trees in rows of at most `row_tokens` tokens (a larger tree has a row of its own): into each row goes the largest
+    one left that has room, as long as there is one."""
+    left = sorted(found, key=lambda tree: tree.size)
+    sizes, rows = [tree.size for tree in left], []
+    while left:
+        rows.append([])
+        room, largest = row_tokens, len(left) - 1
+        while largest >= 0:
+            rows[-1].append(left.pop(largest))
+            room -= sizes.pop(largest)
+            largest = bisect_right(sizes, room) - 1
     return rows
 
 
