@@ -113,7 +113,7 @@ def _shared_out(updates: list[torch.Tensor]) -> torch.Tensor:
     mine += [torch.zeros_like(updates[0])] * (share - len(mine))
     done = orthogonalize(torch.stack(mine)).contiguous()
     gathered = done.new_empty(world_size * share, *done.shape[1:])
-    dist.all_gather_into_tensor(gathered, done)
+    dist.all_gather(list(gathered.chunk(world_size)), done)
     return gathered[: len(updates)]
 
 

@@ -264,6 +264,7 @@ def muon_rank(rank: int, world_size: int, folder: str) -> None:
     if rank == 0:
         Path(folder, "found").write_text(json.dumps(found))
     if world_size > 1:
+        dist.barrier()  # all leave together: gloo aborts a rank whose peers hang up on it
         dist.destroy_process_group()
 
 

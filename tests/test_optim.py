@@ -241,6 +241,7 @@ def share_the_work(rank: int, world_size: int, folder: str) -> None:
     optim.orthogonalize = lambda matrices: done.append(len(matrices)) or whole(matrices)
     steps([optimizer], parameters, 2)
     torch.save({"parameters": [p.detach() for p in parameters], "done": sum(done)}, f"{folder}/{world_size}-{rank}.pt")
+    dist.barrier()  # all leave together: gloo aborts a rank whose peers hang up on it
     dist.destroy_process_group()
 
 
