@@ -24,6 +24,7 @@ from errors import UserError
 from loss import linear_cross_entropy, softcapped
 
 VOCAB_MULTIPLE = 128  # matrix sides that the hardware likes; 50,257 becomes 50,304
+FLEX_DEVICES = ("cuda",)  # where compiled masks are FlexAttention's
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,7 @@ class GPT(nn.Module):
         plain = (
             cache is not None or given is not None or config.head_size < 16 or (config.dropout > 0 and self.training)
         )
-        if torch.compiler.is_compiling() and idx.is_cuda and not plain:
+        if torch.compiler.is_compiling() and idx.device.type in FLEX_DEVICES and not plain:
             return create_block_mask(sees, documents.size(0) if config.document_mask else None, None, T, T, idx.device)
 
         key_positions, key_documents = positions, documents

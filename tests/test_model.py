@@ -424,6 +424,32 @@ def test_a_compiler_takes_the_model_whole_and_changes_nothing(fields):
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fields", [
+    LONG_ROWS, {"window": 150, "n_kv_head": 1, "attention_scale": 0.3}, LONG_ROWS | MODERN | {"window": None},
+])  # fmt: skip
+def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatch):
+    torch._dynamo.reset()
+    idx, targets = rows(256), rows(256, seed=4)
+    idx[0, [0, 128]] = idx[1, [4, 200]] = 299
+    model, results, masks = stirred(n_head=2, block_size=256, **fields), [], []
+
+    def seen(q, k, v, mask, *rest):
+        masks.append((type(mask).__name__, mask.shape[0]))
+        return attention(q, k, v, mask, *rest)
+
+    monkeypatch.setattr("model.attention", seen)
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        loss = run(idx, targets)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # no CPU backward
+    texts = 2 if model.config.document_mask else 1
+    assert masks == [("Tensor", texts)] * 3 + [("BlockMask", texts)] * 3
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
 def test_a_modern_model_is_no_gpt2_for_hugging_face():
     for name, value in MODERN.items():
         if name != "tie_head":
