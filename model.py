@@ -123,9 +123,10 @@ def attention(
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     if mask is None and 1 < T < S:  # several new tokens behind a filled cache; is_causal counts from the wrong corner
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
-    )
+    with torch.autocast(q.device.type, enabled=False):  # in the dtype it is given
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -198,7 +199,8 @@ class CausalSelfAttention(nn.Module):
             of_tokens = shared.values[self.table].view(B, T, -1, D).transpose(1, 2)
             v = (self.v_mix[0] * v + self.v_mix[1] * of_tokens).type_as(v)
         if shared.cache is not None:
-            k, v = shared.cache.append(self.layer, k, v)  # (B, K, S, D)
+            k, v = shared.cache.append(self.layer, k, v)  # (B, K, S, D), in the cache's dtype
+            q = q.type_as(k)
         dropout = config.dropout if self.training else 0.0
         y = attention(q, k, v, shared.mask, config.attention_scale, dropout)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)

@@ -31,22 +31,21 @@ def choose(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+    ids = None
+    if top_k is not None or top_p is not None:  # the likeliest first
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
-        ordered, ids = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones hold
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered)
+        before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier ones hold
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     # one number a row, drawn on the CPU: the same seed gives the same whatever the device
     drawn = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64)
     if logits.device.type == "mps":
         probabilities = probabilities.cpu()  # that device has no float64
     up_to = probabilities.cumsum(dim=-1, dtype=torch.float64)
     chosen = torch.searchsorted(up_to, drawn.to(up_to.device) * up_to[:, -1:], right=True)  # the first that lies above
-    return chosen[:, 0].clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last where logits are NaN
+    chosen = chosen.clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last where logits are NaN
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
 @torch.no_grad()
@@ -87,9 +86,9 @@ def _last(tokens: torch.Tensor, begins: torch.Tensor | None, length: int) -> tup
 def _read_in(model: GPT, tokens: torch.Tensor, begins: torch.Tensor | None) -> tuple[KVCache, torch.Tensor]:
     """A cache filled with tokens (B, T), and the logits behind the last, (B, V)."""
     weight = model.wte.weight
-    dtype = (
-        torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-    )
+    dtype = weight.dtype  # on a CPU attention of one query is faster in float32 than in bfloat16
+    if weight.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
     cache = KVCache(model.config, tokens.size(0), weight.device, dtype, begins)
     return cache, model.logits(model.hidden(tokens, cache)[:, -1])
 
