@@ -8,7 +8,7 @@
 The prompt is put behind an end-of-text token, as every document of the training data begins with one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -48,16 +48,23 @@ def choose(
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
+def read_on(model: GPT, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """The logits behind the last of tokens (B, T) int64, (B, V), given what the cache holds."""
+    return model.logits(model.hidden(tokens, cache)[:, -1])
+
+
 @torch.no_grad()
 def generate(
     model: GPT, prompts: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
     top_p: float | None = None, generator: torch.Generator | None = None, begins: torch.Tensor | None = None,
+    decode: Callable[[GPT, torch.Tensor, KVCache], torch.Tensor] = read_on,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """Yields the next token of each row, (B,) int64, `max_new_tokens` times; prompts are (B, T) int64.
 
     Prompts of different lengths end together: row b begins at `begins[b]`, (B,) int64, what stands before is not read.
     Keys and values of the past are kept, so a token costs one token's work. Where the longest row's context is full,
     the older half of all is let go and the newer half read in again: learned positions can't be moved on.
+    `decode` is `read_on`, or that compiled; prompts are always read by the plain one.
     """
     T = model.config.block_size
     tokens, begins = _last(prompts, begins, T)
@@ -69,7 +76,7 @@ def generate(
             return
         tokens = torch.cat([tokens, next_token[:, None]], dim=1)
         if cache.length < T:
-            logits = model.logits(model.hidden(next_token[:, None], cache)[:, -1])
+            logits = decode(model, next_token[:, None], cache)
         else:
             tokens, begins = _last(tokens, begins, max(1, T // 2))
             cache, logits = _read_in(model, tokens, begins)
@@ -90,12 +97,12 @@ def _read_in(model: GPT, tokens: torch.Tensor, begins: torch.Tensor | None) -> t
     if weight.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     cache = KVCache(model.config, tokens.size(0), weight.device, dtype, begins)
-    return cache, model.logits(model.hidden(tokens, cache)[:, -1])
+    return cache, read_on(model, tokens, cache)
 
 
 def sample(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, temperature: float, top_k: int | None,
-    top_p: float | None, seed: int, dtype: str = "auto", show=None,
+    top_p: float | None, seed: int, dtype: str = "auto", compiled: bool = False, show=None,
 ) -> list[str]:  # fmt: skip
     """A continuation of each prompt, without it, up to its end-of-text token; all are written at once.
 
@@ -110,12 +117,14 @@ def sample(
     begins = torch.tensor([longest - len(row) for row in ids], device=device)
     tokens = torch.tensor([[tokenizer.eot_id] * (longest - len(row)) + row for row in ids], device=device)
     generator = torch.Generator().manual_seed(seed)
+    decode = torch.compile(read_on, dynamic=True) if compiled else read_on
     rows: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
 
     def first_row() -> Iterator[int]:
         with autocast(device, dtype):
-            for chosen in generate(model, tokens, max_new_tokens, temperature, top_k, top_p, generator, begins):
+            settings = (max_new_tokens, temperature, top_k, top_p, generator, begins, decode)
+            for chosen in generate(model, tokens, *settings):
                 for row, token in enumerate(chosen.tolist()):
                     if token == tokenizer.eot_id:
                         open_rows.discard(row)
@@ -149,6 +158,7 @@ def main() -> None:
         seed: int = 1337,
         device: Literal["auto", "cuda", "cpu", "mps"] = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        compile: bool = False,
     ) -> None:
         """Writes on from a prompt. Without --prompt it asks for prompts until an empty line.
 
@@ -163,15 +173,18 @@ def main() -> None:
             seed: The same seed gives the same texts.
             device: auto is cuda where there is one, else cpu.
             dtype: Of matrix products; auto is bfloat16 where the device has it, else float32.
+            compile: Compile what writes a token: worth its minute for many texts, on CUDA alone.
         """
         if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise UserError("--num-samples, --max-new-tokens and --top-k must be at least 1, --temperature at least 0.")
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"--top-p {top_p} must be above 0, up to 1.")
         with process_group(device) as ranks:
+            if compile and ranks.device.type != "cuda":
+                raise UserError("--compile makes sampling faster on CUDA alone: leave it out.")
             loaded = load_model(model, ranks.device)
             tokenizer = load_tokenizer(loaded.tokenizer)
-            settings = (max_new_tokens, temperature, top_k, top_p, seed, dtype)
+            settings = (max_new_tokens, temperature, top_k, top_p, seed, dtype, compile)
             if prompt:
                 return show_samples(loaded, tokenizer, [p for p in prompt for _ in range(num_samples)], settings)
             while text := _ask():

@@ -43,7 +43,7 @@ from distributed import Ranks, autocast, peak_flops, peak_memory_mib, uses_bfloa
 from hellaswag import Example, load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import muon, set_rates  # noqa: E402
-from sample import generate  # noqa: E402
+from sample import generate, read_on  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from train import make_optimizers, train_step  # noqa: E402
 from train_config import PRESETS, Config, variant  # noqa: E402
@@ -152,12 +152,14 @@ def sampled(call: Callable[[], object], texts: int, times: int) -> dict:
     return {"first_ms": found["first_ms"], "ms": found["ms"] / NEW, "tokens_per_s": texts * NEW / found["ms"] * 1e3}
 
 
-def sample_ours(texts: int, dtype: str) -> dict:
+def sample_ours(texts: int, dtype: str, compiled: bool = False) -> dict:
     model, idx = gpt2(), prompt(texts)
+    decode = torch.compile(read_on, dynamic=True) if compiled else read_on
 
     def write() -> None:
         with autocast(DEVICE, dtype):
-            for _ in generate(model, idx, NEW, 1.0, 50, generator=torch.Generator().manual_seed(0)):
+            generator = torch.Generator().manual_seed(0)
+            for _ in generate(model, idx, NEW, 1.0, 50, generator=generator, decode=decode):
                 pass
 
     return sampled(write, texts, 3)
@@ -305,6 +307,8 @@ def ways(options: argparse.Namespace) -> dict[str, dict[str, Way]]:
                 f"transformers, {texts} texts, {dtype}": lambda _, a=texts, b=dtype: sample_transformers(a, b),
                 f"ours, {texts} texts, {dtype}": lambda _, a=texts, b=dtype: sample_ours(a, b),
             }
+            if CUDA:
+                samples[f"ours, {texts} texts, {dtype}, compiled"] = lambda _, a=texts, b=dtype: sample_ours(a, b, True)
     scores = {}
     for dtype in dict.fromkeys(("float32", both)):
         scores[f"build-nanogpt's way, {dtype}"] = lambda o, d=dtype: hellaswag_one_by_one(d, o)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from helpers import call
+from torch._dynamo.testing import CompileCounter
 
 import sample as sample_script
 from checkpoint import model_tensors, save
 from errors import UserError
 from model import GPT, GPTConfig
-from sample import choose, generate, sample
+from sample import choose, generate, read_on, sample
 from tokenizer import load_tokenizer
 
 
@@ -161,7 +162,19 @@ def test_without_a_prompt_it_asks_until_an_empty_line(run, capsys, monkeypatch):
     assert "a shard" in out
 
 
-@pytest.mark.parametrize("flag", [("--top-p", 0), ("--temperature", -1), ("--num-samples", 0)])
+def test_compiled_decoding_writes_the_same_and_is_not_compiled_anew_for_every_token():
+    torch._dynamo.reset()
+    model, counter = make_model(document_mask=True, eot_id=299, window=9), CompileCounter()
+    prompts, begins = torch.randint(0, 300, (2, 10)), torch.tensor([0, 4])
+    plain = list(generate(model, prompts, 60, 1.0, generator=torch.Generator().manual_seed(0), begins=begins))
+    decode = torch.compile(read_on, dynamic=True, fullgraph=True, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    compiled = list(generate(model, prompts, 60, 1.0, generator=generator, begins=begins, decode=decode))
+    assert all(map(torch.equal, plain, compiled))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("flag", [("--top-p", 0), ("--temperature", -1), ("--num-samples", 0), ("--compile",)])
 def test_values_out_of_range_are_refused(run, flag):
     with pytest.raises(UserError, match=flag[0]):
         call(sample_script.main, run, "--prompt", "x", *flag)
