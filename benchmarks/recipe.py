@@ -10,6 +10,8 @@ both recipes but for their switches: 4 layers, 4 heads, 128 wide, T = 256, 4,096
                loss is not above the classic's tells how many tokens it needs
     parts      modern with each part taken out alone, and some put in, at a quarter of the steps, one seed
 
+    clock      a step of both, alone on the machine with all its threads, three times in turns
+
 Runs go to out/recipe and are resumed: a finished one is not run again. --jobs at once, one thread each if several.
 """
 
@@ -68,9 +70,9 @@ class Runs:
     def __init__(self, options: argparse.Namespace):
         self.options, self.out = options, Path(options.runs)
 
-    def train(self, name: str, preset: str, steps: int, seed: int, *flags: str) -> str:
+    def train(self, name: str, preset: str, steps: int, seed: int, *flags: str, alone: bool = False) -> str:
         """Trains, unless that is done already; returns the name."""
-        threads = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 else {}
+        threads = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
         command = [
             sys.executable, "train.py", preset, "--general.out-dir", str(self.out / name), "--general.init-from",
             "resume", "--general.mode", "train", "val", "--general.seed", str(seed), "--data.dataset",
@@ -104,6 +106,31 @@ class Runs:
     def spread(self, names: list[str]) -> str:
         losses = sorted(map(self.loss, names))
         return f"{statistics.mean(losses):.4f} ({losses[0]:.4f} to {losses[-1]:.4f})"
+
+
+def draw(curves: dict[str, list[Path]], goal: float, out: Path) -> None:
+    """Training losses against tokens, averaged over 20 steps and the seeds, and the validation losses at the ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for (name, folders), colour in zip(curves.items(), ("#2a6fbb", "#d1495b"), strict=True):
+        logs = [read_log(folder / "log.csv") for folder in folders]
+        losses = torch.tensor([column(log, "loss")[1] for log in logs]).mean(dim=0)
+        losses = losses[: len(losses) // 20 * 20].view(-1, 20).mean(dim=1)
+        tokens = 4096 * (20 * torch.arange(len(losses)) + 10)
+        axis.plot(tokens / 1e6, losses, color=colour, label=f"{name}: training")
+        ends = [column(log, "val_loss")[1][-1] for log in logs]
+        end = [logs[0][-1]["tokens"] / 1e6] * len(ends)
+        axis.plot(end, ends, "o", color=colour, markersize=4, label=f"{name}: validation, {len(ends)} seeds")
+    axis.axhline(goal, color="#4a4a4a", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="million tokens", ylabel="loss (nats a token)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(out, dpi=150)
 
 
 def main() -> None:
@@ -150,27 +177,28 @@ def main() -> None:
     ]
     parts += zip((what for what, _ in wanted), runs.all([arguments for _, arguments in wanted]), strict=True)
 
-    def seconds(names: list[str], share: float) -> float:
-        return statistics.median(map(runs.ms, names)) * round(share * steps) / 1e3
+    paces: dict[str, list[str]] = {"gpt2": [], "modern": []}
+    for turn in range(3):
+        for preset, names in paces.items():
+            names.append(runs.train(f"clock-{preset}-{turn}", preset, 30, SEEDS[0], alone=True))
+    ms = {preset: statistics.median(map(runs.ms, names)) for preset, names in paces.items()}
+    slower = statistics.median(runs.ms(m) / runs.ms(c) for c, m in zip(*paces.values(), strict=True))
 
     def row(recipe: str, rate: str, share: float, names: list[str]) -> str:
-        tokens = round(share * steps) * 4096
-        return (
-            f"| {recipe} | {rate} | {len(names)} | {tokens:,} | {runs.spread(names)} | {seconds(names, share):,.0f} |"
-        )
+        return f"| {recipe} | {rate} | {len(names)} | {round(share * steps) * 4096:,} | {runs.spread(names)} |"
 
     told = "Modern does not reach the classic's loss at any of these shares."
     if needed:
-        time = seconds(moderns[needed], needed) / seconds(classics, 1.0)
-        told = f"Modern needs {needed:g} of the classic's tokens or less, and {time:.2f} of its time."
+        told = f"Modern needs at most {needed:g} of the classic's tokens, and {needed * slower:.2f} of its time"
+        told += f": a step takes {ms['modern']:.0f} ms, a classic one {ms['gpt2']:.0f} ({slower:.2f} times, in pairs)."
     lines = [
         f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}; {options.jobs} runs at once" + (" with one thread each" if options.jobs > 1 else ""),
         "",
-        f"4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step; {options.dataset}. Validation loss at the end.",
+        f"4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step; {Path(options.dataset).name}. Validation loss at the end.",
         "",
-        "| recipe | learning rate | seeds | tokens | validation loss, mean (min to max) | training, s |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| recipe | learning rate | seeds | tokens | validation loss, mean (min to max) |",
+        "|---|---:|---:|---:|---:|",
         *(row("classic", f"{rate:g}", 1.0, [name]) for rate, name in rates.items()),
         row("classic", f"{best:g}", 1.0, classics),
         *(row("modern", "as the preset", share, names) for share, names in sorted(moderns.items())),
@@ -181,13 +209,17 @@ def main() -> None:
         "",
         f"The three seeds of all of it: {runs.spread(quarters)}.",
         "",
-        "| modern | validation loss | worse by | ms a step |",
-        "|---|---:|---:|---:|",
+        "| modern | validation loss | worse by |",
+        "|---|---:|---:|",
     ]
     for what, name in parts:
         worse = runs.loss(name) - runs.loss(quarters[0])
-        lines.append(f"| {what} | {runs.loss(name):.4f} | {worse:+.4f} | {runs.ms(name):.0f} |")
+        lines.append(f"| {what} | {runs.loss(name):.4f} | {worse:+.4f} |")
     show(lines, options.out and options.out / "recipe.md")
+    if options.out:
+        curves = {"classic": classics, f"modern, {needed or 0.25:g} of the tokens": moderns[needed or 0.25]}
+        folders = {name: [runs.out / run for run in names] for name, names in curves.items()}
+        draw(folders, runs.mean(classics), options.out / "recipe.png")
 
 
 if __name__ == "__main__":
