@@ -195,7 +195,8 @@ def main() -> None:
         f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}; {options.jobs} runs at once" + (" with one thread each" if options.jobs > 1 else ""),
         "",
-        f"4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step; {Path(options.dataset).name}. Validation loss at the end.",
+        f"4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step; {Path(options.dataset).name}. Loss in validation,",
+        "at the end.",
         "",
         "| recipe | learning rate | seeds | tokens | validation loss, mean (min to max) |",
         "|---|---:|---:|---:|---:|",
