@@ -19,6 +19,7 @@ class ConfigError(UserError):
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's `main()`; a UserError becomes one message on stderr and exit code 2."""
+    code = 0
     try:
         main()
     except UserError as error:
@@ -26,6 +27,17 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        leave(code)
+    if code:
+        sys.exit(code)
+
+
+def leave(code: int) -> None:
+    """Ends a rank without Python's own end: gloo's threads still let go of tensors then, and now and then abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

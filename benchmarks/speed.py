@@ -40,6 +40,7 @@ from table import show  # noqa: E402
 
 from dataloader import Position, Step  # noqa: E402
 from distributed import Ranks, autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
+from errors import leave  # noqa: E402
 from hellaswag import Example, load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import muon, set_rates  # noqa: E402
@@ -268,6 +269,7 @@ def muon_rank(rank: int, world_size: int, folder: str) -> None:
     if world_size > 1:
         dist.barrier()  # all leave together: gloo aborts a rank whose peers hang up on it
         dist.destroy_process_group()
+        leave(0)
 
 
 def muon_step(world_size: int) -> dict:

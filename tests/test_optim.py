@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import optim
+from errors import leave
 from model import GPT, GPTConfig
 from optim import (
     Muon,
@@ -243,6 +244,7 @@ def share_the_work(rank: int, world_size: int, folder: str) -> None:
     torch.save({"parameters": [p.detach() for p in parameters], "done": sum(done)}, f"{folder}/{world_size}-{rank}.pt")
     dist.barrier()  # all leave together: gloo aborts a rank whose peers hang up on it
     dist.destroy_process_group()
+    leave(0)
 
 
 def test_ranks_share_out_the_orthogonalising_and_step_alike(tmp_path):

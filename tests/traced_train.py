@@ -19,8 +19,12 @@ def traced(model, optimizer, data, *rest, **named):
     return original(model, optimizer, data, *rest, **named)
 
 
-if __name__ == "__main__":
-    train.train_step = traced
-    run(train.main)
+def main() -> None:
+    train.main()
     out = Path(sys.argv[sys.argv.index("--general.out-dir") + 1])
     (out / f"trace_{os.environ['RANK']}.json").write_text(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    train.train_step = traced
+    run(main)
