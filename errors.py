@@ -6,6 +6,7 @@ of ours and keeps its traceback.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -30,7 +31,11 @@ def run(main: Callable[[], None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:
+        code = end.code or 0
     if os.environ.get("WORLD_SIZE", "1") != "1":
+        if code and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # torchrun ends all with the first that ends: let it be who tells the mistake
         leave(code)
     if code:
         sys.exit(code)
