@@ -9,7 +9,6 @@ both recipes but for their switches: 4 layers, 4 heads, 128 wide, T = 256, 4,096
     modern     the preset modern as it is, at shares of the classic's steps, three seeds; the first share whose mean
                loss is not above the classic's tells how many tokens it needs
     parts      modern with each part taken out alone, and some put in, at a quarter of the steps, one seed
-
     clock      a step of both, alone on the machine with all its threads, three times in turns
 
 Runs go to out/recipe and are resumed: a finished one is not run again. --jobs at once, one thread each if several.
