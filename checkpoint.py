@@ -4,6 +4,8 @@
 whatever the number of ranks), `state.json` (step, place in the data, architecture) and, written last,
 `manifest.json` with the sha256 of each. A checkpoint is written beside its place, synced, and renamed.
 
+    >>> with Saver(Path("out/gpt2"), keep=2, keep_every=0) as saver:
+    ...     saver.save(5000, model_tensors(model), optimizer_state(optimizers, model), state)     # and train on
     >>> path = latest("out/gpt2")
     >>> checkpoint = load(path)
     >>> loaded = load_model("out/gpt2", device)      # or a checkpoint's folder, "gpt2", a Hugging Face folder
@@ -19,6 +21,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +32,7 @@ from errors import UserError
 from model import GPT, GPTConfig, from_gpt2, gpt2_config
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -58,30 +62,96 @@ def load_model_tensors(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
 # writing
 
 
-def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: int) -> Path:
-    """Writes the checkpoint of `step`, then deletes all but the newest `keep` (0: keeps all)."""
+def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: int, keep_every: int = 0) -> Path:
+    """Writes the checkpoint of `step`, then deletes all but the newest `keep` (0: keeps all) and those of every
+    `keep_every`-th step. UserError where the disk is full or the folder can't be written to: what was there before
+    is there still."""
     folder = run / "checkpoints"
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
-    torch.save(optimizer, temporary / OPTIMIZER)
-    (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    hashes = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
-    (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
-    for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
-        _sync(path)
-    if final.exists():  # the same step again: out of the way first, a folder can't be renamed onto another
-        outdated = folder / f".{final.name}.old"
-        shutil.rmtree(outdated, ignore_errors=True)
-        os.rename(final, outdated)
-    os.rename(temporary, final)
-    _sync(folder)
-    earlier = [path for path in checkpoints(run) if path <= final]  # later ones are damaged: this run began before them
-    for old in [*(earlier[:-keep] if keep else []), *folder.glob(".step_*.old")]:
-        shutil.rmtree(old)
+    try:
+        for stale in folder.glob(".step_*.tmp"):  # of a save that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
+        torch.save(optimizer, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        hashes = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
+        (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
+        for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
+            _sync(path)
+        if final.exists():  # the same step again: out of the way first, a folder can't be renamed onto another
+            shutil.rmtree(_outdated(final), ignore_errors=True)
+            os.rename(final, _outdated(final))
+        os.rename(temporary, final)
+        _sync(folder)
+        _sync(run)  # `checkpoints` may be new in it
+    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two from libraries' own writing
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step:,} could not be written to {folder} ({error}). Those before are as they "
+            "were: mend it (free some room?) and go on with --general.init-from resume."
+        ) from error
+    # later ones are damaged: this run began before them
+    earlier = [path for path in checkpoints(run) if path.suffix != ".old" and step_of(path) <= step]
+    outdated = [path for path in (earlier[:-keep] if keep else []) if not keep_every or step_of(path) % keep_every]
+    for old in [*outdated, *folder.glob(".step_*.old")]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _outdated(final: Path) -> Path:
+    """Where a checkpoint waits while another of the same step takes its place."""
+    return final.with_name(f".{final.name}.old")
+
+
+class Saver:
+    """Saves in the background: a call takes as long as a copy to host memory. One save is on its way at most.
+
+    As a context it waits for the last one at the end, unless it is left by KeyboardInterrupt.
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int):
+        self.settings = (keep, keep_every)
+        self.run, self.thread, self.error = run, None, None
+
+    def save(self, step: int, model: dict, optimizer: dict, state: dict) -> None:
+        """Begins to save. After an error nothing more is saved, and `wait` raises it."""
+        self._join()
+        if self.error is None:
+            copies = (
+                {name: _on_host(tensor) for name, tensor in model.items()},
+                {name: {key: _on_host(t) for key, t in tensors.items()} for name, tensors in optimizer.items()},
+            )
+            self.thread = Thread(target=self._write, args=(step, *copies, state), daemon=True)
+            self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk; raises what went wrong."""
+        self._join()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self, *what: object) -> None:
+        try:
+            save(self.run, *what, *self.settings)
+        except BaseException as error:
+            self.error = error
+
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        if kind is not KeyboardInterrupt:
+            self._join()
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _sync(path: Path) -> None:
@@ -102,9 +172,16 @@ def _sha256(path: Path) -> str:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run by step, oldest first; they may turn out damaged when they are read."""
-    found = (run / "checkpoints").glob("step_*")
-    return sorted((p for p in found if re.fullmatch(r"step_\d+", p.name)), key=lambda p: int(p.name[5:]))
+    """The checkpoints of a run by step, oldest first; they may turn out damaged when they are read.
+
+    One that was on its way out when a save of its step was killed is among them."""
+    found = [path for path in (run / "checkpoints").glob("*step_*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), not path.name.startswith(".")))
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def latest(run: str | Path) -> Path | None:

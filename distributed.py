@@ -184,14 +184,20 @@ class Mark:
         return (self.time - earlier.time) * 1e3
 
 
+class Stopped(Exception):
+    """A rank was told to stop in the middle of a scene, and all have left it."""
+
+
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's early warning), so that the loop can stop at a step's end.
 
-    A second SIGINT interrupts at once.
+    While there is `nothing_to_lose`, before the first step is done, a signal ends the process at once, with code 0:
+    a compiler can take minutes. A second SIGINT interrupts at once.
     """
 
     def __init__(self):
         self.received: str | None = None
+        self.nothing_to_lose = True
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -207,3 +213,10 @@ class StopSignals:
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        if self.nothing_to_lose:
+            print(f"{self.received} before the first step was done: nothing to save", file=sys.stderr, flush=True)
+            raise SystemExit(0)
+
+    def told(self) -> bool:
+        """Whether there was one."""
+        return self.received is not None

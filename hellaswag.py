@@ -24,7 +24,7 @@ import tempfile
 import urllib.request
 import zipfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 import hub
 from checkpoint import load_model
-from distributed import Ranks, autocast, process_group
+from distributed import Ranks, Stopped, autocast, process_group
 from errors import ConfigError, UserError, run
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
@@ -278,9 +278,10 @@ HEAD_ROWS = 256  # logits that are there at once
 
 @torch.no_grad()
 def losses(
-    model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None
-) -> torch.Tensor:
-    """Summed loss of each ending given its context, (examples, 4) float64.
+    model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None,
+    stop: Callable[[], bool] = lambda: False,
+) -> torch.Tensor:  # fmt: skip
+    """Summed loss of each ending given its context, (examples, 4) float64; unfinished once `stop()`.
 
     A context is computed once for its four endings, and the head at the tokens alone whose next one is scored. On CUDA
     all batches have the same shape, but those of trees that are longer than a row.
@@ -288,6 +289,8 @@ def losses(
     sums = torch.zeros(4 * len(examples), dtype=torch.float64)
     rows, done = pack(trees(examples, model.config.block_size), ROW_TOKENS), set()
     for begin in range(0, len(rows), batch_size):
+        if stop():
+            break
         part = rows[begin : begin + batch_size]
         length = max(ROW_TOKENS, math.ceil(max(sum(tree.size for tree in row) for row in part) / 128) * 128)
         filled = part + [[]] * (batch_size - len(part) if device.type == "cuda" else 0)
@@ -340,11 +343,12 @@ class Score:
 
 
 def evaluate(
-    model: GPT, examples: list[Example], style: Style, ranks: Ranks, dtype: str = "auto", batch_size: int = 16
-) -> dict[str, Score]:
+    model: GPT, examples: list[Example], style: Style, ranks: Ranks, dtype: str = "auto", batch_size: int = 16,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Score]:  # fmt: skip
     """`acc` and `acc_norm` over all examples, each scored on one rank, exact counts summed over all.
 
-    The model's training mode is put back as it was.
+    The model's training mode is put back as it was. Where `stop()` on any rank, all raise Stopped.
     """
     from tqdm import tqdm
 
@@ -353,10 +357,12 @@ def evaluate(
     model.eval()
     mine = examples[ranks.rank :: ranks.world_size]
     with tqdm(total=len(mine), desc="hellaswag", leave=False, disable=None if ranks.is_main else True) as bar:
-        sums = losses(model, mine, ranks.device, dtype, batch_size, bar.update)
+        sums = losses(model, mine, ranks.device, dtype, batch_size, bar.update, stop)
     model.train(was_training)
     right = [sum(pick == e.label for pick, e in zip(found, mine, strict=True)) for found in picks(sums, mine)]
-    acc, acc_norm, total = map(int, ranks.sum([*right, len(mine)]))
+    acc, acc_norm, total, stops = map(int, ranks.sum([*right, len(mine), stop()]))
+    if stops:
+        raise Stopped
     if total != len(examples):
         raise AssertionError(f"{total} of {len(examples)} examples were scored")
     return {

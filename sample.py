@@ -103,8 +103,9 @@ def _read_in(model: GPT, tokens: torch.Tensor, begins: torch.Tensor | None) -> t
 def sample(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, temperature: float, top_k: int | None,
     top_p: float | None, seed: int, dtype: str = "auto", compiled: bool = False, show=None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:  # fmt: skip
-    """A continuation of each prompt, without it, up to its end-of-text token; all are written at once.
+    """A continuation of each prompt, without it, up to its end-of-text token or `stop()`; all are written at once.
 
     `show` is called with pieces of the first text as it grows. The model's training mode is put back, and PyTorch's
     own random state is left alone.
@@ -132,7 +133,7 @@ def sample(
                         rows[row].append(token)
                         if row == 0:
                             yield token
-                if not open_rows:
+                if not open_rows or stop():
                     return
 
     for text in stream_decode(tokenizer, first_row()):

@@ -20,6 +20,8 @@ from shards import Dataset, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, differences, read_config, to_json, variant
 
+FINISHED = "finished"  # an empty file in a run's folder: it has done all its steps, a requeue has nothing to do
+
 
 @dataclass
 class Start:
@@ -49,7 +51,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
             f"{out} holds a run already. Go on with it: --general.init-from resume, or begin another beside it: "
             "--general.out-dir out/NAME."
         )
-    if len(places := set(ranks.gather(int(found.name[5:]) if found else -1))) > 1:
+    if len(places := set(ranks.gather(checkpoint.step_of(found) if found else -1))) > 1:
         raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, places))}): share it.")
     torch.manual_seed(config.general.seed)
     if found:
@@ -66,6 +68,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
     ranks.wait()  # all have looked at the folder before rank 0 writes to it
     if ranks.is_main:
         out.mkdir(parents=True, exist_ok=True)
+        (out / FINISHED).unlink(missing_ok=True)
         write_json(out / "config.json", to_json(variant(config, general={"init_from": init_from})))
         if tokenizer.name != "gpt2":
             shutil.copyfile(tokenizer.file, out / tokenizer.name)

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,17 @@ from tqdm import tqdm
 
 import checkpoint
 from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
-from distributed import Mark, Ranks, StopSignals, autocast, peak_flops, peak_memory_mib, process_group, uses_bfloat16
+from distributed import (
+    Mark,
+    Ranks,
+    Stopped,
+    StopSignals,
+    autocast,
+    peak_flops,
+    peak_memory_mib,
+    process_group,
+    uses_bfloat16,
+)
 from errors import ConfigError
 from errors import run as run_script
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
@@ -32,7 +43,7 @@ from optim import Optimizers, adamw, load_optimizer_state, muon, optimizer_state
 from plot import plot
 from sample import sample
 from shards import Dataset
-from start import Start, begin, identity
+from start import FINISHED, Start, begin, identity
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, parse, resolve, to_json
 
@@ -104,8 +115,14 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> tuple[float, float]:
-    """Mean loss over the validation tokens, in nats a token, and the same in bits a byte of their text."""
+def validate(
+    model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float]:  # fmt: skip
+    """Mean loss over the validation tokens, in nats a token, and the same in bits a byte of their text.
+
+    Where `stop()` on any rank, all raise Stopped.
+    """
     was_training = model.training
     model.eval()
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
@@ -114,24 +131,33 @@ def validate(model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config,
         dataset.val, model.config.block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size
     )
     for idx, targets in batches:
+        if stop():
+            break
         with autocast(ranks.device, config.training.dtype):
             nats += model(idx.to(ranks.device), targets.to(ranks.device)).item()
         counted = targets[targets != IGNORED]
         count += counted.numel()
         text_bytes += token_bytes[counted].sum().item()
     model.train(was_training)
-    nats, count, text_bytes = ranks.sum([nats, count, text_bytes])
+    nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
+    if stops:
+        raise Stopped
     if count == 0:
         raise ConfigError(f"{dataset.folder} has not one validation row of {model.config.block_size:,} tokens.")
     return nats / count, nats / math.log(2) / text_bytes
 
 
-def write_samples(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> list[str]:
+def write_samples(
+    model: GPT, tokenizer: Tokenizer, config: Config, step: int, ranks: Ranks, stop: Callable[[], bool] = lambda: False
+) -> list[str]:
+    """Texts by the settings of sampling. Where `stop()` on any rank, all raise Stopped."""
     s = config.sampling
     texts = sample(
         model, tokenizer, [s.prompt] * s.num_samples, s.max_new_tokens, s.temperature, s.top_k, s.top_p,
-        mix(config.general.seed, step), config.training.dtype,
+        mix(config.general.seed, step), config.training.dtype, stop=stop,
     )  # fmt: skip
+    if ranks.sum([stop()])[0]:
+        raise Stopped
     return [s.prompt + text for text in texts]
 
 
@@ -291,7 +317,7 @@ def finish(run: Run, pending: Pending) -> bool:
     return stops > 0
 
 
-def train(run: Run, signals: StopSignals) -> None:
+def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
     """The loop: before update k the scenes that are due look at the weights after k updates."""
     config, ranks, raw_model = run.config, run.ranks, run.raw_model
     out, max_steps, o = Path(config.general.out_dir), config.training.max_steps, config.optimizer
@@ -313,35 +339,42 @@ def train(run: Run, signals: StopSignals) -> None:
             stopping |= finish(run, pending)
             pending = begin_mark = None
         if stopping:
-            due = {"saving"}  # the others wait for the resume
+            due = {"saving"}
 
-        # --- validate
-        if "validation" in due:
-            row["val_loss"], row["val_bpb"] = validate(raw_model, run.dataset, run.tokenizer, config, ranks)
-            run.say(f"step {step:>6} | validation loss {row['val_loss']:.4f} | {row['val_bpb']:.4f} bits a byte")
+        try:
+            # --- validate
+            if "validation" in due:
+                row["val_loss"], row["val_bpb"] = validate(
+                    raw_model, run.dataset, run.tokenizer, config, ranks, signals.told
+                )
+                run.say(f"step {step:>6} | validation loss {row['val_loss']:.4f} | {row['val_bpb']:.4f} bits a byte")
 
-        # --- evaluate
-        if "evaluation" in due:
-            scores = evaluate(raw_model, run.examples, config.evaluation.style, ranks, config.training.dtype)
-            run.say(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
-            if config.evaluation.style == "karpathy":
-                row["hellaswag"] = scores["acc_norm"].value
+            # --- evaluate
+            if "evaluation" in due:
+                style, dtype = config.evaluation.style, config.training.dtype
+                scores = evaluate(raw_model, run.examples, style, ranks, dtype, stop=signals.told)
+                run.say(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
+                if style == "karpathy":
+                    row["hellaswag"] = scores["acc_norm"].value
 
-        # --- sample
-        if "sampling" in due:
-            texts = write_samples(raw_model, run.tokenizer, config, step)
-            if ranks.is_main:
-                run.samples.write(step, texts)
-            run.say(f"step {step:>6} | {texts[0]}")
+            # --- sample
+            if "sampling" in due:
+                texts = write_samples(raw_model, run.tokenizer, config, step, ranks, signals.told)
+                if ranks.is_main:
+                    run.samples.write(step, texts)
+                run.say(f"step {step:>6} | {texts[0]}")
+        except Stopped:  # the scenes wait for the resume
+            stopping, due = True, {"saving"}
 
         # --- save
         if "saving" in due and ranks.is_main:
             state = {"step": step, "tokens": tokens, "position": asdict(position)}
-            checkpoint.save(
-                out, step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
-                state | identity(config, run.dataset, run.order, run.tokenizer), config.saving.keep,
+            saver.save(
+                step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
+                state | identity(config, run.dataset, run.order, run.tokenizer),
             )  # fmt: skip
         if last or stopping:
+            ranks.main_first(saver.wait)  # where it could not save, all end so
             break
 
         # --- step
@@ -356,8 +389,9 @@ def train(run: Run, signals: StopSignals) -> None:
         begin_mark = begin_mark or Mark(ranks.device)
         status = train_step(
             run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), halted,
-            stop=signals.received is not None,
+            stop=signals.told() or saver.error is not None,
         )  # fmt: skip
+        signals.nothing_to_lose = False
         status = status.to("cpu", non_blocking=ranks.device.type == "cuda")
         end_mark = Mark(ranks.device)  # behind the copy: who has waited for it can read the status
         begun, begin_mark = Pending(row, status, begin_mark, end_mark), end_mark
@@ -371,6 +405,7 @@ def train(run: Run, signals: StopSignals) -> None:
     if ranks.is_main:
         if not stopping:
             run.log.write(row)
+            (out / FINISHED).touch()
         run.log.close()
         run.bar.close()
     run.plot()
@@ -407,7 +442,7 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
         scores = evaluate(loaded.model, examples, config.evaluation.style, ranks, config.training.dtype)
         ranks.print(*scores.values(), sep="\n")
     if "sample" in config.general.mode:
-        for text in write_samples(loaded.model, tokenizer, config, loaded.step or 0):
+        for text in write_samples(loaded.model, tokenizer, config, loaded.step or 0, ranks):
             ranks.print(f"---\n{text}")
 
 
@@ -416,8 +451,9 @@ def main() -> None:
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     with process_group(config.general.device) as ranks:
         if "train" in config.general.mode:
-            with StopSignals() as signals:
-                train(set_up(config, dataset, ranks), signals)  # no name holds the model when the ranks part
+            out, s = Path(config.general.out_dir), config.saving
+            with StopSignals() as signals, checkpoint.Saver(out, s.keep, s.keep_every) as saver:
+                train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
         else:
             assess(config, dataset, ranks)
 

@@ -112,6 +112,7 @@ class Saving:
 
     every_n_steps: int = 1000  # also after the last step, and when the run is told to stop
     keep: int = 2  # the newest so many; 0: all
+    keep_every: int = 0  # those of every so many steps are kept for good; 0: none
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,7 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(0, "optimizer", "scalar_lr", "momentum_warmup_steps")
     for section in ("validation", "evaluation", "sampling", "saving", "logging"):
         at_least(0, section, "every_n_steps")
-    at_least(0, "saving", "keep")
+    at_least(0, "saving", "keep", "keep_every")
     at_least(1, "evaluation", "limit")
     at_least(1, "sampling", "num_samples", "max_new_tokens", "top_k")
     at_least(0, "sampling", "temperature")

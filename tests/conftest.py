@@ -12,6 +12,8 @@ from helpers import call, save_jsonl
 
 import fineweb
 import tokenizer
+import train
+from runs import flags
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,11 @@ def dataset(texts, tmp_path_factory) -> Path:
         "--out-dir", folder / "tiny", "--val-tokens", 300, "--workers", 1,
     )  # fmt: skip
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def unbroken(dataset, tmp_path_factory) -> Path:
+    """A run of train.py that nothing interrupted, with a checkpoint behind every step."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    call(train.main, *flags(dataset, out))
+    return out

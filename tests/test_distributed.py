@@ -16,14 +16,23 @@ CPU = torch.device("cpu")
 def test_a_stop_signal_is_noted_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
-        assert signals.received is None
+        signals.nothing_to_lose = False
+        assert not signals.told()
         os.kill(os.getpid(), number)
-        assert signals.received == signal.Signals(number).name
+        assert signals.told()
     assert signal.getsignal(number) is before
 
 
+def test_before_the_first_step_a_signal_ends_at_once_and_well(capsys):
+    with StopSignals(), pytest.raises(SystemExit) as end:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == 0
+    assert "SIGTERM before the first step was done" in capsys.readouterr().err
+
+
 def test_a_second_interrupt_ends_at_once():
-    with StopSignals():
+    with StopSignals() as signals:
+        signals.nothing_to_lose = False
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

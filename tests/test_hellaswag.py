@@ -106,10 +106,10 @@ def test_every_question_is_scored_once_for_any_number_of_ranks(dataset, question
     assert expected["acc"].total == 23
     for world in (2, 3, 4):
         told: list[list[float]] = []
-        monkeypatch.setattr(Ranks, "sum", lambda self, values, told=told: told.append(values) or [0, 0, 23])
+        monkeypatch.setattr(Ranks, "sum", lambda self, values, told=told: told.append(values) or [0, 0, 23, 0])
         for rank in range(world):
             evaluate(model, examples, "karpathy", Ranks(rank, rank, world, CPU), "float32", batch_size=3)
-        assert [sum(column) for column in zip(*told, strict=True)] == [*(s.correct for s in expected.values()), 23]
+        assert [sum(column) for column in zip(*told, strict=True)] == [*(s.correct for s in expected.values()), 23, 0]
 
 
 def test_padding_of_the_vocabulary_is_not_scored(dataset, questions):
@@ -155,9 +155,9 @@ def test_a_rank_without_examples_scores_none(dataset, questions):
     examples = load_examples(questions, load_tokenizer(dataset), "karpathy", limit=1)
     told: list[list[float]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ranks, "sum", lambda self, values: told.append(values) or [0, 0, 1])
+        patch.setattr(Ranks, "sum", lambda self, values: told.append(values) or [0, 0, 1, 0])
         evaluate(make_model(), examples, "karpathy", Ranks(1, 1, 2, CPU))
-    assert told == [[0, 0, 0]]
+    assert told == [[0, 0, 0, 0]]
 
 
 def test_a_score_names_its_method_and_its_error():

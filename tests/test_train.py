@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,79 +17,7 @@ import checkpoint
 import train
 from errors import ConfigError, UserError
 from log import COLUMNS, read_log
-
-ROOT = Path(__file__).parent.parent
-TIMING = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
-STEPS = 14  # the data has 8 steps an epoch
-
-
-def flags(dataset: Path, out: Path, preset: str = "gpt2", **changes: object) -> list[str]:
-    """The command line of a small run; changes as section__field=value."""
-    fields = {
-        "data__dataset": dataset, "general__out_dir": out, "data__num_streams": 4, "data__chunk_tokens": 100,
-        "model__block_size": 16, "model__n_layer": 2, "model__n_head": 2, "model__n_embd": 16, "model__dropout": 0.1,
-        "training__max_steps": STEPS, "training__batch_tokens": 256, "training__micro_batch_size": 4,
-        "optimizer__warmup_steps": 3, "optimizer__max_lr": 1e-2, "validation__every_n_steps": 4,
-        "evaluation__every_n_steps": 0, "sampling__every_n_steps": 5, "sampling__max_new_tokens": 8,
-        "saving__every_n_steps": 1, "saving__keep": 0, "general__device": "cpu", "training__dtype": "float32",
-    } | changes  # fmt: skip
-    line = [preset]
-    for name, value in fields.items():
-        section, field = name.split("__")
-        line += [f"--{section}.{field.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
-    return line
-
-
-def torchrun(
-    world: int, *arguments: object, script: str = "train.py", check: bool = True
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [*command, str(ROOT / script), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def measured(out: Path) -> list[dict]:
-    """The log but for what a clock says."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_log(out / "log.csv")]
-
-
-def weights(out: Path, step: int) -> tuple[dict, dict]:
-    loaded = checkpoint.load(out / "checkpoints" / f"step_{step:08d}")
-    return loaded.model, loaded.optimizer
-
-
-def assert_equal_to_the_bit(one: Path, other: Path, step: int = STEPS) -> None:
-    """Log but for timing, weights, optimizer and samples."""
-    assert measured(one) == measured(other)
-    (model, optimizer), (model_2, optimizer_2) = weights(one, step), weights(other, step)
-    assert model.keys() == model_2.keys()
-    assert all(torch.equal(model[name], model_2[name]) for name in model)
-    assert optimizer.keys() == optimizer_2.keys()
-    for name in optimizer:
-        assert all(torch.equal(optimizer[name][key], optimizer_2[name][key]) for key in optimizer[name])
-    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
-
-
-def cut_back_to(run: Path, step: int, to: Path) -> Path:
-    """A copy of a run as a kill behind `step` leaves it: no later checkpoint, half a line in the log."""
-    shutil.copytree(run, to)
-    for path in checkpoint.checkpoints(to):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    text = (to / "log.csv").read_text()
-    (to / "log.csv").write_text(text[: len(text) - 15])
-    return to
-
-
-@pytest.fixture(scope="module")
-def unbroken(dataset, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
-    call(train.main, *flags(dataset, out))
-    return out
-
+from runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, flags, measured, torchrun, weights
 
 # ---------------------------------------------------------------------------------------------------------
 # what a run leaves

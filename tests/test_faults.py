@@ -1,0 +1,200 @@
+"""Faults put in on purpose: signals in any scene, disks that fill up, kills between any two writes."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import call, save_hellaswag
+
+import checkpoint
+import train
+from checkpoint import Saver, checkpoints, latest, load
+from log import read_log
+from runs import STEPS, assert_equal_to_the_bit, flags, torchrun
+from start import FINISHED
+
+STATE = {"step": 1}
+
+
+def tensors(value: float) -> tuple[dict, dict]:
+    weight = torch.full((64, 64), value)
+    return {"w": weight}, {"w": {"exp_avg": weight, "step": torch.tensor(value)}}
+
+
+def save(run: Path, step: int, **settings: int) -> Path:
+    return checkpoint.save(run, step, *tensors(float(step)), STATE | {"step": step}, **{"keep": 0} | settings)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# stop signals
+
+
+@pytest.mark.parametrize(
+    "inner",
+    ["train.autocast", "hellaswag.lay_out", "sample.choose", "checkpoint._sync"],
+    ids=["validation", "evaluation", "sampling", "saving"],
+)
+def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost(inner, dataset, tmp_path, monkeypatch):
+    changes = {
+        "evaluation__file": save_hellaswag(tmp_path / "questions.jsonl", 200), "validation__every_n_steps": 6,
+        "evaluation__every_n_steps": 6, "sampling__every_n_steps": 6, "saving__every_n_steps": 6,
+        "model__block_size": 32, "model__n_layer": 1,
+    }  # fmt: skip
+    call(train.main, *flags(dataset, tmp_path / "unbroken", **changes))
+    updates, calls = [], []
+    module, name = inner.split(".")
+    function, step_of = getattr(sys.modules[module], name), train.train_step
+
+    def told(*args):
+        if len(updates) == 6 or (inner == "checkpoint._sync" and updates):
+            calls.append(threading.current_thread())
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train_step", lambda *args, **named: (step_of(*args, **named), updates.append(0))[0])
+        patch.setattr(inner, told)
+        call(train.main, *flags(dataset, tmp_path / "run", **changes))
+    if inner == "checkpoint._sync":
+        assert threading.main_thread() not in calls, "saved in the background"
+        assert 6 < checkpoint.step_of(latest(tmp_path / "run")) < STEPS
+    else:
+        assert len(calls) == 1, "not one batch or token more"
+        assert checkpoint.step_of(latest(tmp_path / "run")) == 6
+    assert not (tmp_path / "run" / FINISHED).exists()
+    call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume", **changes))
+    assert (tmp_path / "run" / FINISHED).exists()
+    assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_signal_before_the_first_step_is_done_ends_at_once(dataset, tmp_path, monkeypatch):
+    """A compiler may work for minutes in there."""
+    monkeypatch.setattr("train.clip_grad_norm_", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30))
+    begin = time.perf_counter()
+    with pytest.raises(SystemExit) as end:
+        call(train.main, *flags(dataset, tmp_path / "run"))
+    assert end.value.code == 0
+    assert time.perf_counter() - begin < 20
+    monkeypatch.undo()
+    call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# saving
+
+
+def test_a_save_killed_between_any_two_writes_loses_no_checkpoint(tmp_path):
+    """A child ends itself before its nth call of the system that saving makes, for every n, also where it saves a
+    step again; what `latest` then finds is whole and is the newest that was complete."""
+    names = ("os.rename", "os.fsync", "os.rmdir", "os.unlink", "checkpoint.save_file", "torch.save")
+    for again in (False, True):
+        at, ended = 0, False
+        while not ended:
+            run, at = tmp_path / f"{again}-{at}", at + 1
+            save(run, 1)
+            save(run, 2)
+            if (child := os.fork()) == 0:
+                left = [at]
+
+                def or_die(function, left=left):
+                    def call(*args, **named):
+                        left[0] -= 1
+                        if left[0] == 0:
+                            os._exit(9)
+                        return function(*args, **named)
+
+                    return call
+
+                for name in names:
+                    module, function = name.rsplit(".", 1)
+                    setattr(sys.modules[module], function, or_die(getattr(sys.modules[module], function)))
+                save(run, 2 if again else 3, keep=2)
+                os._exit(0)
+            ended = os.waitpid(child, 0)[1] == 0
+            found = load(latest(run))
+            assert found.state["step"] in ((2,) if again else (2, 3))
+            assert torch.equal(found.model["w"], tensors(float(found.state["step"]))[0]["w"])
+            save(run, 4, keep=2)
+            assert load(latest(run)).state["step"] == 4
+            left = sorted(os.listdir(run / "checkpoints"))
+            assert len(left) == 2, f"nothing stale is left: {left}"
+        assert at > 12
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    run, done = tmp_path / "run", []
+
+    def told(function):
+        def call(path, *rest):
+            is_fsync = isinstance(path, int)
+            done.append(os.readlink(f"/proc/self/fd/{path}") if is_fsync else f"rename {Path(path).name}")
+            return function(path, *rest)
+
+        return call
+
+    monkeypatch.setattr("os.fsync", told(os.fsync))
+    monkeypatch.setattr("os.rename", told(os.rename))
+    save(run, 1)
+    temporary = run / "checkpoints" / ".step_00000001.tmp"
+    files = ("model.safetensors", "optimizer.pt", "state.json", "manifest.json")
+    before = {str(temporary), *(str(temporary / name) for name in files)}
+    assert set(done[:5]) == before
+    assert done[4:] == [str(temporary), "rename .step_00000001.tmp", str(run / "checkpoints"), str(run)]
+
+
+def test_checkpoints_of_every_so_many_steps_stay(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, keep=1, keep_every=3)
+    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [3, 6, 7]
+
+
+def test_a_saver_copies_waits_for_the_one_before_and_tells_of_errors(tmp_path, monkeypatch):
+    model, optimizer = tensors(1.0)
+    begun, go_on = threading.Event(), threading.Event()
+    sync = checkpoint._sync
+
+    def slow(path):
+        begun.set()
+        assert go_on.wait(20)
+        sync(path)
+
+    monkeypatch.setattr("checkpoint._sync", slow)
+    with Saver(tmp_path, keep=0, keep_every=0) as saver:
+        saver.save(1, model, optimizer, STATE)
+        assert begun.wait(20)
+        model["w"].fill_(7.0)  # the training goes on meanwhile
+        optimizer["w"]["exp_avg"].fill_(7.0)
+        assert latest(tmp_path) is None
+        go_on.set()
+        saver.save(2, model, optimizer, STATE)
+        assert torch.equal(load(checkpoints(tmp_path)[0]).model["w"], tensors(1.0)[0]["w"])
+        saver.wait()
+        monkeypatch.setattr("checkpoint._sync", lambda path: 1 / 0)
+        saver.save(3, model, optimizer, STATE)
+        with pytest.raises(ZeroDivisionError):
+            saver.wait()
+    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_where_a_checkpoint_cannot_be_written_all_ranks_end_and_the_one_before_is_whole(world, dataset, tmp_path):
+    """A file may have 150 kB from step 4 on, which the optimizer's is too large for; so is a full disk."""
+    line = flags(
+        dataset, tmp_path / "run", saving__every_n_steps=4, saving__keep=0, validation__every_n_steps=0,
+        sampling__every_n_steps=0, model__n_embd=32,
+    )  # fmt: skip
+    done = torchrun(world, *line, script="tests/small_disk_train.py", check=False)
+    assert done.returncode != 0
+    assert "error: the checkpoint of step 8 could not be written" in done.stderr
+    assert "File too large" in done.stderr or "PytorchStreamWriter" in done.stderr
+    assert 'train.py", line' not in done.stderr, "no traceback of ours"
+    assert done.stderr.count("exitcode  : 2") == world
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step_00000004"]
+    assert load(latest(tmp_path / "run")).state["step"] == 4
+    assert read_log(tmp_path / "run" / "log.csv")[-1]["step"] < STEPS - 1, "it does not train on in vain"
