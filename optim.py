@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, Muon, and the learning rate of a step.
+"""Parameter groups, AdamW, Muon, the gate that holds an update back, and the learning rate of a step.
 
 >>> optimizers = adamw(model, max_lr=6e-4, weight_decay=0.1)
 >>> optimizers = muon(model, max_lr=0.04, embedding_lr=0.6, head_lr=0.008, scalar_lr=0.04)
@@ -145,6 +145,44 @@ def muon(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# the gate of a step
+
+
+class Gate:
+    """Tells, on the device, whether an update is held back; the host need not wait for the numbers.
+
+    From the first loss or gradient norm that isn't finite all are; with `skip_spikes`, so is one whose loss lies more
+    than so many standard deviations above the mean of the last `WINDOW`. Among those it counts as just that high: a
+    rise that lasts is not held back for ever.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, device: torch.device, skip_spikes: float | None = None, losses: list[float] = ()):
+        """`losses`: the last ones of the run so far, at most WINDOW."""
+        self.skip_spikes = math.inf if skip_spikes is None else skip_spikes
+        self.halted = torch.zeros((), device=device)
+        unknown = [math.nan] * (self.WINDOW - len(losses))
+        self.recent = torch.tensor([*unknown, *losses], dtype=torch.float32, device=device)
+
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and norm, () float32 each, to whether the update is held back, 0 or 1, and the loss's z-score: 0 until
+        WINDOW losses are known."""
+        mean, deviation = self.recent.mean(), self.recent.std().clamp(min=1e-6)
+        z = ((loss - mean) / deviation).nan_to_num(0.0)
+        spike = z > self.skip_spikes
+        self.halted = torch.maximum(self.halted, (~(loss + norm).isfinite()).float())
+        held = torch.maximum(self.halted, spike.float())
+        known = torch.where(spike, mean + self.skip_spikes * deviation, loss)
+        self.recent = torch.cat([self.recent[1:], known[None]])
+        return held, z
+
+    def losses(self) -> list[float]:
+        """Those that are known, to begin another gate with."""
+        return self.recent[self.recent.isfinite()].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------
 # the rates of a step
 
 
@@ -184,13 +222,9 @@ def set_rates(
 
 
 def optimizer_state(optimizers: Optimizers, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """The optimizers' tensors by parameter name, on the CPU: the same whatever the number of ranks or groups."""
+    """The optimizers' own tensors by parameter name: the same whatever the number of ranks or groups."""
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    return {
-        name: {key: value.detach().cpu() for key, value in states[parameter].items()}
-        for name, parameter in model.named_parameters()
-        if parameter in states
-    }
+    return {name: dict(states[parameter]) for name, parameter in model.named_parameters() if parameter in states}
 
 
 def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: dict[str, dict]) -> None:

@@ -6,7 +6,7 @@ python train.py gpt2 --general.init-from gpt2        # OpenAI's weights, a Huggi
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,13 +25,15 @@ FINISHED = "finished"  # an empty file in a run's folder: it has done all its st
 
 @dataclass
 class Start:
-    """What the loop begins with. `position` is the place in the data, `tokens` were trained on before."""
+    """What the loop begins with. `position` is the place in the data, `tokens` were trained on before, `losses` are the
+    last ones."""
 
     model: GPT
     optimizer: dict | None  # tensors to put into it, of a resumed run
     step: int
     tokens: int
     position: Position
+    losses: list[float] = field(default_factory=list)
 
 
 def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
@@ -78,7 +80,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
 def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
     loaded = checkpoint.load(found)
-    state = {"optimizer": {"name": "adamw"}} | loaded.state  # with what was added since it was written
+    state = {"optimizer": {"name": "adamw"}, "losses": []} | loaded.state  # with what was added since it was written
     state["model"] = asdict(checkpoint.model_config(state))
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
@@ -102,7 +104,9 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
             ranks.print(f"  {name} was {earlier}, is {value} now")
     model = GPT(config.model)
     checkpoint.load_model_tensors(model, loaded.model)
-    return Start(model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]))
+    return Start(
+        model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]), state["losses"]
+    )
 
 
 def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:

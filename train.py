@@ -39,7 +39,7 @@ from errors import run as run_script
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
 from log import Log, Samples
 from model import GPT
-from optim import Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
+from optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
 from plot import plot
 from sample import sample
 from shards import Dataset
@@ -69,13 +69,11 @@ class Pending:
 
 def train_step(
     model: torch.nn.Module, optimizers: Optimizers, data: Step, config: Config, ranks: Ranks, seed: int,
-    halted: torch.Tensor, stop: bool,
+    gate: Gate, stop: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """One update from all micro-batches of a step. Returns the status, (3 + W,) float32 on the device: mean
-    loss, gradient norm, how many ranks were told to stop, and for each rank whether its loss isn't finite.
-
-    `halted`, () float32, becomes 1 at the first loss or norm that isn't finite, and from then on no update
-    is applied: the gate is on the device, so the host need not wait to see the numbers.
+    """One update from all micro-batches of a step, unless the gate holds it back. Returns the status, (5 + W,)
+    float32 on the device: mean loss, gradient norm, z-score of the loss, whether it was held back, how many ranks were
+    told to stop, and for each rank whether its loss isn't finite.
     """
     torch.manual_seed(seed)  # of dropout: follows from the step, so no random state need be saved
     model.train()
@@ -95,16 +93,16 @@ def train_step(
         norm = clip_grad_norm_(parameters, config.optimizer.grad_clip)
     else:
         norm = get_total_norm([p.grad for p in parameters])
-    status = torch.zeros(3 + ranks.world_size, device=ranks.device)
+    status = torch.zeros(5 + ranks.world_size, device=ranks.device)
     status[0] = loss_sum / data.targets
-    status[2] = float(stop)
-    status[3 + ranks.rank] = ~loss_sum.isfinite()
+    status[4] = float(stop)
+    status[5 + ranks.rank] = ~loss_sum.isfinite()
     ranks.all_reduce(status)
-    status[1] = norm
-    halted.copy_(torch.maximum(halted, (~status[:2].isfinite()).any().float()))
+    held, z = gate.judge(status[0], norm)
+    status[1], status[2], status[3] = norm, z, held
 
     for optimizer in optimizers:
-        optimizer.found_inf = halted
+        optimizer.found_inf = held
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return status
@@ -173,6 +171,7 @@ def hellaswag_examples(config: Config, block_size: int, tokenizer: Tokenizer, ra
 
 
 SCENES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
+SPIKE = 6.0  # standard deviations above the losses before, from which on a loss is told of
 SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 
 
@@ -286,7 +285,7 @@ def describe(config: Config, order: Order, model: GPT, ranks: Ranks) -> None:
 def finish(run: Run, pending: Pending) -> bool:
     """Reads the status of a step, writes its row of the log, and tells whether a rank was told to stop."""
     pending.end.wait()
-    loss, norm, stops, *not_finite = pending.status.tolist()
+    loss, norm, z, held, stops, *not_finite = pending.status.tolist()
     row, step = pending.row, pending.row["step"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         where = [rank for rank, flag in enumerate(not_finite) if flag]
@@ -295,6 +294,11 @@ def finish(run: Run, pending: Pending) -> bool:
             + (f", first on rank {where[0]}" if where else "")
             + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
             "--optimizer.max-lr: --general.init-from resume."
+        )
+    if z > SPIKE or held:
+        run.say(
+            f"step {step:>6} | the loss, {loss:.4f}, is {z:.1f} standard deviations above those before"
+            + (": its update is left out" if held else "")
         )
     row["loss"], row["grad_norm"] = loss, norm
     row["step_ms"] = pending.end.ms_since(pending.begin)
@@ -326,7 +330,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         run.order, position, config.training.batch_tokens // config.model.block_size,
         config.training.micro_batch_size, ranks.rank, ranks.world_size, pin=ranks.device.type == "cuda",
     )  # fmt: skip
-    halted = torch.zeros((), device=ranks.device)
+    gate = Gate(ranks.device, config.training.skip_spikes, run.start.losses)
     pending: Pending | None = None  # the step before, whose status the host has not read
     begin_mark: Mark | None = None  # where the time of the next step begins; None behind other work
     stopping = False
@@ -368,7 +372,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
 
         # --- save
         if "saving" in due and ranks.is_main:
-            state = {"step": step, "tokens": tokens, "position": asdict(position)}
+            state = {"step": step, "tokens": tokens, "position": asdict(position), "losses": gate.losses()}
             saver.save(
                 step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
                 state | identity(config, run.dataset, run.order, run.tokenizer),
@@ -388,7 +392,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         )
         begin_mark = begin_mark or Mark(ranks.device)
         status = train_step(
-            run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), halted,
+            run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), gate,
             stop=signals.told() or saver.error is not None,
         )  # fmt: skip
         signals.nothing_to_lose = False

@@ -51,6 +51,7 @@ class Training:
     micro_batch_size: int = 16  # rows of block_size that one rank computes at once; changes memory and speed alone
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+    skip_spikes: float | None = None  # leave out updates whose loss is so many standard deviations too high [none]
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,7 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(0, "model", "vocab_size")
     at_least(1, "training", "max_steps", "batch_tokens", "micro_batch_size")
     at_least(1, "model", "window")
+    at_least(1, "training", "skip_spikes")
     at_least(0, "optimizer", "max_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr", "head_lr")
     at_least(0, "optimizer", "scalar_lr", "momentum_warmup_steps")
     for section in ("validation", "evaluation", "sampling", "saving", "logging"):

@@ -43,7 +43,7 @@ from distributed import Ranks, autocast, peak_flops, peak_memory_mib, uses_bfloa
 from errors import leave  # noqa: E402
 from hellaswag import Example, load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from optim import muon, set_rates  # noqa: E402
+from optim import Gate, muon, set_rates  # noqa: E402
 from sample import generate, read_on  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from train import make_optimizers, train_step  # noqa: E402
@@ -91,12 +91,12 @@ def step_ours(preset: str, dtype: str, compiled: bool) -> dict:
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     rows = torch.randint(0, 50257, (training.micro_batch_size, config.model.block_size + 1))
     rows = rows.pin_memory() if CUDA else rows
-    halted = torch.zeros((), device=DEVICE)
+    gate = Gate(DEVICE)
     set_rates(optimizers, 1, 0.1, 0, 100)
 
     def step() -> None:
         data = Step(Position(), Position(), [rows], training.batch_tokens)
-        train_step(model, optimizers, data, config, ranks, 0, halted, stop=False)
+        train_step(model, optimizers, data, config, ranks, 0, gate, stop=False)
 
     found = timed(step, 20, 3)
     rate = training.batch_tokens / found["ms"] * 1e3

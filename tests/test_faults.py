@@ -15,7 +15,7 @@ import checkpoint
 import train
 from checkpoint import Saver, checkpoints, latest, load
 from log import read_log
-from runs import STEPS, assert_equal_to_the_bit, flags, torchrun
+from runs import STEPS, assert_equal_to_the_bit, cut_back_to, flags, torchrun
 from start import FINISHED
 
 STATE = {"step": 1}
@@ -83,6 +83,39 @@ def test_a_signal_before_the_first_step_is_done_ends_at_once(dataset, tmp_path, 
     assert time.perf_counter() - begin < 20
     monkeypatch.undo()
     call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# spikes
+
+
+def test_a_spike_is_told_of_and_its_update_left_out_where_that_is_asked_for(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("optim.Gate.WINDOW", 4)
+    step_of, forward, updates = train.train_step, train.GPT.forward, []
+    monkeypatch.setattr("train.train_step", lambda *args, **named: (step_of(*args, **named), updates.append(0))[0])
+    monkeypatch.setattr(
+        "train.GPT.forward",
+        lambda self, *args: forward(self, *args) * (3 if self.training and len(updates) == 8 else 1),
+    )
+    changes = {"optimizer__max_lr": 1e-3, "validation__every_n_steps": 0, "sampling__every_n_steps": 0}
+    weights = {}
+    for skip in ([], ["--training.skip-spikes", 8]):
+        updates.clear()
+        run = tmp_path / str(len(skip))
+        call(train.main, *flags(dataset, run, **changes), *skip)
+        told = [line for line in capsys.readouterr().out.splitlines() if "standard deviations above" in line]
+        assert [line.split("|")[0].split() for line in told] == [["step", "8"]]
+        assert ("is left out" in told[0]) == bool(skip)
+        weights[len(skip)] = [load(checkpoints(run)[i]).model["wte.weight"] for i in (6, 7, 8, 9)]  # of steps 7 to 10
+    assert not torch.equal(weights[0][1], weights[0][2])
+    assert torch.equal(weights[2][1], weights[2][2]), "update 8 is left out"
+    assert not torch.equal(weights[2][0], weights[2][1])
+    assert not torch.equal(weights[2][2], weights[2][3])
+    resumed = cut_back_to(tmp_path / "2", 7, tmp_path / "resumed")
+    updates[:] = [0] * 7
+    call(train.main, *flags(dataset, resumed, general__init_from="resume", **changes), *skip)
+    assert "step      8 | the loss" in capsys.readouterr().out, "what is usual is known still"
+    assert_equal_to_the_bit(resumed, tmp_path / "2")
 
 
 # ---------------------------------------------------------------------------------------------------------

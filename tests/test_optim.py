@@ -1,6 +1,7 @@
 """The optimizer: who decays, how the rate moves, and a gate that the device alone works."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import optim
 from errors import leave
 from model import GPT, GPTConfig
 from optim import (
+    Gate,
     Muon,
     adamw,
     learning_rate,
@@ -20,6 +22,8 @@ from optim import (
     parameter_groups,
     set_rates,
 )
+
+CPU = torch.device("cpu")
 
 
 def tiny() -> GPT:
@@ -261,3 +265,43 @@ def test_ranks_share_out_the_orthogonalising_and_step_alike(tmp_path):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
         # 6 of (8, 8), 1 of (8, 24), 1 of (16, 16) in two steps; a rank's share is rounded up
         assert ranks[0]["done"] == 2 * sum(math.ceil(count / world_size) for count in (6, 1, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the gate
+
+
+def judged(gate: Gate, losses: list[float]) -> list[tuple[float, float]]:
+    return [tuple(t.item() for t in gate.judge(torch.tensor(loss), torch.tensor(1.0))) for loss in losses]
+
+
+def test_a_spike_is_held_back_and_changes_little_of_what_is_usual():
+    generator = torch.Generator().manual_seed(0)
+    usual = (3 + 0.1 * torch.randn(Gate.WINDOW, generator=generator)).tolist()
+    gate = Gate(CPU, skip_spikes=6.0)
+    assert all(held == 0 and z == 0 for held, z in judged(gate, usual)), "nothing is known yet"
+    [(held, z)] = judged(gate, [5.0])
+    assert held == 1
+    assert z == pytest.approx((5.0 - statistics.mean(usual)) / statistics.stdev(usual), rel=1e-4)
+    [(held, z), (held_again, _)] = judged(gate, [3.1, 5.0])
+    assert (held, held_again) == (0, 1)
+    assert abs(z) < 2
+    assert judged(Gate(CPU, None, usual), [5.0])[0][0] == 0, "only where it is asked for"
+    assert judged(Gate(CPU, 6.0, gate.losses()), [5.0])[0] == judged(gate, [5.0])[0], "goes on as it was"
+
+
+def test_a_rise_that_lasts_is_not_held_back_for_ever():
+    gate = Gate(CPU, skip_spikes=3.0)
+    judged(gate, [3.0 + 0.01 * (i % 5) for i in range(Gate.WINDOW)])
+    held = [held for held, _ in judged(gate, [4.0] * 200)]
+    assert held[0] == 1
+    assert held[-1] == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_holds_back_all_that_follows(bad):
+    for gate in (Gate(CPU), Gate(CPU, 6.0)):
+        assert judged(gate, [3.0, bad, 3.0])[0][0] == 0
+        assert [held for held, _ in judged(gate, [3.0, 3.0])] == [1, 1]
+    gate = Gate(CPU)
+    assert gate.judge(torch.tensor(3.0), torch.tensor(bad))[0] == 1
