@@ -29,14 +29,15 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
-    """Which process this is, of how many, and its device."""
+    """Which process this is, of how many, its device, and what all are at, for the message where one is lost."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    doing: str = "the start"
 
     @property
     def is_main(self) -> bool:
@@ -104,9 +105,15 @@ def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch
     return torch.device(name)
 
 
+LOST = re.compile("gloo|nccl|connection (closed|reset)|timed out", re.IGNORECASE)  # in the words of either backend
+
+
 @contextmanager
-def process_group(device_name: str) -> Iterator[Ranks]:
-    """Joins the processes that torchrun started (nccl on CUDA, gloo on the CPU), or stands alone."""
+def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started (nccl on CUDA, gloo on the CPU), or stands alone.
+
+    Where a rank ends or says nothing for `timeout_minutes`, the others end with a UserError that says in what.
+    """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -119,12 +126,28 @@ def process_group(device_name: str) -> Iterator[Ranks]:
     if device.type == "mps":
         raise ConfigError("MPS is one device: start train.py without torchrun.")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, timeout=timedelta(minutes=30))
-    yield Ranks(rank, local_rank, world_size, device)
+    dist.init_process_group(
+        backend, device_id=device if device.type == "cuda" else None, timeout=timedelta(minutes=timeout_minutes)
+    )
+    ranks = Ranks(rank, local_rank, world_size, device)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise UserError(
+            f"another rank has ended, or was silent for {timeout_minutes:g} minutes, in {ranks.doing}; its own message "
+            f"says why ({str(error).splitlines()[0]}). Go on from the last checkpoint with --general.init-from resume."
+        ) from error
     # all leave together: gloo aborts a rank whose peers hang up on it. After an error there is no farewell, it
     # would wait for ranks that wait for this one, and keep its message
     dist.barrier()
     dist.destroy_process_group()
+
+
+def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A sum of all bits of float32 tensors, modulo 2^24: () float32 on their device."""
+    return (sum(t.detach().view(torch.int32).sum() for t in tensors) % 2**24).float()
 
 
 def uses_bfloat16(device: torch.device, dtype: str) -> bool:

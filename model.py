@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint as compute_again
 
 from errors import UserError
 from loss import linear_cross_entropy, softcapped
@@ -244,6 +245,7 @@ class GPT(nn.Module):
         if config.document_mask and config.eot_id is None:
             raise ValueError("document_mask needs to know eot_id, the token that documents begin with")
         self.config = config
+        self.recompute = False  # the blocks' activations in the backward pass, rather than to keep them
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -322,7 +324,10 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             if config.unet and i >= config.n_layer - half:
                 x = x + self.skip_mix[i - config.n_layer + half] * handed_over.pop()
-            x = block(x, shared)
+            if self.recompute and self.training:
+                x = compute_again(block, x, shared, use_reentrant=False)
+            else:
+                x = block(x, shared)
             if config.unet and i < half:
                 handed_over.append(x)
         if cache is not None:

@@ -29,12 +29,13 @@ from distributed import (
     Stopped,
     StopSignals,
     autocast,
+    checksum,
     peak_flops,
     peak_memory_mib,
     process_group,
     uses_bfloat16,
 )
-from errors import ConfigError
+from errors import ConfigError, UserError
 from errors import run as run_script
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
 from log import Log, Samples
@@ -45,7 +46,7 @@ from sample import sample
 from shards import Dataset
 from start import FINISHED, Start, begin, identity
 from tokenizer import Tokenizer, load_tokenizer
-from train_config import Config, parse, resolve, to_json
+from train_config import Config, parse, resolve, to_json, ways_to_less_memory
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -69,11 +70,11 @@ class Pending:
 
 def train_step(
     model: torch.nn.Module, optimizers: Optimizers, data: Step, config: Config, ranks: Ranks, seed: int,
-    gate: Gate, stop: bool,
+    gate: Gate, stop: bool, compare: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """One update from all micro-batches of a step, unless the gate holds it back. Returns the status, (5 + W,)
+    """One update from all micro-batches of a step, unless the gate holds it back. Returns the status, (5 + 2 W,)
     float32 on the device: mean loss, gradient norm, z-score of the loss, whether it was held back, how many ranks were
-    told to stop, and for each rank whether its loss isn't finite.
+    told to stop, and for each rank whether its loss isn't finite, and where `compare` a checksum of its weights.
     """
     torch.manual_seed(seed)  # of dropout: follows from the step, so no random state need be saved
     model.train()
@@ -93,10 +94,12 @@ def train_step(
         norm = clip_grad_norm_(parameters, config.optimizer.grad_clip)
     else:
         norm = get_total_norm([p.grad for p in parameters])
-    status = torch.zeros(5 + ranks.world_size, device=ranks.device)
+    status = torch.zeros(5 + 2 * ranks.world_size, device=ranks.device)
     status[0] = loss_sum / data.targets
     status[4] = float(stop)
     status[5 + ranks.rank] = ~loss_sum.isfinite()
+    if compare:
+        status[5 + ranks.world_size + ranks.rank] = checksum(parameters)
     ranks.all_reduce(status)
     held, z = gate.judge(status[0], norm)
     status[1], status[2], status[3] = norm, z, held
@@ -243,6 +246,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
 
     start = begin(config, dataset, order, tokenizer, ranks)
     raw_model = start.model.to(device)
+    raw_model.recompute = config.training.activation_checkpointing
     optimizers = make_optimizers(raw_model, config)
     if start.optimizer:
         load_optimizer_state(optimizers, raw_model, start.optimizer)
@@ -285,7 +289,8 @@ def describe(config: Config, order: Order, model: GPT, ranks: Ranks) -> None:
 def finish(run: Run, pending: Pending) -> bool:
     """Reads the status of a step, writes its row of the log, and tells whether a rank was told to stop."""
     pending.end.wait()
-    loss, norm, z, held, stops, *not_finite = pending.status.tolist()
+    loss, norm, z, held, stops, *of_ranks = pending.status.tolist()
+    not_finite, sums = of_ranks[: run.ranks.world_size], of_ranks[run.ranks.world_size :]
     row, step = pending.row, pending.row["step"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         where = [rank for rank, flag in enumerate(not_finite) if flag]
@@ -294,6 +299,11 @@ def finish(run: Run, pending: Pending) -> bool:
             + (f", first on rank {where[0]}" if where else "")
             + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
             "--optimizer.max-lr: --general.init-from resume."
+        )
+    if differing := [rank for rank, value in enumerate(sums) if value != sums[0]]:
+        raise ConfigError(
+            f"step {step}: the weights of rank {', '.join(map(str, differing))} are not those of rank 0. Memory or a "
+            "card of theirs may be faulty. Go on from the last checkpoint without it: --general.init-from resume."
         )
     if z > SPIKE or held:
         run.say(
@@ -325,7 +335,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
     """The loop: before update k the scenes that are due look at the weights after k updates."""
     config, ranks, raw_model = run.config, run.ranks, run.raw_model
     out, max_steps, o = Path(config.general.out_dir), config.training.max_steps, config.optimizer
-    tokens, position = run.start.tokens, run.start.position
+    tokens, position, compared = run.start.tokens, run.start.position, config.training.compare_ranks_every_n_steps
     loader = DataLoader(
         run.order, position, config.training.batch_tokens // config.model.block_size,
         config.training.micro_batch_size, ranks.rank, ranks.world_size, pin=ranks.device.type == "cuda",
@@ -336,7 +346,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
     stopping = False
 
     for step in range(run.start.step, max_steps + 1):
-        last = step == max_steps
+        last, ranks.doing = step == max_steps, f"what comes before step {step}"
         row = {"step": step, "tokens": tokens, "epoch": position.epoch}
         due = run.due(step)
         if pending and (due or last or stopping):
@@ -382,6 +392,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
             break
 
         # --- step
+        ranks.doing = f"step {step}"
         data = next(loader)
         if data.start.epoch > position.epoch:
             unread = len(run.dataset.train) - position.n * run.order.block_size
@@ -393,7 +404,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         begin_mark = begin_mark or Mark(ranks.device)
         status = train_step(
             run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), gate,
-            stop=signals.told() or saver.error is not None,
+            stop=signals.told() or saver.error is not None, compare=compared > 0 and step % compared == 0,
         )  # fmt: skip
         signals.nothing_to_lose = False
         status = status.to("cpu", non_blocking=ranks.device.type == "cuda")
@@ -453,11 +464,15 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
 def main() -> None:
     _, config = parse(sys.argv[1:])
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with process_group(config.general.device) as ranks:
+    with process_group(config.general.device, config.general.timeout_minutes) as ranks:
         if "train" in config.general.mode:
             out, s = Path(config.general.out_dir), config.saving
             with StopSignals() as signals, checkpoint.Saver(out, s.keep, s.keep_every) as saver:
-                train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
+                try:
+                    train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    what, ways = str(error).split("\n")[0], ways_to_less_memory(config, ranks.world_size)
+                    raise UserError(f"out of memory in {ranks.doing} ({what}). {ways}") from None
         else:
             assess(config, dataset, ranks)
 

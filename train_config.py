@@ -31,6 +31,7 @@ class General:
     out_dir: str | None = None  # folder of the run [out/PRESET]
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
+    timeout_minutes: float = 30.0  # how long ranks wait for one that is silent before they end
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Training:
     micro_batch_size: int = 16  # rows of block_size that one rank computes at once; changes memory and speed alone
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
+    activation_checkpointing: bool = False  # blocks are computed again in the backward pass: slower, in less memory
+    compare_ranks_every_n_steps: int = 100  # whether all have the same weights, to the bit
     skip_spikes: float | None = None  # leave out updates whose loss is so many standard deviations too high [none]
 
 
@@ -334,6 +337,13 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(1, "training", "max_steps", "batch_tokens", "micro_batch_size")
     at_least(1, "model", "window")
     at_least(1, "training", "skip_spikes")
+    at_least(0, "training", "compare_ranks_every_n_steps")
+    need(
+        config.general.timeout_minutes > 0,
+        "general.timeout-minutes",
+        config.general.timeout_minutes,
+        "give more than 0",
+    )
     at_least(0, "optimizer", "max_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr", "head_lr")
     at_least(0, "optimizer", "scalar_lr", "momentum_warmup_steps")
     for section in ("validation", "evaluation", "sampling", "saving", "logging"):
@@ -404,3 +414,16 @@ def read_config(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def ways_to_less_memory(config: Config, world_size: int) -> str:
+    """What to change where memory was too small, the mildest first."""
+    training, found = config.training, []
+    rows = training.batch_tokens // config.model.block_size // world_size
+    smaller = [m for m in range(1, training.micro_batch_size) if rows % m == 0]
+    if smaller:
+        found.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more pieces, the same numbers")
+    if not training.activation_checkpointing:
+        found.append("--training.activation-checkpointing: the same numbers, a third slower")
+    found.append("a smaller --model.block-size, or a smaller model")
+    return "\n  - ".join(["Give, the mildest first:", *found])

@@ -1,5 +1,6 @@
 """Small runs of train.py, and what two of them are held against each other by."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,12 +34,15 @@ def flags(dataset: Path, out: Path, preset: str = "gpt2", **changes: object) -> 
 
 
 def torchrun(
-    world: int, *arguments: object, script: str = "train.py", check: bool = True
+    world: int, *arguments: object, script: str = "train.py", check: bool = True, fault: str = "", restarts: int = 0
 ) -> subprocess.CompletedProcess:
+    """A run of several ranks; `fault` is tests/faulty_train.py's."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    script = "tests/faulty_train.py" if fault else script
     done = subprocess.run(
-        [*command, str(ROOT / script), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
+        [*command, f"--max-restarts={restarts}", str(ROOT / script), *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"FAULT": fault}, capture_output=True, text=True,
+    )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
