@@ -43,10 +43,10 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def print(self, *words: object, sep: str = " ") -> None:
+    def print(self, *words: object, sep: str = " ", end: str = "\n") -> None:
         """Prints on rank 0 alone."""
         if self.is_main:
-            print(*words, sep=sep, flush=True)
+            print(*words, sep=sep, end=end, flush=True)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""

@@ -5,7 +5,10 @@ python train.py gpt2 --general.init-from resume      # the last checkpoint, or s
 python train.py gpt2 --general.init-from gpt2        # OpenAI's weights, a Hugging Face folder, another run
 """
 
+import functools
+import platform
 import shutil
+import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -140,3 +143,27 @@ def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenize
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "optimizer": {"name": config.optimizer.name},
     }  # fmt: skip
+
+
+def made_by(ranks: Ranks) -> dict:
+    """What decides about the last bits of a run's numbers: versions, device, ranks and threads."""
+    cuda = ranks.device.type == "cuda"
+    return {
+        "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "ranks": ranks.world_size, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Of the code, with a + where it was changed since; None without git."""
+    here = Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changed)

@@ -44,7 +44,7 @@ from optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer
 from plot import plot
 from sample import sample
 from shards import Dataset
-from start import FINISHED, Start, begin, identity
+from start import FINISHED, Start, begin, identity, made_by
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, parse, resolve, to_json, ways_to_less_memory
 
@@ -385,7 +385,8 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
             state = {"step": step, "tokens": tokens, "position": asdict(position), "losses": gate.losses()}
             saver.save(
                 step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
-                state | identity(config, run.dataset, run.order, run.tokenizer),
+                state | identity(config, run.dataset, run.order, run.tokenizer)
+                | {"config": to_json(config), "made_by": made_by(ranks)},
             )  # fmt: skip
         if last or stopping:
             ranks.main_first(saver.wait)  # where it could not save, all end so

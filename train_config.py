@@ -398,6 +398,21 @@ def to_json(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def from_json(values: dict) -> Config:
+    """The config that `to_json` told; UserError where this version doesn't know a field of it."""
+    try:
+        return Config(
+            **{
+                section.name: section.type(
+                    **{name: tuple(v) if isinstance(v, list) else v for name, v in values[section.name].items()}
+                )
+                for section in dataclasses.fields(Config)
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise UserError(f"these settings are of another version ({error}).") from None
+
+
 def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
     """Fields (section.name, earlier value, value now) in which two configs as JSON differ."""
     keys = [(section, name) for section in now if section in earlier for name in now[section]]
