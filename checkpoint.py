@@ -52,10 +52,26 @@ def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
+def check_fit(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+    """UserError where names or shapes of the weights are not the model's."""
+    ours = model_tensors(model)
+    wrong = [
+        f"\n  {name}: {_shape(tensors, name)} in the weights, {_shape(ours, name)} in the model"
+        for name in sorted(ours.keys() | tensors.keys())
+        if _shape(tensors, name) != _shape(ours, name)
+    ]
+    if wrong:
+        raise UserError(f"the weights don't fit the model:{''.join(wrong[:10])}")
+
+
 def load_model_tensors(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"} or ("lm_head.weight" in missing and not model.config.tie_head):
-        raise UserError(f"the weights don't fit the model: {[*missing, *unexpected]}")
+    """Puts weights into a model they fit."""
+    check_fit(model, tensors)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple | str:
+    return tuple(tensors[name].shape) if name in tensors else "missing"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -207,8 +223,14 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """`state.json` of a checkpoint that has been verified."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    """`state.json` of a checkpoint that has been verified; UserError where it lacks what all readers need."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if isinstance(state["step"], int) and isinstance(state["model"], dict) and state["tokenizer"]["name"]:
+            return state
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path / STATE} is no state of a run.")
 
 
 def model_config(state: dict) -> GPTConfig:
@@ -224,9 +246,12 @@ def load(path: Path) -> Checkpoint:
     verify(path)
     try:
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        model = load_file(path / MODEL)
     except pickle.UnpicklingError:  # its hash is the manifest's, so someone wrote both
         raise UserError(f"{path / OPTIMIZER} holds more than tensors, and is not loaded: it could run code.") from None
-    return Checkpoint(path, load_file(path / MODEL), optimizer, read_state(path))
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} was written so that it can't be read: {error!r:.300}.") from None
+    return Checkpoint(path, model, optimizer, read_state(path))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -261,8 +286,16 @@ def load_model(spec: str | Path, device: torch.device) -> LoadedModel:
         )
     verify(found)
     state = read_state(found)
-    model = GPT(model_config(state))
-    load_model_tensors(model, load_file(found / MODEL))
+    try:
+        tensors, config = load_file(found / MODEL), model_config(state)
+        if config.n_layer > len(tensors):
+            raise ValueError(f"{config.n_layer:,} layers of {len(tensors)} tensors")
+        with torch.device("meta"):
+            check_fit(GPT(config), tensors)  # before it takes memory
+        model = GPT(config)
+    except (SafetensorError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{found} holds no model of its settings: {error!r:.300}.") from None
+    load_model_tensors(model, tensors)
     run = found.parent.parent
     tokenizer = "gpt2" if state["tokenizer"]["name"] == "gpt2" else str(run / state["tokenizer"]["name"])
     return LoadedModel(model.to(device).eval(), tokenizer, state["step"], f"{found}")

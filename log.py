@@ -4,7 +4,6 @@ Row k holds the scores of the weights after k updates, then loss, norm and learn
 row has scores alone. Floats are written so that they read back to the bit; what wasn't measured is empty.
 """
 
-import csv
 import math
 import os
 import re
@@ -45,17 +44,17 @@ def _line(row: dict) -> str:
 
 def read_log(path: Path) -> list[dict[str, float | int | None]]:
     """The rows of a log, empty cells as None. A last line that a kill cut short is left out."""
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(whole.splitlines())
-    if whole and tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f"{path} is no log of BabyGPT: its columns are {reader.fieldnames}.")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    if lines and tuple(lines[0].split(",")) != COLUMNS:
+        raise UserError(f"{path} is no log of BabyGPT: its columns are {lines[0]!r:.300}.")
     rows = []
-    for row in reader:
+    for number, line in enumerate(lines[1:], 2):
         try:
-            rows.append({k: None if v == "" else int(v) if k in INTEGERS else float(v) for k, v in row.items()})
-        except (TypeError, ValueError):
-            raise UserError(f"{path}, line {reader.line_num} is damaged: {row}") from None
+            cells = zip(COLUMNS, line.split(","), strict=True)
+            rows.append({k: None if v == "" else int(v) if k in INTEGERS else float(v) for k, v in cells})
+        except ValueError:
+            raise UserError(f"{path}, line {number} is damaged: {line!r:.300}") from None
     return rows
 
 

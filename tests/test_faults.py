@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import Kinds, fuzz
 from helpers import call, save_hellaswag
 
 import checkpoint
@@ -319,3 +320,14 @@ def test_where_memory_is_short_the_ways_to_less_are_told(dataset, tmp_path):
         for name in ("--training.micro-batch-size", "--training.activation-checkpointing")
     )
     assert [row["loss"] for row in one[:3]] == pytest.approx([row["loss"] for row in other[:3]], rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# input
+
+
+def test_malformed_input_is_refused_in_a_sentence_or_harmless(dataset, tmp_path):
+    """A few of each kind; `python tests/fuzzing.py 10000` tries more."""
+    found, wrong = fuzz(Kinds(dataset, tmp_path), 180)
+    assert wrong == []
+    assert all(counts["refused"] for counts in found.values())
