@@ -90,15 +90,11 @@ def static(node: int) -> list[str]:
     return [f"--node_rank={node}", f"--master_addr={ADDRESSES[0]}", "--master_port=29500"]
 
 
-def c10d(_: int) -> list[str]:
-    # the second may come and go; the first, which keeps the rendezvous, must stay
+def c10d(node: int) -> list[str]:
     return [
-        "--max-restarts=3",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={ADDRESSES[0]}:29400",
-        "--rdzv-id=run",
-        "--local-addr=" + ADDRESSES[_],
-    ]
+        "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400", "--rdzv-id=run",
+        f"--local-addr={ADDRESSES[node]}", f"--rdzv-conf=is_host={node == 0}",  # these hosts have one name
+    ]  # fmt: skip
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -164,13 +160,66 @@ def test_a_cable_that_is_out_for_seconds_delays_and_one_out_for_longer_ends_all(
         assert_equal_to_the_bit(run, slow_on_one_machine)
 
 
-def test_a_host_that_is_killed_and_comes_back_goes_on(hosts, slow_on_one_machine, dataset, tmp_path):
+@pytest.mark.parametrize("rendezvous", [static, c10d])
+def test_where_a_host_is_killed_the_other_ends_and_the_same_commands_go_on(
+    rendezvous, hosts, slow_on_one_machine, dataset, tmp_path
+):
     line, log = slow(dataset, tmp_path / "run"), tmp_path / "log"
-    first = hosts[0].start(c10d(0), line, log)
-    hosts[1].start(c10d(1), line, log)
+    first, _ = (host.start(rendezvous(i), line, log) for i, host in enumerate(hosts))
     wait_for_step(tmp_path / "run", 3)
     hosts[1].kill()
-    time.sleep(2)
-    ends_well([hosts[1].start(c10d(1), line, log), first], log)
+    assert first.wait(120) != 0
+    assert "error: another rank has ended, or was silent for 0.2 minutes, in step" in log.read_text()
+    ends_well([host.start(rendezvous(i), line, log) for i, host in enumerate(hosts)], log)
     assert_equal_to_the_bit(tmp_path / "run", slow_on_one_machine)
     assert len(read_log(tmp_path / "run" / "log.csv")) == STEPS + 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Slurm, played by two short scripts
+
+SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 "$@" &
+    ranks[$rank]=$!
+done
+if [ -n "$EARLY" ]; then  # the end of the job's time is near
+    while [ ! -e "$EARLY" ] || [ "$(wc -l < "$EARLY")" -lt 4 ]; do sleep 0.1; done
+    kill -USR1 "${ranks[@]}"
+fi
+wait "${ranks[0]}" && wait "${ranks[1]}"
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$CALLS"; fi
+"""
+
+
+def test_a_slurm_job_is_queued_again_until_it_is_done(dataset, tmp_path):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("runs", "assets", *(path.name for path in ROOT.glob("*.py"))):
+        (tmp_path / "repository").mkdir(exist_ok=True)
+        (tmp_path / "repository" / name).symlink_to(ROOT / name)
+    out = tmp_path / "repository" / "out" / "gpt2"
+    preset, *line = map(str, slow(dataset, tmp_path))
+    for name in ("--general.out-dir", "--general.init-from"):  # the script's own
+        at = line.index(name)
+        del line[at : at + 2]
+    python = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_ID": str(os.getpid()), "CALLS": str(tmp_path / "calls"), "EARLY": str(out / "log.csv"),
+    }  # fmt: skip
+    codes = []
+    for early in (True, False):
+        done = subprocess.run(
+            ["bash", "runs/slurm.sh", preset, *line], cwd=tmp_path / "repository", capture_output=True, text=True,
+            env=environment | ({} if early else {"EARLY": ""}),
+        )  # fmt: skip
+        codes.append(done.returncode)
+        assert (out / "finished").exists() != early, done.stderr[-3000:]
+    assert codes == [0, 0]
+    assert (tmp_path / "calls").read_text() == f"requeue {os.getpid()}\n"
+    assert [row["step"] for row in read_log(out / "log.csv")] == list(range(STEPS + 1))

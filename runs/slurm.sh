@@ -1,0 +1,37 @@
+#!/bin/bash
+# A run on some nodes of a Slurm cluster that goes on by itself until it is done: told to stop five minutes before the
+# end of its time, it saves and is queued again.
+#
+#     sbatch --nodes 4 --time 24:00:00 runs/slurm.sh gpt2 --training.micro-batch-size 32
+#
+# The preset also names the run's folder, out/gpt2, which all nodes must share, as they must the repository.
+#SBATCH --job-name=babygpt
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=out/slurm-%j.txt
+
+preset=${1:-gpt2}
+shift
+export MASTER_ADDR MASTER_PORT
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export PATH="$PWD/.venv/bin:$PATH"
+
+# a task is a rank, without torchrun between: so Slurm's early SIGUSR1 reaches train.py itself
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+    LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec python train.py "$@"' train "$preset" \
+    --general.out-dir "out/$preset" --general.init-from resume "$@"
+code=$?
+
+if [ -e "out/$preset/finished" ]; then
+    exit 0
+elif [ $code = 0 ]; then  # stopped in time, and saved
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    exit $code  # its message tells a person what to mend
+fi
