@@ -65,7 +65,7 @@ class Segment:
 
 def segments(run: Path) -> list[Segment]:
     """Those that can be trained again. UserError where there is none or a checkpoint is damaged."""
-    found = checkpoint.checkpoints(run)
+    found = [path for path in checkpoint.checkpoints(run) if path.suffix != ".old"]
     for path in found:
         checkpoint.verify(path)
         if "config" not in checkpoint.read_state(path):
@@ -92,7 +92,7 @@ def complaints_about_the_record(run: Path) -> Iterator[str]:
     if len(steps) < newest["step"]:
         yield f"log.csv ends with step {steps[-1] if steps else 0}, the checkpoints with {newest['step']}"
     told, kept = read_config(run / "config.json"), newest["config"]
-    for section in kept.keys() - {"general"}:
+    for section in ("data", "model", "training", "optimizer"):
         for name, value in kept[section].items():
             if told.get(section, {}).get(name) != value:
                 yield f"config.json: {section}.{name} is not the {value} that the last checkpoint was made with"
@@ -177,6 +177,8 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
     now = made_by(ranks)
     # ranks of a node have a parent in common
     folder = Path(tempfile.gettempdir()) / f"audit-{run.resolve().name}-{os.getppid()}"
+    if ranks.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of an audit that was killed
     for segment in sorted(chosen, key=lambda segment: segment.steps.start):
         then = checkpoint.read_state(segment.end)["made_by"]
         changed = [name for name in now if then.get(name) != now[name]]

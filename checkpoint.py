@@ -97,8 +97,7 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
             _sync(path)
         if final.exists():  # the same step again: out of the way first, a folder can't be renamed onto another
-            shutil.rmtree(_outdated(final), ignore_errors=True)
-            os.rename(final, _outdated(final))
+            _make_place(final)
         os.rename(temporary, final)
         _sync(folder)
         _sync(run)  # `checkpoints` may be new in it
@@ -116,9 +115,16 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
     return final
 
 
-def _outdated(final: Path) -> Path:
-    """Where a checkpoint waits while another of the same step takes its place."""
-    return final.with_name(f".{final.name}.old")
+def _make_place(final: Path) -> None:
+    """Puts a checkpoint aside while another of the same step takes its place; a damaged one is deleted."""
+    try:
+        verify(final)
+    except UserError:
+        shutil.rmtree(final)
+        return
+    outdated = final.with_name(f".{final.name}.old")
+    shutil.rmtree(outdated, ignore_errors=True)
+    os.rename(final, outdated)
 
 
 class Saver:

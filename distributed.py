@@ -105,7 +105,8 @@ def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch
     return torch.device(name)
 
 
-LOST = re.compile("gloo|nccl|connection (closed|reset)|timed out", re.IGNORECASE)  # in the words of either backend
+# in the words of either backend
+LOST = re.compile("(gloo|nccl|c10d).*(closed|reset|broken pipe|refused|timed? ?out|aborted)", re.IGNORECASE | re.DOTALL)
 
 
 @contextmanager
@@ -146,8 +147,11 @@ def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ran
 
 
 def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A sum of all bits of float32 tensors, modulo 2^24: () float32 on their device."""
-    return (sum(t.detach().view(torch.int32).sum() for t in tensors) % 2**24).float()
+    """Of all bits of float32 tensors, () float32 on their device: a sum modulo a prime that float32 can tell.
+
+    A power of two would not see the bits above it.
+    """
+    return (sum(t.detach().view(torch.int32).sum() for t in tensors) % 16_777_213).float()
 
 
 def uses_bfloat16(device: torch.device, dtype: str) -> bool:
@@ -212,7 +216,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (Slurm's early warning), so that the loop can stop at a step's end.
+    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's early warning), so that the loop can stop at a step's end.
 
     While there is `nothing_to_lose`, before the first step is done, a signal ends the process at once, with code 0:
     a compiler can take minutes. A second SIGINT interrupts at once.
@@ -221,10 +225,11 @@ class StopSignals:
     def __init__(self):
         self.received: str | None = None
         self.nothing_to_lose = True
+        self.interrupts = 0
         self.before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             self.before[number] = signal.signal(number, self._note)
         return self
 
@@ -233,11 +238,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         if self.nothing_to_lose:
-            print(f"{self.received} before the first step was done: nothing to save", file=sys.stderr, flush=True)
+            os.write(2, f"{self.received} before the first step was done: nothing to save\n".encode())
             raise SystemExit(0)
 
     def told(self) -> bool:

@@ -26,12 +26,18 @@ class Log:
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(",".join(COLUMNS) + "\n" + "".join(map(_line, kept)))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115, it stays open as long as the run
 
     def write(self, row: dict[str, float | int | None]) -> None:
         self.file.write(_line(row))
         self.file.flush()
+
+    def sync(self) -> None:
+        """Until the rows are on the disk: a checkpoint must not be there before them."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

@@ -16,14 +16,15 @@ import torch
 
 import checkpoint
 from dataloader import Order, Position
-from distributed import Ranks
+from distributed import Ranks, uses_bfloat16
 from errors import ConfigError
 from model import GPT
 from shards import Dataset, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, differences, read_config, to_json, variant
 
-FINISHED = "finished"  # an empty file in a run's folder: it has done all its steps, a requeue has nothing to do
+# empty files in a run's folder, for scripts: it has done all its steps, or was told to stop and has saved
+FINISHED, STOPPED = "finished", "stopped"
 
 
 @dataclass
@@ -60,7 +61,10 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
         raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, places))}): share it.")
     torch.manual_seed(config.general.seed)
     if found:
-        start = _resumed(found, config, identity(config, dataset, order, tokenizer), ranks)
+        try:
+            start = _resumed(found, config, identity(config, dataset, order, tokenizer), ranks)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{found} lacks what a run goes on with ({error!r:.200}).") from None
     elif init_from == "scratch":
         start = Start(GPT(config.model), None, 0, 0, Position())
     else:
@@ -73,7 +77,8 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
     ranks.wait()  # all have looked at the folder before rank 0 writes to it
     if ranks.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        (out / FINISHED).unlink(missing_ok=True)
+        for marker in (FINISHED, STOPPED):
+            (out / marker).unlink(missing_ok=True)
         write_json(out / "config.json", to_json(variant(config, general={"init_from": init_from})))
         if tokenizer.name != "gpt2":
             shutil.copyfile(tokenizer.file, out / tokenizer.name)
@@ -151,6 +156,7 @@ def made_by(ranks: Ranks) -> dict:
     return {
         "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": uses_bfloat16(ranks.device, "auto"),
         "ranks": ranks.world_size, "threads": torch.get_num_threads(),
     }  # fmt: skip
 

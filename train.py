@@ -11,6 +11,7 @@ A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpo
 import hashlib
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -44,9 +45,9 @@ from optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer
 from plot import plot
 from sample import sample
 from shards import Dataset
-from start import FINISHED, Start, begin, identity, made_by
+from start import FINISHED, STOPPED, Start, begin, identity, made_by
 from tokenizer import Tokenizer, load_tokenizer
-from train_config import Config, parse, resolve, to_json, ways_to_less_memory
+from train_config import Config, parse, read_config, resolve, to_json, ways_to_less_memory
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -174,6 +175,7 @@ def hellaswag_examples(config: Config, block_size: int, tokenizer: Tokenizer, ra
 
 
 SCENES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 SPIKE = 6.0  # standard deviations above the losses before, from which on a loss is told of
 SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 
@@ -300,10 +302,12 @@ def finish(run: Run, pending: Pending) -> bool:
             + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
             "--optimizer.max-lr: --general.init-from resume."
         )
-    if differing := [rank for rank, value in enumerate(sums) if value != sums[0]]:
+    if differing := [rank for rank, value in enumerate(sums) if value != statistics.mode(sums)]:
+        good = max(0, step - run.config.training.compare_ranks_every_n_steps)
         raise ConfigError(
-            f"step {step}: the weights of rank {', '.join(map(str, differing))} are not those of rank 0. Memory or a "
-            "card of theirs may be faulty. Go on from the last checkpoint without it: --general.init-from resume."
+            f"step {step}: the weights of rank {', '.join(map(str, differing))} are not those of the others. A card or "
+            f"memory may be faulty there, or differ in kind. They were the same at step {good}: delete later "
+            "checkpoints, and go on without it: --general.init-from resume."
         )
     if z > SPIKE or held:
         run.say(
@@ -340,6 +344,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         run.order, position, config.training.batch_tokens // config.model.block_size,
         config.training.micro_batch_size, ranks.rank, ranks.world_size, pin=ranks.device.type == "cuda",
     )  # fmt: skip
+    settings, made = read_config(out / "config.json"), made_by(ranks)
     gate = Gate(ranks.device, config.training.skip_spikes, run.start.losses)
     pending: Pending | None = None  # the step before, whose status the host has not read
     begin_mark: Mark | None = None  # where the time of the next step begins; None behind other work
@@ -351,7 +356,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         due = run.due(step)
         if pending and (due or last or stopping):
             stopping |= finish(run, pending)
-            pending = begin_mark = None
+            pending, begin_mark, signals.nothing_to_lose = None, None, False
         if stopping:
             due = {"saving"}
 
@@ -382,11 +387,12 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
 
         # --- save
         if "saving" in due and ranks.is_main:
+            run.log.sync()
             state = {"step": step, "tokens": tokens, "position": asdict(position), "losses": gate.losses()}
             saver.save(
                 step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
                 state | identity(config, run.dataset, run.order, run.tokenizer)
-                | {"config": to_json(config), "made_by": made_by(ranks)},
+                | {"config": settings, "made_by": made},
             )  # fmt: skip
         if last or stopping:
             ranks.main_first(saver.wait)  # where it could not save, all end so
@@ -407,12 +413,12 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
             run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), gate,
             stop=signals.told() or saver.error is not None, compare=compared > 0 and step % compared == 0,
         )  # fmt: skip
-        signals.nothing_to_lose = False
         status = status.to("cpu", non_blocking=ranks.device.type == "cuda")
         end_mark = Mark(ranks.device)  # behind the copy: who has waited for it can read the status
         begun, begin_mark = Pending(row, status, begin_mark, end_mark), end_mark
         if pending:  # read a step late, while the device is busy with this one
             stopping |= finish(run, pending)
+            signals.nothing_to_lose = False
             if SCORES & pending.row.keys():
                 begin_mark = None  # a picture was drawn
         pending, tokens, position = begun, tokens + config.training.batch_tokens, data.end
@@ -421,7 +427,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
     if ranks.is_main:
         if not stopping:
             run.log.write(row)
-            (out / FINISHED).touch()
+        (out / (STOPPED if stopping else FINISHED)).touch()
         run.log.close()
         run.bar.close()
     run.plot()
@@ -471,9 +477,13 @@ def main() -> None:
             with StopSignals() as signals, checkpoint.Saver(out, s.keep, s.keep_every) as saver:
                 try:
                     train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
-                except (torch.OutOfMemoryError, MemoryError) as error:
-                    what, ways = str(error).split("\n")[0], ways_to_less_memory(config, ranks.world_size)
-                    raise UserError(f"out of memory in {ranks.doing} ({what}). {ways}") from None
+                except OSError as error:  # of the log, the samples, the picture; a checkpoint's is told by itself
+                    raise UserError(f"{error} in {ranks.doing}. What was saved is whole: mend it and resume.") from None
+                except (RuntimeError, MemoryError) as error:
+                    if not isinstance(error, OUT_OF_MEMORY) and "can't allocate memory" not in str(error):
+                        raise
+                    ways = ways_to_less_memory(config, ranks.world_size)
+                    raise UserError(f"out of memory in {ranks.doing} ({error!s:.100}). {ways}") from None
         else:
             assess(config, dataset, ranks)
 

@@ -31,7 +31,7 @@ class General:
     out_dir: str | None = None  # folder of the run [out/PRESET]
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
-    timeout_minutes: float = 30.0  # how long ranks wait for one that is silent before they end
+    timeout_minutes: float = 30.0  # how long ranks wait for one that is silent, or for rank 0's downloads
 
 
 @dataclass(frozen=True)
@@ -437,8 +437,8 @@ def ways_to_less_memory(config: Config, world_size: int) -> str:
     rows = training.batch_tokens // config.model.block_size // world_size
     smaller = [m for m in range(1, training.micro_batch_size) if rows % m == 0]
     if smaller:
-        found.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more pieces, the same numbers")
+        found.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more pieces")
     if not training.activation_checkpointing:
-        found.append("--training.activation-checkpointing: the same numbers, a third slower")
+        found.append("--training.activation-checkpointing: slower by a third or so")
     found.append("a smaller --model.block-size, or a smaller model")
     return "\n  - ".join(["Give, the mildest first:", *found])

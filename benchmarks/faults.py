@@ -105,7 +105,7 @@ def kills(folder: Path, count: int, rng: random.Random) -> list[Row]:
         os.close(writer)
         told = b"".join(iter(lambda reader=reader: os.read(reader, 65536), b""))
         os.close(reader)
-        complete = int.from_bytes(told[-8:], "little") if told else step - (step > 1)
+        complete = int.from_bytes(told[-8:], "little") if told else step
         during += any((run / "checkpoints").glob(".step_*"))
         found = checkpoint.latest(run)
         if found is None or checkpoint.step_of(found) < complete:

@@ -13,25 +13,34 @@
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=out/slurm-%j.txt
+#SBATCH --output=slurm-%j.txt
 
-preset=${1:-gpt2}
-shift
+preset=gpt2
+if [[ "$1" != -* && -n "$1" ]]; then
+    preset=$1
+    shift
+fi
+case " $* " in *" --general.out-dir"* | *" --general.init-from"*)
+    echo "error: out/$preset and resume are this script's own: leave out --general.out-dir and --general.init-from" >&2
+    exit 2
+esac
+if [ -e "out/$preset/finished" ]; then
+    echo "out/$preset is finished"
+    exit 0
+fi
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export PATH="$PWD/.venv/bin:$PATH"
 
 # a task is a rank, without torchrun between: so Slurm's early SIGUSR1 reaches train.py itself
-srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
     LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec python train.py "$@"' train "$preset" \
     --general.out-dir "out/$preset" --general.init-from resume "$@"
 code=$?
 
-if [ -e "out/$preset/finished" ]; then
-    exit 0
-elif [ $code = 0 ]; then  # stopped in time, and saved
+# stopped in time and saved: on with it. Any other end but the last is for a person, whom its message tells what to mend
+if [ $code = 0 ] && [ -e "out/$preset/stopped" ]; then
     scontrol requeue "$SLURM_JOB_ID"
-else
-    exit $code  # its message tells a person what to mend
 fi
+exit $code

@@ -6,13 +6,13 @@ import signal
 import pytest
 import torch
 
-from distributed import Mark, Ranks, StopSignals, autocast, choose_device, peak_flops
+from distributed import Mark, Ranks, StopSignals, autocast, checksum, choose_device, peak_flops
 from errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_signal_is_noted_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
@@ -23,17 +23,18 @@ def test_a_stop_signal_is_noted_and_handlers_are_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_before_the_first_step_a_signal_ends_at_once_and_well(capsys):
+def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd):
     with StopSignals(), pytest.raises(SystemExit) as end:
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 0
-    assert "SIGTERM before the first step was done" in capsys.readouterr().err
+    assert "SIGTERM before the first step was done" in capfd.readouterr().err
 
 
 def test_a_second_interrupt_ends_at_once():
     with StopSignals() as signals:
         signals.nothing_to_lose = False
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -99,3 +100,14 @@ def test_marks_measure_time():
     first, second = Mark(CPU), Mark(CPU)
     second.wait()
     assert 0 <= second.ms_since(first) < 100
+
+
+def test_a_checksum_sees_every_bit():
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    sums = set()
+    for bit in range(-1, 32):
+        flipped = weight.clone()
+        if bit >= 0:
+            flipped.view(torch.int32)[3, 2] ^= 1 << bit if bit < 31 else -(2**31)
+        sums.add(checksum([flipped, weight]).item())
+    assert len(sums) == 33

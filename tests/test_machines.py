@@ -179,7 +179,7 @@ def test_where_a_host_is_killed_the_other_ends_and_the_same_commands_go_on(
 # Slurm, played by two short scripts
 
 SRUN = """#!/bin/bash
-shift  # --kill-on-bad-exit
+shift 2  # --kill-on-bad-exit --cpus-per-task
 for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 "$@" &
     ranks[$rank]=$!
@@ -209,7 +209,7 @@ def test_a_slurm_job_is_queued_again_until_it_is_done(dataset, tmp_path):
         del line[at : at + 2]
     python = str(Path(sys.executable).parent)
     environment = os.environ | {
-        "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost",
+        "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "2",
         "SLURM_JOB_ID": str(os.getpid()), "CALLS": str(tmp_path / "calls"), "EARLY": str(out / "log.csv"),
     }  # fmt: skip
     codes = []
