@@ -126,13 +126,17 @@ def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ran
         return
     if device.type == "mps":
         raise ConfigError("MPS is one device: start train.py without torchrun.")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, device_id=device if device.type == "cuda" else None, timeout=timedelta(minutes=timeout_minutes)
-    )
     ranks = Ranks(rank, local_rank, world_size, device)
     try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(minutes=timeout_minutes),
+        )  # fmt: skip
         yield ranks
+        # all leave together: gloo aborts a rank whose peers hang up on it. After an error there is no farewell, it
+        # would wait for ranks that wait for this one, and keep its message
+        dist.barrier()
+        dist.destroy_process_group()
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
@@ -140,10 +144,6 @@ def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ran
             f"another rank has ended, or was silent for {timeout_minutes:g} minutes, in {ranks.doing}; its own message "
             f"says why ({str(error).splitlines()[0]}). Go on from the last checkpoint with --general.init-from resume."
         ) from error
-    # all leave together: gloo aborts a rank whose peers hang up on it. After an error there is no farewell, it
-    # would wait for ranks that wait for this one, and keep its message
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -482,8 +482,8 @@ def main() -> None:
                 except (RuntimeError, MemoryError) as error:
                     if not isinstance(error, OUT_OF_MEMORY) and "can't allocate memory" not in str(error):
                         raise
-                    ways = ways_to_less_memory(config, ranks.world_size)
-                    raise UserError(f"out of memory in {ranks.doing} ({error!s:.100}). {ways}") from None
+                    what, ways = (str(error).splitlines() or [""])[0], ways_to_less_memory(config, ranks.world_size)
+                    raise UserError(f"out of memory in {ranks.doing} ({what:.100}). {ways}") from None
         else:
             assess(config, dataset, ranks)
 

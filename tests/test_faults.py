@@ -19,7 +19,7 @@ from log import read_log
 from runs import STEPS, assert_equal_to_the_bit, cut_back_to, flags, torchrun
 from start import FINISHED, STOPPED
 
-STATE = {"step": 1}
+STATE = {"step": 1, "model": {}, "tokenizer": {"name": "gpt2"}}
 
 
 def tensors(value: float) -> tuple[dict, dict]:
@@ -283,8 +283,8 @@ def test_where_a_rank_is_lost_the_others_end_in_time_and_say_in_what(kind, datas
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(dataset, tmp_path):
     torchrun(2, *flags(dataset, tmp_path / "unbroken"))
-    line = flags(dataset, tmp_path / "run", general__init_from="resume")
-    torchrun(2, *line, fault="kill 1 5", restarts=1)
+    line = flags(dataset, tmp_path / "run", general__init_from="resume", general__timeout_minutes=0.3)
+    torchrun(2, *line, fault="kill 1 5", restarts=3)
     assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
 
 
@@ -310,7 +310,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(dataset, tmp_path):
 def test_where_memory_is_short_the_ways_to_less_are_told(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", **QUIET)
     done = torchrun(2, *line, fault="memory 1 2", check=False)
-    assert "error (rank 1): out of memory in step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.)." in done.stderr
+    assert (
+        "error (rank 1): out of memory in step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Give" in done.stderr
+    )
     assert "--training.micro-batch-size 2: " in done.stderr
     assert no_traceback_of_ours(done.stderr)
     for flag in (["--training.micro-batch-size", 2], ["--training.activation-checkpointing"]):

@@ -209,7 +209,8 @@ def test_a_slurm_job_is_queued_again_until_it_is_done(dataset, tmp_path):
         del line[at : at + 2]
     python = str(Path(sys.executable).parent)
     environment = os.environ | {
-        "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "2",
+        "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_CPUS_PER_TASK": "2",
         "SLURM_JOB_ID": str(os.getpid()), "CALLS": str(tmp_path / "calls"), "EARLY": str(out / "log.csv"),
     }  # fmt: skip
     codes = []
