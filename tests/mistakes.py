@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 MISTAKES = [
     (1, "zero_grad inside the micro-step loop", "test_train.py -k whatever_the_micro_batch",
      [("train.py", "        loss_sum += loss.detach()\n",
-       "        loss_sum += loss.detach()\n        if i < len(data.micro_batches) - 1:\n            optimizer.zero_grad()\n")]),
+       "        loss_sum += loss.detach()\n        if i < len(data.micro_batches) - 1:\n            optimizers[0].zero_grad()\n")]),
     (2, "gradients never averaged over ranks", "test_train.py -k average_their_gradients",
      [("train.py", "grad_sync = i == len(data.micro_batches) - 1", "grad_sync = False")]),
     (3, "the sync flag set after the forward", "test_train.py -k average_their_gradients",

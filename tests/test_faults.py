@@ -192,14 +192,14 @@ def test_checkpoints_of_every_so_many_steps_stay(tmp_path):
 def test_a_saver_copies_waits_for_the_one_before_and_tells_of_errors(tmp_path, monkeypatch):
     model, optimizer = tensors(1.0)
     begun, go_on = threading.Event(), threading.Event()
-    sync = checkpoint._sync
+    write = checkpoint.save_file
 
-    def slow(path):
+    def slow(*args):
         begun.set()
         assert go_on.wait(20)
-        sync(path)
+        write(*args)
 
-    monkeypatch.setattr("checkpoint._sync", slow)
+    monkeypatch.setattr("checkpoint.save_file", slow)
     with Saver(tmp_path, keep=0, keep_every=0) as saver:
         saver.save(1, model, optimizer, STATE)
         assert begun.wait(20)
