@@ -8,6 +8,7 @@ same versions and as many ranks, the log's numbers, weights and optimizer must c
 a tolerance, and the largest difference is told. Nothing is written to the run.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Literal
 import torch
 
 import checkpoint
-from distributed import Ranks, process_group
+from distributed import Ranks, StopSignals, process_group
 from errors import UserError
 from errors import run as run_script
 from log import read_log
@@ -34,30 +35,28 @@ from train import set_up, train
 from train_config import from_json, read_config, resolve, variant
 
 COMPARED = ("tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm")
-# relative to the value, and to how far the weights moved meanwhile: other hardware rounds otherwise
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-2, 0.2
-
-
-class Until:
-    """Stop signals for a replay: it is told to stop as soon as the checkpoint at its end is there."""
-
-    def __init__(self, path: Path):
-        self.path, self.nothing_to_lose = path, False
-
-    def told(self) -> bool:
-        return self.path.exists()
+# where other hardware rounds otherwise, or other ranks draw other dropout: relative to the value, and for weights to
+# how far they moved meanwhile. The norm of one gradient may be anywhere then
+TOLERANCES = {"tokens": 0.0, "epoch": 0.0, "lr": 1e-12, "loss": 2e-2, "val_loss": 2e-2, "val_bpb": 2e-2}
+WEIGHT_TOLERANCE = 0.2
 
 
 @dataclass
 class Segment:
-    """What lies between two checkpoints that follow each other; the first begins with `begin` None."""
+    """What lies between two checkpoints that follow each other; the first begins with `begin` None.
+
+    `pieces` are the steps and the launch of each time that the run was started or gone on with in there.
+    """
 
     begin: Path | None
     end: Path
 
-    @property
-    def steps(self) -> range:
-        return range(checkpoint.step_of(self.begin) if self.begin else 0, checkpoint.step_of(self.end))
+    def __post_init__(self):
+        start, stop = checkpoint.step_of(self.begin) if self.begin else 0, checkpoint.step_of(self.end)
+        self.steps, launches = range(start, stop), checkpoint.read_state(self.end)["launches"]
+        ends = [*(launch["step"] for launch in launches[1:]), stop]
+        spans = [range(max(start, launch["step"]), end) for launch, end in zip(launches, ends, strict=True)]
+        self.pieces = [(span, launch) for span, launch in zip(spans, launches, strict=True) if span]
 
     def __str__(self) -> str:
         return f"steps {self.steps.start:,} to {self.steps.stop:,}"
@@ -68,11 +67,10 @@ def segments(run: Path) -> list[Segment]:
     found = [path for path in checkpoint.checkpoints(run) if path.suffix != ".old"]
     for path in found:
         checkpoint.verify(path)
-        if "config" not in checkpoint.read_state(path):
+        if not checkpoint.read_state(path).get("launches"):
             raise UserError(f"{path} was made before runs kept what an audit needs.")
-    from_the_start = found and checkpoint.read_state(found[0])["config"]["general"]["init_from"] == "scratch"
     pairs = [*pairwise(found)]
-    if from_the_start and checkpoint.step_of(found[0]) > 0:
+    if found and checkpoint.read_state(found[0])["launches"][0]["config"]["general"]["init_from"] == "scratch":
         pairs.insert(0, (None, found[0]))
     if not pairs:
         raise UserError(
@@ -91,53 +89,60 @@ def complaints_about_the_record(run: Path) -> Iterator[str]:
         yield f"log.csv: row {at} is of step {steps[at]}; each step must stand once, in order"
     if len(steps) < newest["step"]:
         yield f"log.csv ends with step {steps[-1] if steps else 0}, the checkpoints with {newest['step']}"
-    told, kept = read_config(run / "config.json"), newest["config"]
+    told, kept = read_config(run / "config.json"), newest["launches"][-1]["config"]
     for section in ("data", "model", "training", "optimizer"):
         for name, value in kept[section].items():
             if told.get(section, {}).get(name) != value:
                 yield f"config.json: {section}.{name} is not the {value} that the last checkpoint was made with"
 
 
-def replay(segment: Segment, folder: Path, ranks: Ranks) -> Path:
-    """Trains a segment again in `folder`; returns the run's folder."""
+def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
+    """Trains a segment again in `folder`, each piece with its own settings; returns the run's folder, and how many
+    questions of HellaSwag it was asked."""
     out = folder / "run"
-    target = out / "checkpoints" / segment.end.name
-    kept = checkpoint.read_state(segment.end)["config"]
-    config = variant(
-        from_json(kept),
-        general={
-            "out_dir": str(out), "init_from": "resume", "device": ranks.device.type,
-            "mode": tuple(mode for mode in kept["general"]["mode"] if mode != "sample"),
-        },
-        saving={"every_n_steps": segment.steps.stop, "keep": 0},
-        logging={"every_n_steps": 0},
-    )  # fmt: skip
-    if ranks.is_main and segment.begin:
-        target.parent.mkdir(parents=True)
-        (target.parent / segment.begin.name).symlink_to(segment.begin.resolve())
+    if ranks.is_main:
+        (out / "checkpoints").mkdir(parents=True)
+        if segment.begin:
+            (out / "checkpoints" / segment.begin.name).symlink_to(segment.begin.resolve())
     ranks.wait()
-    config, dataset = resolve(config, ranks.world_size)
-    with checkpoint.Saver(out, 0, 0) as saver:
-        train(set_up(config, dataset, ranks), Until(target), saver)
-    return out
+    for steps, launch in segment.pieces:
+        config = variant(
+            from_json(launch["config"]),
+            general={
+                "out_dir": str(out), "init_from": "resume", "device": ranks.device.type,
+                "mode": tuple(mode for mode in launch["config"]["general"]["mode"] if mode != "sample"),
+            },
+            saving={"every_n_steps": steps.stop, "keep": 0},
+            logging={"every_n_steps": 0},
+        )  # fmt: skip
+        config, dataset = resolve(config, ranks.world_size)
+        with checkpoint.Saver(out, 0, 0) as saver:
+            run = set_up(config, dataset, ranks)
+            train(run, StopSignals(), saver, until=steps.stop)
+    return out, len(run.examples)
 
 
-def complaints_about_a_segment(run: Path, segment: Segment, replayed: Path, exact: bool) -> Iterator[str]:
+def complaints_about_a_segment(
+    run: Path, segment: Segment, replayed: Path, questions: int, exact: bool
+) -> Iterator[str]:
     """Where log or checkpoint are not what training again gives."""
     rows = {row["step"]: row for row in read_log(run / "log.csv")}
     again = {row["step"]: row for row in read_log(replayed / "log.csv")}
     one, other = checkpoint.load(segment.end), checkpoint.load(replayed / "checkpoints" / segment.end.name)
     there, here = one.state, other.state
-    is_last = segment.steps.stop == there["config"]["training"]["max_steps"]
+    is_last = segment.steps.stop == there["launches"][-1]["config"]["training"]["max_steps"]
     for step in [*segment.steps, *([segment.steps.stop] if is_last else [])]:
         for name in COMPARED:
             told, found = rows.get(step, {}).get(name), again[step][name]
-            if told != found and (exact or not _close(told, found)):
+            if told != found and (exact or not _close(name, told, found, questions)):
                 yield f"log.csv, step {step}: {name} is {told}, and {found} when trained again"
                 return  # what follows from it differs too
     for name in ("step", "tokens", "position", "losses", "data", "model", "tokenizer"):
         if there[name] != here[name] and (exact or name != "losses"):
             yield f"{segment.end.name}: {name} is {there[name]}, and {here[name]} when trained again"
+    if _names(one) != _names(other):
+        yield f"{segment.end.name}: it holds other tensors than when trained again"
+        return
     if exact:
         for name, tensor in one.model.items():
             if not torch.equal(tensor, other.model[name]):
@@ -149,8 +154,16 @@ def complaints_about_a_segment(run: Path, segment: Segment, replayed: Path, exac
         yield f"{segment.end.name}: the weights are {far:.2g} of their way from where training again leads"
 
 
-def _close(told: float | None, found: float | None) -> bool:
-    return told is not None and found is not None and math.isclose(told, found, rel_tol=LOSS_TOLERANCE)
+def _names(end: checkpoint.Checkpoint) -> tuple[list, list]:
+    return sorted(end.model), sorted((name, sorted(state)) for name, state in end.optimizer.items())
+
+
+def _close(name: str, told: float | None, found: float | None, questions: int) -> bool:
+    if told is None or found is None:
+        return False
+    if name == "hellaswag":  # three standard errors of a coin
+        return abs(told - found) <= 1.5 / math.sqrt(questions)
+    return name == "grad_norm" or math.isclose(told, found, rel_tol=TOLERANCES[name])
 
 
 def distance(segment: Segment, one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> float:
@@ -176,19 +189,21 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
     ranks.print(*complaints, sep="\n", end="\n" if complaints else "")
     now = made_by(ranks)
     # ranks of a node have a parent in common
-    folder = Path(tempfile.gettempdir()) / f"audit-{run.resolve().name}-{os.getppid()}"
+    whose = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"audit-{whose}-{os.getppid()}"
     if ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of an audit that was killed
     for segment in sorted(chosen, key=lambda segment: segment.steps.start):
-        then = checkpoint.read_state(segment.end)["made_by"]
-        changed = [name for name in now if then.get(name) != now[name]]
-        ranks.print(*(f"{segment}: {name} was {then.get(name)}, is {now[name]}\n" for name in changed), sep="", end="")
-        exact = ranks.device.type == "cpu" and not set(changed) - {"commit"}
+        made = [launch["made_by"] for _, launch in segment.pieces]
+        changed = {name: value for then in made for name, value in then.items() if now[name] != value}
+        for name, value in changed.items():
+            ranks.print(f"{segment}: {name} was {value}, is {now[name]}")
+        exact = ranks.device.type == "cpu" and not changed.keys() - {"commit"}
         try:
             with redirect_stdout(io.StringIO()):
-                again = replay(segment, folder, ranks)
+                again, questions = replay(segment, folder, ranks)
             if ranks.is_main:
-                wrong = list(complaints_about_a_segment(run, segment, again, exact))
+                wrong = list(complaints_about_a_segment(run, segment, again, questions, exact))
                 ends = [checkpoint.load(path) for path in (segment.end, again / "checkpoints" / segment.end.name)]
                 verdict = "equal to the bit" if exact else f"{distance(segment, *ends):.2g} of their way apart"
                 ranks.print(
@@ -199,6 +214,7 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
         finally:
             if ranks.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
+    complaints = ranks.sum([len(complaints)])[0]  # of rank 0, which alone compares
     ranks.print(
         f"{run} " + ("is NOT what it says" if complaints else "is what it says") + f", by {len(chosen)} samples"
     )

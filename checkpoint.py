@@ -12,6 +12,7 @@ whatever the number of ranks), `state.json` (step, place in the data, architectu
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -130,7 +131,7 @@ def _make_place(final: Path) -> None:
 class Saver:
     """Saves in the background: a call takes as long as a copy to host memory. One save is on its way at most.
 
-    As a context it waits for the last one at the end, unless it is left by KeyboardInterrupt.
+    As a context it waits for the last one at the end.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int):
@@ -140,13 +141,18 @@ class Saver:
     def save(self, step: int, model: dict, optimizer: dict, state: dict) -> None:
         """Begins to save. After an error nothing more is saved, and `wait` raises it."""
         self._join()
-        if self.error is None:
+        if self.error is not None:
+            return
+        try:
             copies = (
                 {name: _on_host(tensor) for name, tensor in model.items()},
                 {name: {key: _on_host(t) for key, t in tensors.items()} for name, tensors in optimizer.items()},
             )
-            self.thread = Thread(target=self._write, args=(step, *copies, state), daemon=True)
-            self.thread.start()
+        except (RuntimeError, MemoryError) as error:
+            self.error = UserError(f"main memory has no room for a copy of weights and optimizer ({error!r:.100}).")
+            return
+        self.thread = Thread(target=self._write, args=(step, *copies, state), daemon=True)
+        self.thread.start()
 
     def wait(self) -> None:
         """Until what was begun is on the disk; raises what went wrong."""
@@ -157,8 +163,10 @@ class Saver:
     def _write(self, *what: object) -> None:
         try:
             save(self.run, *what, *self.settings)
-        except BaseException as error:
+        except UserError as error:
             self.error = error
+        except BaseException as error:
+            self.error = UserError(f"the checkpoint of step {what[0]:,} could not be written: {error!r}")
 
     def _join(self) -> None:
         if self.thread is not None:
@@ -167,9 +175,8 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type | None, *rest: object) -> None:
-        if kind is not KeyboardInterrupt:
-            self._join()
+    def __exit__(self, *exception: object) -> None:
+        self._join()
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,6 +187,12 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # network drives know it of files alone
+            raise
     finally:
         os.close(descriptor)
 
@@ -294,8 +307,8 @@ def load_model(spec: str | Path, device: torch.device) -> LoadedModel:
     state = read_state(found)
     try:
         tensors, config = load_file(found / MODEL), model_config(state)
-        if config.n_layer > len(tensors):
-            raise ValueError(f"{config.n_layer:,} layers of {len(tensors)} tensors")
+        if (layers := max(config.n_layer, config.value_embeddings)) > len(tensors):
+            raise ValueError(f"{layers:,} layers of {len(tensors)} tensors")
         with torch.device("meta"):
             check_fit(GPT(config), tensors)  # before it takes memory
         model = GPT(config)

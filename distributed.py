@@ -10,15 +10,20 @@ import resource
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from errors import ConfigError, UserError
+from errors import ConfigError, UserError, leave, spoken
 
 # dense bf16 peak of the matrix units, FLOP/s, from the makers' data sheets; a longer name goes first
 PEAK_FLOPS = {
@@ -38,6 +43,7 @@ class Ranks:
     world_size: int
     device: torch.device
     doing: str = "the start"
+    bad_gradient: torch.Tensor | None = None  # () bool, whether one of this rank's own was not finite
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +52,8 @@ class Ranks:
     def print(self, *words: object, sep: str = " ", end: str = "\n") -> None:
         """Prints on rank 0 alone."""
         if self.is_main:
-            print(*words, sep=sep, end=end, flush=True)
+            with spoken():
+                print(*words, sep=sep, end=end, flush=True)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""
@@ -59,6 +66,16 @@ class Ranks:
         if self.world_size == 1:
             return values
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def watch(self, model: DistributedDataParallel) -> None:
+        """From now on `bad_gradient` notes where a gradient of the rank isn't finite, which their mean doesn't tell."""
+        self.bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
+
+        def note_and_reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            self.bad_gradient |= ~bucket.buffer().sum().isfinite()
+            return allreduce_hook(group, bucket)
+
+        model.register_comm_hook(dist.group.WORLD, note_and_reduce)
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -106,7 +123,9 @@ def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch
 
 
 # in the words of either backend
-LOST = re.compile("(gloo|nccl|c10d).*(closed|reset|broken pipe|refused|timed? ?out|aborted)", re.IGNORECASE | re.DOTALL)
+LOST = re.compile(
+    "(gloo|nccl|c10d).*(closed|reset|broken pipe|refused|timed? ?out|aborted|prematurely)", re.IGNORECASE | re.DOTALL
+)
 
 
 @contextmanager
@@ -126,11 +145,11 @@ def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ran
         return
     if device.type == "mps":
         raise ConfigError("MPS is one device: start train.py without torchrun.")
-    ranks = Ranks(rank, local_rank, world_size, device)
+    ranks, timeout = Ranks(rank, local_rank, world_size, device), timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(minutes=timeout_minutes),
+            "nccl" if device.type == "cuda" else "gloo", store=_store_of_this_start(rank, world_size, timeout),
+            rank=rank, world_size=world_size, timeout=timeout, device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
         yield ranks
         # all leave together: gloo aborts a rank whose peers hang up on it. After an error there is no farewell, it
@@ -138,12 +157,39 @@ def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ran
         dist.barrier()
         dist.destroy_process_group()
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if not isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not LOST.search(str(error)):
             raise
         raise UserError(
             f"another rank has ended, or was silent for {timeout_minutes:g} minutes, in {ranks.doing}; its own message "
             f"says why ({str(error).splitlines()[0]}). Go on from the last checkpoint with --general.init-from resume."
         ) from error
+
+
+def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks leave word for each other until they are joined, empty.
+
+    torchrun keeps one store over its restarts, in which the addresses of ended processes still stand, and who reads
+    those never joins (pytorch/pytorch#135712). So rank 0 makes up a name for this start and tells it to every process
+    that calls by a name of its own, until all have confirmed it.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if rank > 0:
+        caller = uuid.uuid4().hex
+        store.set(f"caller {rank}", caller)
+        start = store.get(f"start for {caller}").decode()
+        store.set(f"{start} confirmed by {rank}", "")
+        return dist.PrefixStore(start, store)
+    start, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in missing:
+            if store.check([f"caller {other}"]):
+                store.set(f"start for {store.get(f'caller {other}').decode()}", start)
+        missing = {other for other in missing if not store.check([f"{start} confirmed by {other}"])}
+        if time.monotonic() > end:
+            raise RuntimeError(f"c10d timed out: rank {min(missing)} did not come")
+        time.sleep(0.01)
+    return dist.PrefixStore(start, store)
 
 
 def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -218,34 +264,52 @@ class Stopped(Exception):
 class StopSignals:
     """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's early warning), so that the loop can stop at a step's end.
 
-    While there is `nothing_to_lose`, before the first step is done, a signal ends the process at once, with code 0:
-    a compiler can take minutes. A second SIGINT interrupts at once.
+    While there is `nothing_to_lose`, before the first step is done, a signal ends the process at once, with code 0, and
+    leaves an empty file `marker`. A second SIGINT ends it at once with code 130. Both by a thread: the main one may be
+    in a compiler for minutes, or wait for a rank that never comes, and Python's handlers wait for it.
     """
 
-    def __init__(self):
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, marker: Path | None = None):
+        self.marker = marker
         self.received: str | None = None
         self.nothing_to_lose = True
-        self.interrupts = 0
-        self.before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self._note)
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+        Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(-1)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        os.close(self.write_end)  # the thread ends with it
 
     def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT:
-            self.interrupts += 1
-            if self.interrupts > 1:
-                raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        if self.nothing_to_lose:
-            os.write(2, f"{self.received} before the first step was done: nothing to save\n".encode())
-            raise SystemExit(0)
+
+    def _watch(self) -> None:
+        interrupts = 0
+        while number := os.read(self.read_end, 1):
+            if number[0] not in self.NUMBERS:
+                continue
+            interrupts += number[0] == signal.SIGINT
+            if self.nothing_to_lose:
+                name = signal.Signals(number[0]).name
+                with spoken():
+                    os.write(2, f"{name} before the first step was done: nothing to save\n".encode())
+                if self.marker is not None:
+                    with suppress(OSError):
+                        self.marker.touch()
+                leave(0)
+            elif interrupts > 1:
+                leave(130)
+        os.close(self.read_end)
 
     def told(self) -> bool:
         """Whether there was one."""

@@ -7,7 +7,8 @@ of ours and keeps its traceback.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -16,6 +17,18 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A mistake that every rank finds alike, in the settings for instance: the first of a node tells it."""
+
+
+@contextmanager
+def spoken() -> Iterator[None]:
+    """For what is printed: where the terminal is closed or a pipe's reader has ended, it and all later words are lost,
+    and nothing else is."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -27,7 +40,8 @@ def run(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
             where = "" if rank == "0" else f" (rank {rank})"
-            print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+            with spoken():
+                print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -37,12 +51,15 @@ def run(main: Callable[[], None]) -> None:
         if code and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)  # torchrun ends all with the first that ends: let it be who tells the mistake
         leave(code)
+    with spoken():
+        sys.stdout.flush()
     if code:
         sys.exit(code)
 
 
 def leave(code: int) -> None:
     """Ends a rank without Python's own end: gloo's threads still let go of tensors then, and now and then abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with spoken():
+            stream.flush()
     os._exit(code)

@@ -22,7 +22,7 @@ class Log:
     """Appends rows to `path`. What a run resumed at `step` had written from there on is cut first."""
 
     def __init__(self, path: Path, step: int = 0):
-        kept = [row for row in read_log(path) if row["step"] < step] if path.exists() else []
+        kept = read_log(path, step) if step > 0 and path.exists() else []
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(",".join(COLUMNS) + "\n" + "".join(map(_line, kept)))
@@ -48,8 +48,9 @@ def _line(row: dict) -> str:
     return ",".join("" if cell is None else repr(cell) for cell in cells) + "\n"
 
 
-def read_log(path: Path) -> list[dict[str, float | int | None]]:
-    """The rows of a log, empty cells as None. A last line that a kill cut short is left out."""
+def read_log(path: Path, before: float = math.inf) -> list[dict[str, float | int | None]]:
+    """The rows of a log of steps `before` this one, empty cells as None. A last line that a kill cut short is left
+    out."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and tuple(lines[0].split(",")) != COLUMNS:
@@ -58,8 +59,12 @@ def read_log(path: Path) -> list[dict[str, float | int | None]]:
     for number, line in enumerate(lines[1:], 2):
         try:
             cells = zip(COLUMNS, line.split(","), strict=True)
-            rows.append({k: None if v == "" else int(v) if k in INTEGERS else float(v) for k, v in cells})
+            row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
+            if row["step"] < before:
+                rows.append(row)
         except ValueError:
+            if rows and rows[-1]["step"] >= before - 1:
+                break  # what comes would be cut anyway; a power cut may have damaged it
             raise UserError(f"{path}, line {number} is damaged: {line!r:.300}") from None
     return rows
 
@@ -78,7 +83,7 @@ class Samples:
     def __init__(self, path: Path, step: int):
         """Cuts what a run resumed at `step` had written from there on."""
         self.path = path
-        rows = path.read_text(encoding="utf-8").split("\n")[2:] if path.exists() else []
+        rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[2:] if path.exists() else []
         kept = [row + "\n" for row in rows if (found := re.match(r"\| (\d+) \|", row)) and int(found[1]) < step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(self.HEADER + "".join(kept), encoding="utf-8")

@@ -151,7 +151,7 @@ class Dataset:
 def open_dataset(folder: str | Path) -> Dataset:
     """Opens `folder`, checking every header, size and the manifest; reads no tokens. UserError if not sound."""
     folder = pull(str(folder)) if storage.is_remote(folder) else Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # where the name is too long too
         raise UserError(
             f"there is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the "
             "sources), or name another folder with --data.dataset."
@@ -182,7 +182,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         raise UserError(f"{folder} holds no shards (*_train_*.bin). Prepare it with fineweb.py.")
     for name, shard in opened.items():
         if manifest is not None and counts[name] != len(shard):
-            raise UserError(f"{folder / name} has {len(shard):,} tokens, its {MANIFEST} says {counts[name]:,}.")
+            raise UserError(f"{folder / name} has {len(shard):,} tokens, its {MANIFEST} says {counts[name]!r}.")
         if manifest is not None and shard.dtype != token_dtype(manifest["vocab_size"]):
             raise UserError(
                 f"{folder / name} holds {shard.dtype.name} tokens, but a vocabulary of {manifest['vocab_size']:,} "
@@ -360,5 +360,5 @@ def _verify_shard(dataset: Dataset, shard: dict, progress) -> tuple[list[str], i
     if highest >= dataset.vocab_size:
         problems.append(f"{path}: token {highest} outside the vocabulary of {dataset.vocab_size:,}")
     if documents != shard["documents"]:
-        problems.append(f"{path}: {documents:,} documents begin in it, the manifest says {shard['documents']:,}")
+        problems.append(f"{path}: {documents:,} documents begin in it, the manifest says {shard['documents']!r}")
     return problems, documents

@@ -5,12 +5,17 @@ python train.py gpt2 --general.init-from resume      # the last checkpoint, or s
 python train.py gpt2 --general.init-from gpt2        # OpenAI's weights, a Hugging Face folder, another run
 """
 
+import fcntl
 import functools
+import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -25,12 +30,13 @@ from train_config import Config, differences, read_config, to_json, variant
 
 # empty files in a run's folder, for scripts: it has done all its steps, or was told to stop and has saved
 FINISHED, STOPPED = "finished", "stopped"
+LOCK = ".lock"  # held by the process that trains in the folder
 
 
 @dataclass
 class Start:
     """What the loop begins with. `position` is the place in the data, `tokens` were trained on before, `losses` are the
-    last ones."""
+    last ones. `launches` say from which step on the run was trained with which settings, versions and machine."""
 
     model: GPT
     optimizer: dict | None  # tensors to put into it, of a resumed run
@@ -38,18 +44,49 @@ class Start:
     tokens: int
     position: Position
     losses: list[float] = field(default_factory=list)
+    launches: list[dict] = field(default_factory=list)
+
+
+@contextmanager
+def claim(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Makes a run's folder and keeps other processes from training in it meanwhile; ConfigError where one does."""
+
+    def lock() -> TextIO | None:
+        if not ranks.is_main:
+            return None
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--general.out-dir {out} is a file.")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file = open(out / LOCK, "w")  # noqa: SIM115, held as long as the run
+        except OSError as error:
+            raise ConfigError(f"--general.out-dir {out} can't be written to ({error}).") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"another process trains in {out} now. Give another --general.out-dir.") from None
+        except OSError:  # a file system without locks
+            pass
+        (out / STOPPED).unlink(missing_ok=True)
+        return file
+
+    file = ranks.main_first(lock)
+    try:
+        yield
+    finally:
+        if file is not None:
+            if out.exists() and os.listdir(out) == [LOCK]:  # the run was refused
+                shutil.rmtree(out, ignore_errors=True)
+            file.close()
 
 
 def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
     """The weights and the place to begin at, as --general.init-from says; writes config.json."""
     out, init_from = Path(config.general.out_dir), config.general.init_from
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--general.out-dir {out} is a file.")
     found = None
     if init_from == "resume":
         found = checkpoint.latest(out)
-        if found is None and checkpoint.checkpoints(out):
-            raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is sound.")
         # what the run began from is what it begins from again, if it was killed before its first checkpoint
         init_from = read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
     elif (out / "config.json").exists() or checkpoint.checkpoints(out):
@@ -59,6 +96,8 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
         )
     if len(places := set(ranks.gather(checkpoint.step_of(found) if found else -1))) > 1:
         raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, places))}): share it.")
+    if init_from == "resume" and found is None and checkpoint.checkpoints(out):
+        raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is sound.")
     torch.manual_seed(config.general.seed)
     if found:
         try:
@@ -74,12 +113,16 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
             raise ConfigError(f"the weights of {init_from} know another tokenizer than {dataset.folder}.")
         start = Start(_fitted(loaded.model, config, init_from), None, 0, 0, Position())
 
+    settings = to_json(variant(config, general={"init_from": init_from}))
+    launch = {"config": settings, "made_by": made_by(ranks)}
+    if not start.launches or start.launches[-1] | launch != start.launches[-1]:
+        start.launches.append({"step": start.step} | launch)
     ranks.wait()  # all have looked at the folder before rank 0 writes to it
     if ranks.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         for marker in (FINISHED, STOPPED):
             (out / marker).unlink(missing_ok=True)
-        write_json(out / "config.json", to_json(variant(config, general={"init_from": init_from})))
+        if found is None:  # else it stays the last checkpoint's until the next one
+            write_json(out / "config.json", settings)
         if tokenizer.name != "gpt2":
             shutil.copyfile(tokenizer.file, out / tokenizer.name)
     return start
@@ -88,7 +131,8 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
 def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
     loaded = checkpoint.load(found)
-    state = {"optimizer": {"name": "adamw"}, "losses": []} | loaded.state  # with what was added since it was written
+    # with what was added since it was written
+    state = {"optimizer": {"name": "adamw"}, "losses": [], "launches": []} | loaded.state
     state["model"] = asdict(checkpoint.model_config(state))
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
@@ -113,8 +157,9 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     model = GPT(config.model)
     checkpoint.load_model_tensors(model, loaded.model)
     return Start(
-        model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]), state["losses"]
-    )
+        model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]), state["losses"],
+        state["launches"],
+    )  # fmt: skip
 
 
 def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:
@@ -135,6 +180,25 @@ def _fitted(loaded: GPT, config: Config, init_from: str) -> GPT:
         tensors["wpe.weight"] = tensors["wpe.weight"][: config.model.block_size]
     checkpoint.load_model_tensors(model, tensors)
     return model
+
+
+def describe(config: Config, order: Order, model: GPT, ranks: Ranks) -> None:
+    """Prints the resolved settings and what follows from them."""
+    for section, values in to_json(config).items():
+        ranks.print(f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items()))
+    training, rows = config.training, config.training.batch_tokens // config.model.block_size
+    steps = order.rows_per_epoch // rows
+    unread = len(order.tokens) - steps * training.batch_tokens
+    ranks.print(
+        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
+        f"{training.batch_tokens:,} tokens a step in "
+        f"{rows // (training.micro_batch_size * ranks.world_size)} micro-batches a rank\n"
+        f"{len(order.tokens):,} tokens in {len(order.cuts):,} chunks of about {order.chunk_tokens:,}\n"
+        f"{steps:,} steps an epoch ({unread:,} tokens unread in each), "
+        f"{training.max_steps / steps:.2f} epochs in {training.max_steps:,} steps"
+    )
+    if order.forced_cuts:
+        ranks.print(f"{order.forced_cuts:,} chunks begin inside a document: no end of text was near")
 
 
 def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict:

@@ -11,9 +11,11 @@ A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpo
 import hashlib
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from distributed import (
     process_group,
     uses_bfloat16,
 )
-from errors import ConfigError, UserError
+from errors import ConfigError, UserError, spoken
 from errors import run as run_script
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
 from log import Log, Samples
@@ -44,10 +46,10 @@ from model import GPT
 from optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
 from plot import plot
 from sample import sample
-from shards import Dataset
-from start import FINISHED, STOPPED, Start, begin, identity, made_by
+from shards import Dataset, write_json
+from start import FINISHED, STOPPED, Start, begin, claim, describe, identity
 from tokenizer import Tokenizer, load_tokenizer
-from train_config import Config, parse, read_config, resolve, to_json, ways_to_less_memory
+from train_config import Config, parse, resolve, ways_to_less_memory
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -75,7 +77,7 @@ def train_step(
 ) -> torch.Tensor:  # fmt: skip
     """One update from all micro-batches of a step, unless the gate holds it back. Returns the status, (5 + 2 W,)
     float32 on the device: mean loss, gradient norm, z-score of the loss, whether it was held back, how many ranks were
-    told to stop, and for each rank whether its loss isn't finite, and where `compare` a checksum of its weights.
+    told to stop; for each rank whether loss or gradient aren't finite, and where `compare` a checksum of its weights.
     """
     torch.manual_seed(seed)  # of dropout: follows from the step, so no random state need be saved
     model.train()
@@ -99,6 +101,9 @@ def train_step(
     status[0] = loss_sum / data.targets
     status[4] = float(stop)
     status[5 + ranks.rank] = ~loss_sum.isfinite()
+    if ranks.bad_gradient is not None:
+        status[5 + ranks.rank] += ranks.bad_gradient
+        ranks.bad_gradient.zero_()
     if compare:
         status[5 + ranks.world_size + ranks.rank] = checksum(parameters)
     ranks.all_reduce(status)
@@ -215,8 +220,9 @@ class Run:
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
-            tqdm.write(line)
-            sys.stdout.flush()  # into a file too, line by line
+            with spoken():
+                tqdm.write(line)
+                sys.stdout.flush()  # into a file too, line by line
 
     def plot(self) -> None:
         if self.ranks.is_main:
@@ -257,6 +263,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        ranks.watch(model)
 
     describe(config, order, raw_model, ranks)
     if dataset.manifest is None:
@@ -267,25 +274,6 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         run.samples = Samples(out / "samples.txt", start.step)
         run.bar = tqdm(total=config.training.max_steps, initial=start.step, unit="step", disable=None)
     return run
-
-
-def describe(config: Config, order: Order, model: GPT, ranks: Ranks) -> None:
-    """Prints the resolved settings and what follows from them."""
-    for section, values in to_json(config).items():
-        ranks.print(f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items()))
-    training, rows = config.training, config.training.batch_tokens // config.model.block_size
-    steps = order.rows_per_epoch // rows
-    unread = len(order.tokens) - steps * training.batch_tokens
-    ranks.print(
-        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
-        f"{training.batch_tokens:,} tokens a step in "
-        f"{rows // (training.micro_batch_size * ranks.world_size)} micro-batches a rank\n"
-        f"{len(order.tokens):,} tokens in {len(order.cuts):,} chunks of about {order.chunk_tokens:,}\n"
-        f"{steps:,} steps an epoch ({unread:,} tokens unread in each), "
-        f"{training.max_steps / steps:.2f} epochs in {training.max_steps:,} steps"
-    )
-    if order.forced_cuts:
-        ranks.print(f"{order.forced_cuts:,} chunks begin inside a document: no end of text was near")
 
 
 def finish(run: Run, pending: Pending) -> bool:
@@ -323,7 +311,8 @@ def finish(run: Run, pending: Pending) -> bool:
     row["memory_mib"] = peak_memory_mib(run.ranks.device)
     if run.ranks.is_main:
         run.log.write(row)
-        run.bar.update()
+        with spoken():
+            run.bar.update()
     if SCORES & row.keys():
         run.plot()
     every = run.config.logging.every_n_steps
@@ -335,8 +324,9 @@ def finish(run: Run, pending: Pending) -> bool:
     return stops > 0
 
 
-def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
-    """The loop: before update k the scenes that are due look at the weights after k updates."""
+def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | None = None) -> None:
+    """The loop: before update k the scenes that are due look at the weights after k updates. At step `until` it stops
+    as if it was told to."""
     config, ranks, raw_model = run.config, run.ranks, run.raw_model
     out, max_steps, o = Path(config.general.out_dir), config.training.max_steps, config.optimizer
     tokens, position, compared = run.start.tokens, run.start.position, config.training.compare_ranks_every_n_steps
@@ -344,7 +334,6 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         run.order, position, config.training.batch_tokens // config.model.block_size,
         config.training.micro_batch_size, ranks.rank, ranks.world_size, pin=ranks.device.type == "cuda",
     )  # fmt: skip
-    settings, made = read_config(out / "config.json"), made_by(ranks)
     gate = Gate(ranks.device, config.training.skip_spikes, run.start.losses)
     pending: Pending | None = None  # the step before, whose status the host has not read
     begin_mark: Mark | None = None  # where the time of the next step begins; None behind other work
@@ -357,6 +346,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         if pending and (due or last or stopping):
             stopping |= finish(run, pending)
             pending, begin_mark, signals.nothing_to_lose = None, None, False
+        stopping |= step == until and not last
         if stopping:
             due = {"saving"}
 
@@ -388,11 +378,15 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
         # --- save
         if "saving" in due and ranks.is_main:
             run.log.sync()
-            state = {"step": step, "tokens": tokens, "position": asdict(position), "losses": gate.losses()}
+            out.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            write_json(out / "config.json", run.start.launches[-1]["config"])  # of who saved last
+            state = {
+                "step": step, "tokens": tokens, "position": asdict(position), "losses": gate.losses(),
+                "launches": run.start.launches,
+            }  # fmt: skip
             saver.save(
                 step, checkpoint.model_tensors(raw_model), optimizer_state(run.optimizers, raw_model),
-                state | identity(config, run.dataset, run.order, run.tokenizer)
-                | {"config": settings, "made_by": made},
+                state | identity(config, run.dataset, run.order, run.tokenizer),
             )  # fmt: skip
         if last or stopping:
             ranks.main_first(saver.wait)  # where it could not save, all end so
@@ -429,7 +423,8 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver) -> None:
             run.log.write(row)
         (out / (STOPPED if stopping else FINISHED)).touch()
         run.log.close()
-        run.bar.close()
+        with spoken():
+            run.bar.close()
     run.plot()
     if stopping:
         run.say(f"stopped at step {step}, saved. Go on with the same command and --general.init-from resume.")
@@ -471,21 +466,24 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
 def main() -> None:
     _, config = parse(sys.argv[1:])
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with process_group(config.general.device, config.general.timeout_minutes) as ranks:
-        if "train" in config.general.mode:
-            out, s = Path(config.general.out_dir), config.saving
-            with StopSignals() as signals, checkpoint.Saver(out, s.keep, s.keep_every) as saver:
-                try:
-                    train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
-                except OSError as error:  # of the log, the samples, the picture; a checkpoint's is told by itself
-                    raise UserError(f"{error} in {ranks.doing}. What was saved is whole: mend it and resume.") from None
-                except (RuntimeError, MemoryError) as error:
-                    if not isinstance(error, OUT_OF_MEMORY) and "can't allocate memory" not in str(error):
-                        raise
-                    what, ways = (str(error).splitlines() or [""])[0], ways_to_less_memory(config, ranks.world_size)
-                    raise UserError(f"out of memory in {ranks.doing} ({what:.100}). {ways}") from None
-        else:
-            assess(config, dataset, ranks)
+    out, general, s = Path(config.general.out_dir), config.general, config.saving
+    training = "train" in general.mode
+    with (
+        StopSignals(out / STOPPED) if training else nullcontext() as signals,
+        process_group(general.device, general.timeout_minutes) as ranks,
+    ):
+        if not training:
+            return assess(config, dataset, ranks)
+        try:
+            with claim(out, ranks), checkpoint.Saver(out, s.keep, s.keep_every) as saver:
+                train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
+        except OSError as error:  # of the log, the samples, the picture; a checkpoint's is told by itself
+            raise UserError(f"{error} in {ranks.doing}. What was saved is whole: mend it and resume.") from None
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, OUT_OF_MEMORY) and not re.search("can't allocate memory|ALLOC_FAILED", str(error)):
+                raise
+            what, ways = (str(error).splitlines() or [""])[0], ways_to_less_memory(config, ranks.world_size)
+            raise UserError(f"out of memory in {ranks.doing} ({what:.100}). {ways}") from None
 
 
 if __name__ == "__main__":

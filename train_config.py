@@ -283,7 +283,9 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
 
 def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
     """Fills in what the data set decides and checks all fields; a ConfigError tells everything that is wrong."""
-    problems, dataset = [], None
+    problems, dataset = not_text(config), None
+    if problems:
+        raise ConfigError(problems[0])
     if {"train", "val"} & set(config.general.mode):
         try:
             dataset = open_dataset(config.data.dataset)
@@ -315,6 +317,16 @@ def resolve(config: Config, world_size: int) -> tuple[Config, Dataset | None]:
     return config, dataset
 
 
+def not_text(config: Config) -> list[str]:
+    """Which fields can't be written to a file or name one, a sentence each."""
+    values = {f"{s}.{name}": value for s, fields in to_json(config).items() for name, value in fields.items()}
+    return [
+        f"--{name.replace('_', '-')} {value!r:.50}: it has characters that no file can hold."
+        for name, value in values.items()
+        if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "replace").decode())
+    ]
+
+
 def check(config: Config, world_size: int) -> list[str]:
     """What is wrong with the values themselves, a sentence each."""
     problems = []
@@ -330,7 +342,8 @@ def check(config: Config, world_size: int) -> list[str]:
 
     model, training, optimizer, sampling = config.model, config.training, config.optimizer, config.sampling
     need(len(config.general.mode) > 0, "general.mode", "()", "give at least one of train, val, eval, sample")
-    at_least(0, "general", "seed")
+    seed = config.general.seed
+    need(0 <= seed < 2**63, "general.seed", seed, "give a number from 0 to 2^63 - 1")
     at_least(1, "data", "chunk_tokens", "num_streams")
     at_least(1, "model", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head")
     at_least(0, "model", "vocab_size")
@@ -338,12 +351,8 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(1, "model", "window")
     at_least(1, "training", "skip_spikes")
     at_least(0, "training", "compare_ranks_every_n_steps")
-    need(
-        config.general.timeout_minutes > 0,
-        "general.timeout-minutes",
-        config.general.timeout_minutes,
-        "give more than 0",
-    )
+    minutes = config.general.timeout_minutes
+    need(0 < minutes <= 1e5, "general.timeout-minutes", minutes, "give more than 0, and at most 100,000")
     at_least(0, "optimizer", "max_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr", "head_lr")
     at_least(0, "optimizer", "scalar_lr", "momentum_warmup_steps")
     for section in ("validation", "evaluation", "sampling", "saving", "logging"):

@@ -20,7 +20,7 @@ if [[ "$1" != -* && -n "$1" ]]; then
     preset=$1
     shift
 fi
-case " $* " in *" --general.out-dir"* | *" --general.init-from"*)
+case " $* " in *" --general.out"[-_]dir* | *" --general.init"[-_]from*)
     echo "error: out/$preset and resume are this script's own: leave out --general.out-dir and --general.init-from" >&2
     exit 2
 esac

@@ -8,12 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
-from helpers import call, save_jsonl
+from helpers import call
 
-import fineweb
-import tokenizer
 import train
-from runs import flags
+from runs import flags, tiny_dataset
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +25,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def dataset(texts, tmp_path_factory) -> Path:
     """A folder with shards of about 2,300 training tokens, from a trained vocabulary of 300."""
-    folder = tmp_path_factory.mktemp("data")
-    tokenizer.train(texts, 300, folder / "bpe.json", progress=False)
-    save_jsonl(folder / "texts.jsonl", texts)
-    call(
-        fineweb.main, "files", "--input", folder / "texts.jsonl", "--tokenizer", folder / "bpe.json",
-        "--out-dir", folder / "tiny", "--val-tokens", 300, "--workers", 1,
-    )  # fmt: skip
-    return folder / "tiny"
+    return tiny_dataset(texts, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,18 @@ python tests/fuzzing.py 10000            # prints a table; tests/test_faults.py 
 """
 
 import contextlib
+import dataclasses
 import io
+import itertools
 import json
 import random
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,16 +25,16 @@ import torch
 from helpers import call, save_hellaswag, save_jsonl
 
 import checkpoint
-import fineweb
-import tokenizer
+import train
 from errors import UserError
 from hellaswag import load_examples
 from log import COLUMNS, Log, read_log
 from model import GPT, GPTConfig
+from runs import flags, tiny_dataset
 from shards import open_dataset, verify
 from sources import documents, find
 from tokenizer import load_tokenizer
-from train_config import PRESETS, parse, resolve, to_json
+from train_config import Config, parse, resolve
 
 ODD = (
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, float("inf"), float("nan"), "", " ", "0", "-1",
@@ -90,20 +93,45 @@ def odd_json(text: str, rng: random.Random) -> str:
     return json.dumps(value)
 
 
+# an odd value makes these so large that a run would be as good as endless, as was asked for
+SIZES = {
+    "max_steps", "n_layer", "n_head", "n_embd", "max_new_tokens", "num_samples", "window", "block_size", "vocab_size",
+    "value_embeddings",
+}  # fmt: skip
+
+
+def changed_settings() -> Iterator[list[str]]:
+    """Words of a command line that change one field: every one to every odd value and to what its type knows."""
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.type):
+            flag = f"--{section.name}.{field.name.replace('_', '-')}"
+            if field.type is bool:
+                yield [flag]
+                yield [f"--{section.name}.no-{field.name.replace('_', '-')}"]
+            for choice in get_args(field.type):
+                if isinstance(choice, str) and (field.name, choice) != ("compile", "on"):  # takes minutes
+                    yield [flag, choice]
+            for value in ODD:
+                too_large = field.name in SIZES and isinstance(value, int | float) and value > 1000
+                if not too_large and (field.name, value) not in (("out_dir", "/"), ("out_dir", "../..")):
+                    yield [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+
+
+def told(end: SystemExit) -> None:
+    """A mistake that tyro told by itself, as one of ours."""
+    if end.code == 2:
+        raise UserError("told by tyro") from None
+    raise end
+
+
 def small_dataset(folder: Path) -> Path:
-    """A sound data set of a few documents, as fineweb.py makes it."""
+    """A sound data set of a few documents."""
     rng = random.Random(0)
     texts = [
         " ".join(rng.choices(["the", "a", "of", "and", "model", "data", "token", "loss", "step"], k=30))
         for _ in range(30)
     ]
-    tokenizer.train(texts, 280, folder / "bpe.json", progress=False)
-    save_jsonl(folder / "texts.jsonl", texts)
-    call(
-        fineweb.main, "files", "--input", folder / "texts.jsonl", "--tokenizer", folder / "bpe.json",
-        "--out-dir", folder / "tiny", "--val-tokens", 300, "--workers", 1,
-    )  # fmt: skip
-    return folder / "tiny"
+    return tiny_dataset(texts, folder, 280)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -128,6 +156,16 @@ class Kinds:
             log.write({"step": step, "tokens": step * 10, "epoch": 0, "loss": 3.0 / (step + 1), "lr": 1e-3})
         log.close()
         self.log = (folder / "sound.csv").read_bytes()
+        self.small = {
+            "training__max_steps": 2, "model__n_layer": 1, "evaluation__every_n_steps": 1, "sampling__every_n_steps": 1,
+            "evaluation__file": folder / "sound.jsonl", "model__block_size": 32, "validation__every_n_steps": 1,
+            "sampling__max_new_tokens": 2, "sampling__num_samples": 1,
+        }  # fmt: skip
+        self.run = folder / "run"
+        call(train.main, *flags(dataset, self.run, **self.small | {"training__max_steps": 1}))
+        changes = list(changed_settings())
+        random.Random(0).shuffle(changes)
+        self.settings = itertools.cycle(changes)
 
     def all(self) -> dict[str, Callable[[random.Random], None]]:
         return {name: getattr(self, name) for name in dir(self) if name.startswith("a_")}
@@ -138,20 +176,48 @@ class Kinds:
         shutil.copytree(source, target)
         return target
 
-    def a_command_line(self, rng: random.Random) -> None:
-        config = to_json(PRESETS["demo"])
-        section = rng.choice(list(config))
-        name = rng.choice(list(config[section]))
-        value = odd_value(rng)
-        words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        line = ["demo", f"--{section}.{name.replace('_', '-')}", *words]
-        if section != "data" or name != "dataset":
-            line += ["--data.dataset", str(self.dataset)]
+    def a_setting(self, rng: random.Random) -> None:
+        """One field of the configuration changed; what is taken must train."""
+        changed = next(self.settings)
+        out = self.folder / "changed"
+        shutil.rmtree(out, ignore_errors=True)
+        line = [*flags(self.dataset, out, rng.choice(("gpt2", "modern")), **self.small), *changed]
         try:
-            resolve(parse(line)[1], rng.choice((1, 2, 8)))
-        except SystemExit as end:  # tyro's own message
-            if end.code != 2:
-                raise
+            resolve(parse(line)[1], rng.choice((2, 8)))
+        except UserError:
+            pass
+        except SystemExit as end:
+            told(end)
+        self.train(line)
+
+    def a_run_to_go_on_with(self, rng: random.Random) -> None:
+        """A file of its folder damaged or rewritten, half of them by someone who makes the manifest fit."""
+        run = self.copy(self.run)
+        last = checkpoint.checkpoints(run)[-1]
+        for path in checkpoint.checkpoints(run)[:-1]:
+            shutil.rmtree(path)
+        self.spoil(last if rng.random() < 0.7 else run, rng)
+        self.train([*flags(self.dataset, run, **self.small), "--general.init-from", "resume"])
+
+    def train(self, line: list[str]) -> None:
+        try:
+            with contextlib.chdir(self.folder):  # an odd name of a folder is one in here
+                call(train.main, *line)
+        except SystemExit as end:
+            told(end)
+
+    def spoil(self, folder: Path, rng: random.Random) -> None:
+        """One file of a folder; of a checkpoint every second time so that its manifest fits."""
+        files = [path for path in folder.iterdir() if path.is_file() and path.stat().st_size]
+        path = rng.choice([path for path in files if path.name != "manifest.json" or rng.random() < 0.3])
+        if path.suffix == ".json" and rng.random() < 0.7:
+            path.write_text(odd_json(path.read_text(), rng))
+        else:
+            path.write_bytes(damaged(path.read_bytes(), rng))
+        if (folder / "manifest.json").exists() and path.name != "manifest.json" and rng.random() < 0.5:
+            names = ("model.safetensors", "optimizer.pt", "state.json")
+            sums = {name: checkpoint._sha256(folder / name) for name in names}
+            (folder / "manifest.json").write_text(json.dumps({"files": sums}))
 
     def a_hellaswag_file(self, rng: random.Random) -> None:
         lines = self.questions.splitlines()
@@ -175,18 +241,8 @@ class Kinds:
             verify(folder)
 
     def a_checkpoint(self, rng: random.Random) -> None:
-        """Half of them by someone who makes the manifest fit."""
         folder = self.copy(self.checkpoint)
-        path = rng.choice([path for path in folder.iterdir() if path.name != "manifest.json" or rng.random() < 0.3])
-        if path.suffix == ".json" and rng.random() < 0.7:
-            path.write_text(odd_json(path.read_text(), rng))
-        else:
-            path.write_bytes(damaged(path.read_bytes(), rng))
-        if rng.random() < 0.5 and path.name != "manifest.json":
-            files = {
-                name: checkpoint._sha256(folder / name) for name in ("model.safetensors", "optimizer.pt", "state.json")
-            }
-            (folder / "manifest.json").write_text(json.dumps({"files": files}))
+        self.spoil(folder, rng)
         checkpoint.load(folder)
         checkpoint.load_model(folder, torch.device("cpu"))
 

@@ -129,3 +129,8 @@ def test_settings_of_a_later_version_are_refused_by_name(tmp_path):
     path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
     with pytest.raises(UserError, match="doesn't know: hyperdrive"):
         load_model(path, torch.device("cpu"))
+    for name in ("n_layer", "value_embeddings"):  # not tried, it would not end
+        state = {"step": 1, "model": vars(small().config) | {name: 10**9}, "tokenizer": {"name": "gpt2"}}
+        path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
+        with pytest.raises(UserError, match="1,000,000,000 layers of"):
+            load_model(path, torch.device("cpu"))

@@ -1,7 +1,10 @@
 """What ranks and devices promise."""
 
+import ctypes
 import os
 import signal
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,20 +26,31 @@ def test_a_stop_signal_is_noted_and_handlers_are_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd):
-    with StopSignals(), pytest.raises(SystemExit) as end:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert end.value.code == 0
+def end_of_one_in_a_compiler(*numbers: int, marker: Path | None = None, nothing_to_lose: bool = True) -> int:
+    """The exit code of a process that gets signals while its main thread is outside Python for long."""
+    pid = os.fork()
+    if pid == 0:
+        with StopSignals(marker) as signals:
+            signals.nothing_to_lose = nothing_to_lose
+            signal.alarm(10)  # kills it
+            for i, number in enumerate(numbers):
+                threading.Timer(0.1 + 0.1 * i, os.kill, (os.getpid(), number)).start()
+            library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            library.pthread_mutex_lock(mutex)
+            library.pthread_mutex_lock(mutex)  # for ever
+        os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd, tmp_path):
+    assert end_of_one_in_a_compiler(signal.SIGTERM, marker=tmp_path / "stopped") == 0
     assert "SIGTERM before the first step was done" in capfd.readouterr().err
+    assert (tmp_path / "stopped").exists()
+    assert end_of_one_in_a_compiler(signal.SIGUSR1, marker=tmp_path / "no such folder" / "stopped") == 0
 
 
 def test_a_second_interrupt_ends_at_once():
-    with StopSignals() as signals:
-        signals.nothing_to_lose = False
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+    assert end_of_one_in_a_compiler(signal.SIGINT, signal.SIGTERM, signal.SIGINT, nothing_to_lose=False) == 130
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def test_a_file_that_is_no_log_is_refused_and_a_bad_line_named(tmp_path):
         file.write("zero,1,0" + "," * 10 + "\n")
     with pytest.raises(UserError, match=r"log.csv, line 3"):
         read_log(tmp_path / "log.csv")
+    Log(tmp_path / "log.csv", 1)  # what would be cut anyhow may be damaged
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [0]
+    (tmp_path / "log.csv").write_bytes(bytes(100) + b"\n")
+    Log(tmp_path / "log.csv")
+    assert read_log(tmp_path / "log.csv") == []
 
 
 def test_samples_are_rows_of_a_table_and_are_cut_at_a_resume(tmp_path):
@@ -52,6 +57,8 @@ def test_samples_are_rows_of_a_table_and_are_cut_at_a_resume(tmp_path):
     odd = "a\x0bb\x0cc\x1cd\x85e\u2028f"  # what splitlines would take for the end of a line
     for step in (5, 10, 15):
         samples.write(step, [f"one | at\n{step}", odd])
+    with open(tmp_path / "samples.txt", "ab") as file:
+        file.write(b"| 10 | \xff")  # a disk's fault
     Samples(tmp_path / "samples.txt", 10)
     expected = Samples.HEADER + f"| 5 | one \\| at<br>5 |\n| 5 | {odd} |\n"
     assert (tmp_path / "samples.txt").read_bytes().decode() == expected

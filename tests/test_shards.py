@@ -239,7 +239,7 @@ def test_a_shard_missing_or_not_in_the_manifest_is_refused_by_name(tmp_path):
         open_dataset(folder)
 
 
-@pytest.mark.parametrize("change", [{"row": {"tokens": 4}}, {"vocab_size": 128256}])
+@pytest.mark.parametrize("change", [{"row": {"tokens": 4}}, {"row": {"tokens": "4"}}, {"vocab_size": 128256}])
 def test_shards_of_another_length_or_dtype_than_the_manifest_are_refused_by_name(tmp_path, change):
     folder = make_dataset(tmp_path / "d")
     edit_manifest(folder, **change)
@@ -258,6 +258,8 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, content):
 def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"no data set at .*nowhere"):
         open_dataset(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no data set at aaa"):
+        open_dataset("a" * 5000)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         open_dataset(tmp_path)
 
@@ -309,8 +311,11 @@ def test_verify_names_every_damaged_shard_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [({"row": {"documents": 2}}, "1 documents begin in it, the manifest says 2"), ({"vocab_size": 50256}, "50256")],
-)
+    [
+        ({"row": {"documents": 2}}, "1 documents begin in it, the manifest says 2"),
+        ({"row": {"documents": "2"}}, "the manifest says '2'"), ({"vocab_size": 50256}, "50256"),
+    ],
+)  # fmt: skip
 def test_verify_refuses_wrong_document_counts_and_tokens_outside_the_vocabulary(tmp_path, change, complaint):
     folder = make_dataset(tmp_path / "d")
     edit_manifest(folder, **change)

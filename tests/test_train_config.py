@@ -7,7 +7,7 @@ import torch
 
 from errors import ConfigError
 from model import GPT
-from train_config import PRESETS, Config, check, differences, parse, to_json, variant
+from train_config import PRESETS, Config, check, differences, parse, resolve, to_json, variant
 
 
 def parameters(name: str, vocab_size: int = 50257) -> int:
@@ -78,12 +78,20 @@ def test_an_unknown_preset_gets_the_nearest_name():
         ("optimizer", "max_lr", float("nan")), ("optimizer", "beta2", 1.0), ("optimizer", "eps", 0.0),
         ("optimizer", "min_lr_ratio", 1.5), ("sampling", "top_p", 0.0), ("sampling", "top_k", 0),
         ("sampling", "temperature", -0.1), ("saving", "keep", -1), ("evaluation", "limit", 0), ("general", "mode", ()),
-        ("general", "seed", -1), ("data", "num_streams", 0), ("validation", "every_n_steps", -5),
+        ("general", "seed", -1), ("general", "seed", 2**63), ("general", "timeout_minutes", 0.0),
+        ("general", "timeout_minutes", 1e300), ("data", "num_streams", 0), ("validation", "every_n_steps", -5),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_told_with_its_flag(section, field, value):
     (problem,) = check(variant(Config(), **{section: {field: value}}), world_size=8)
     assert problem.startswith(f"--{section}.{field.replace('_', '-')} ")
+
+
+def test_text_that_no_file_can_hold_is_refused_by_its_flag():
+    for section, field in (("sampling", "prompt"), ("general", "init_from"), ("data", "dataset")):
+        for text in ("a\0b", "\ud800"):
+            with pytest.raises(ConfigError, match=rf"^--{section}.{field.replace('_', '-')} 'a?\\"):
+                resolve(variant(Config(), **{section: {field: text}}), 1)
 
 
 def test_all_problems_are_told_whatever_their_kind():
