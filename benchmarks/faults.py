@@ -1,15 +1,17 @@
 """Faults by the hundred, and what came of them: kills, damage, stops, bad numbers, malformed input.
 
-    python benchmarks/faults.py [--stages kills damage resumes stops numbers ranks input] [--out results/faults/cpu.md]
+    python benchmarks/faults.py [--stages kills damage resumes crashes ...] [--out results/faults/cpu.md]
 
-    kills      SIGKILL at a random instant of saving, again and again; what `latest` finds must be whole, and no older
-               than the last save that was complete
+    saving     how long a save holds up training: GPT-2 124M with its optimizer, against a plain torch.save
+    kills      SIGKILL at a random instant of saving, again and again, and before each of its calls of the system; what
+               `latest` finds must be whole, and no older than the last save that was complete
     damage     checkpoint files with a flipped bit or cut off, read by ours and by plain torch.load
     resumes    a checkpoint at every step of a 40-step run over an epoch's end, dropout on; gone on with from each
-    stops      SIGTERM at random instants of a run with all scenes; then gone on with
+    crashes    SIGKILL at random instants of a run with all scenes, the same command again and again until it is done
+    stops      SIGTERM at random instants of such a run, on one rank and on two; then gone on with
     numbers    a weight that is no number, on one of two ranks, at some step
-    ranks      a run on 1, 2, 4 and again 1 rank
-    input      tests/fuzzing.py
+    ranks      a run on 1, 2, 4, 8 and again 1 rank
+    input      tests/fuzzing.py: files of every kind, every field of the configuration
 
 All runs are tiny, on the CPU. Children are forked from this process, which has imported everything already.
 """
@@ -17,6 +19,7 @@ All runs are tiny, on the CPU. Children are forked from this process, which has 
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import platform
 import random
@@ -25,6 +28,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -43,7 +47,10 @@ import checkpoint  # noqa: E402
 import train  # noqa: E402
 from errors import UserError  # noqa: E402
 from log import read_log  # noqa: E402
-from runs import assert_equal_to_the_bit, cut_back_to, flags, torchrun  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from optim import adamw, optimizer_state  # noqa: E402
+from runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
+from start import FINISHED, STOPPED  # noqa: E402
 
 Row = tuple[str, str, str]  # what was tried, how often, what came of it
 MODERN = {
@@ -84,18 +91,29 @@ def tensors(step: int) -> tuple[dict, dict]:
 # checkpoints
 
 
+def save_step(run: Path, step: int) -> None:
+    checkpoint.save(run, step, *tensors(step), {"step": step, "model": {}, "tokenizer": {"name": "gpt2"}}, 2)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint of `save_step` holds what its name says."""
+    loaded, step = checkpoint.load(path), checkpoint.step_of(path)
+    model, optimizer = tensors(step)
+    right = torch.equal(loaded.model["w"], model["w"]) and loaded.state["step"] == step
+    return right and torch.equal(loaded.optimizer["w"]["exp_avg"], optimizer["w"]["exp_avg"])
+
+
 def kills(folder: Path, count: int, rng: random.Random) -> list[Row]:
     lost = wrong = 0
     during = 0
     run, step = folder / "run", 1
-    checkpoint.save(run, 1, *tensors(1), {"step": 1, "model": {}, "tokenizer": {"name": "gpt2"}}, 2)
+    save_step(run, 1)
     for _ in range(count):
         reader, writer = os.pipe()
 
         def save_on(first=step, writer=writer) -> None:
             for step in range(first, first + 1000):  # the first of them again, for it may be there
-                state = {"step": step, "model": {}, "tokenizer": {"name": "gpt2"}}
-                checkpoint.save(run, step, *tensors(step), state, 2)
+                save_step(run, step)
                 os.write(writer, step.to_bytes(8, "little"))
 
         pid = forked(save_on)
@@ -111,12 +129,58 @@ def kills(folder: Path, count: int, rng: random.Random) -> list[Row]:
         if found is None or checkpoint.step_of(found) < complete:
             lost += 1
             continue
-        loaded, step = checkpoint.load(found), checkpoint.step_of(found)
-        right = torch.equal(loaded.model["w"], tensors(step)[0]["w"]) and loaded.state["step"] == step
-        wrong += not (right and torch.equal(loaded.optimizer["w"]["exp_avg"], tensors(step)[1]["w"]["exp_avg"]))
+        step = checkpoint.step_of(found)
+        wrong += not is_whole(found)
     return [
         ("SIGKILL at a random instant of saving", f"{count:,}", f"{lost} lost, {wrong} wrong; {during:,} hit a save")
     ]
+
+
+def writes(folder: Path) -> list[Row]:
+    """Ends before each call of the system that saving makes, for a new step and for one that is there already."""
+    rows = []
+    for again in (False, True):
+        at, ended, lost = 0, False, 0
+        while not ended:
+            run, at = folder / f"{again}-{at}", at + 1
+            for step in (1, 2):
+                save_step(run, step)
+            ended = ends_at(at, lambda run=run, again=again: save_step(run, 2 if again else 3))
+            found = checkpoint.latest(run)
+            lost += found is None or not is_whole(found) or checkpoint.step_of(found) < 2
+        rows.append((
+            "ended before each call of the system in saving" + " a step anew" * again, f"{at - 1}", f"{lost} lost",
+        ))  # fmt: skip
+    return rows
+
+
+def saving(folder: Path) -> list[Row]:
+    """Medians of three."""
+    model = GPT(GPTConfig(vocab_size=50_257))
+    optimizers = adamw(model, 1e-4, 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    weights, state = checkpoint.model_tensors(model), optimizer_state(optimizers, model)
+    size = sum(t.nbytes for t in [*weights.values(), *(t for s in state.values() for t in s.values())])
+    held, whole, plain = [], [], []
+    for step in range(3):
+        begin = time.perf_counter()
+        with checkpoint.Saver(folder / "run", 1, 0) as saver:
+            saver.save(step, weights, state, {"step": step})
+            held.append(time.perf_counter() - begin)
+            saver.wait()
+        whole.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        torch.save({"model": weights, "optimizer": state}, folder / "plain.pt")
+        plain.append(time.perf_counter() - begin)
+    held, whole, plain = map(statistics.median, (held, whole, plain))
+    return [(
+        f"a save of 124M, {size / 2**30:.1f} GiB with the optimizer", "3",
+        f"holds up training for {held:.2f} s and is on the disk after {whole:.1f}; torch.save alone, without fsync, "
+        f"would hold it up for {plain:.1f}",
+    )]  # fmt: skip
 
 
 def damage(folder: Path, count: int, rng: random.Random) -> list[Row]:
@@ -179,23 +243,58 @@ def resumes(folder: Path, dataset: Path, steps: int = 40) -> list[Row]:
     return rows
 
 
-def stops(folder: Path, dataset: Path, count: int, rng: random.Random) -> list[Row]:
-    changes = {
+def eventful(folder: Path) -> dict[str, object]:
+    """Settings of a run with all scenes."""
+    return {
         "evaluation__file": save_hellaswag(folder / "questions.jsonl", 100), "evaluation__every_n_steps": 5,
         "sampling__every_n_steps": 5, "saving__every_n_steps": 5, "training__max_steps": 40, "model__block_size": 32,
     }  # fmt: skip
+
+
+def crashes(folder: Path, dataset: Path, count: int, rng: random.Random) -> list[Row]:
+    changes = eventful(folder)
     whole = folder / "whole"
-    quietly(train.main, *flags(dataset, whole, **changes))
     begin = time.perf_counter()
-    pid = forked(lambda: call(train.main, *flags(dataset, folder / "timed", **changes)))
-    os.waitpid(pid, 0)
-    duration = time.perf_counter() - begin
+    quietly(train.main, *flags(dataset, whole, **changes))
+    duration, killed = time.perf_counter() - begin, 0
+    for i in range(count):
+        line = flags(dataset, folder / str(i), general__init_from="resume", **changes)
+        for tries in itertools.count():
+            pid = forked(lambda line=line: call(train.main, *line))
+            killer = threading.Timer(rng.uniform(0, duration / 2 * 1.2**tries), os.kill, (pid, signal.SIGKILL))
+            killer.start()
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            killer.cancel()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, code
+            killed += 1
+        assert_equal_to_the_bit(folder / str(i), whole, 40)
+    return [("SIGKILL at a random instant of a run, the same command again", f"{killed}",
+             f"{count} runs all equal to the bit to the one unbroken: log, weights, optimizer, samples")]  # fmt: skip
+
+
+def stops(folder: Path, dataset: Path, count: int, rng: random.Random, world: int = 1) -> list[Row]:
+    changes = eventful(folder)
+    whole, timed = folder / "whole", folder / "timed"
+
+    def start(line: list[str]) -> int:
+        """The pid of the run, or of its torchrun."""
+        if world == 1:
+            return forked(lambda: call(train.main, *line))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        return forked(lambda: os.execv(sys.executable, [*command, str(ROOT / "train.py"), *line]))
+
+    for run in (whole, timed):
+        begin = time.perf_counter()
+        os.waitpid(start(flags(dataset, run, **changes)), 0)
+        duration = time.perf_counter() - begin
     delays, codes, lost, at = [], set(), 0, set()
     for i in range(count):
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         line = flags(dataset, run, general__init_from="resume", **changes)
-        pid = forked(lambda line=line: call(train.main, *line))
+        pid = start(line)
         time.sleep(duration * (i + rng.random()) / count)
         done = len(read_log(run / "log.csv")) if (run / "log.csv").exists() else 0
         begin = time.perf_counter()
@@ -206,10 +305,13 @@ def stops(folder: Path, dataset: Path, count: int, rng: random.Random) -> list[R
         kept = checkpoint.step_of(found) if found else 0
         lost += max(0, done - kept)
         at.add(kept)
-        quietly(train.main, *line)
+        marker = [name for name in (STOPPED, FINISHED) if (run / name).exists()]
+        assert len(marker) == 1 or (kept == 0 and not marker), marker  # none before the run's folder was there
+        os.waitpid(start(line), 0)
         assert_equal_to_the_bit(run, whole, 40)
+    assert codes <= ({0} if world == 1 else {0, 1, -signal.SIGTERM}), codes  # torchrun tells 1 of any it had to stop
     return [(
-        "SIGTERM at a random instant of a run, then gone on with", f"{count}",
+        f"SIGTERM at a random instant of a run, W = {world}, then gone on with", f"{count}",
         f"{lost} steps lost, {len(at)} different steps, all equal to the bit; exit codes {sorted(codes)}; ended within "
         f"{max(delays):.1f} s, median {statistics.median(delays):.1f}",
     )]  # fmt: skip
@@ -236,20 +338,25 @@ def numbers(folder: Path, dataset: Path, count: int) -> list[Row]:
 
 
 def ranks(folder: Path, dataset: Path) -> list[Row]:
-    changes = {"model__dropout": 0.0, "sampling__every_n_steps": 0}
-    quietly(train.main, *flags(dataset, folder / "whole", **changes))
+    changes = {
+        "model__dropout": 0.0, "sampling__every_n_steps": 0, "training__max_steps": 30, "training__micro_batch_size": 2,
+    }  # fmt: skip
+    torchrun(1, *flags(dataset, folder / "whole", **changes), fault="rows 0 0")
     line = flags(dataset, folder / "run", **changes, general__init_from="resume")
-    for world in (1, 2, 4):
+    for world in (1, 2, 4, 8):
         torchrun(world, *line, fault=f"stop {world - 1} 2")
-    quietly(train.main, *line)
+    torchrun(1, *line, fault="rows 0 0")
+    assert rows_of(folder / "run") == rows_of(folder / "whole")
     one, other = (read_log(folder / name / "log.csv") for name in ("run", "whole"))
     apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(one[:-1], other[:-1], strict=True))
-    return [("a run on 1, 2, 4 and 1 rank", "1", f"losses within {apart:.1e} of one rank's, relative")]
+    return [
+        ("a run on 1, 2, 4, 8 and 1 rank", "1", f"the same rows; losses within {apart:.1e} of one rank's, relative")
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["kills", "damage", "resumes", "stops", "numbers", "ranks", "input"]
+    stages = ["saving", "kills", "damage", "resumes", "crashes", "stops", "numbers", "ranks", "input"]
     parser.add_argument("--stages", nargs="+", default=stages, choices=stages)
     parser.add_argument("--share", type=float, default=1.0, help="of the usual numbers")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
@@ -268,20 +375,27 @@ def main() -> None:
         for stage in options.stages:
             folder, rng, begin = Path(top) / stage, random.Random(0), time.perf_counter()
             folder.mkdir()
-            if stage == "kills":
-                found = kills(folder, times(1000), rng)
+            if stage == "saving":
+                found = saving(folder)
+            elif stage == "kills":
+                found = kills(folder, times(1000), rng) + writes(folder)
             elif stage == "damage":
                 found = damage(folder, times(300), rng)
             elif stage == "resumes":
                 found = resumes(folder, dataset)
+            elif stage == "crashes":
+                found = crashes(folder, dataset, times(20), rng)
             elif stage == "stops":
                 found = stops(folder, dataset, times(50), rng)
+                shutil.rmtree(folder / "whole")
+                shutil.rmtree(folder / "timed")
+                found += stops(folder, dataset, times(10), rng, world=2)
             elif stage == "numbers":
                 found = numbers(folder, dataset, times(20))
             elif stage == "ranks":
                 found = ranks(folder, dataset)
             else:
-                counts, wrong = fuzz(Kinds(dataset, folder), times(10_000))
+                counts, wrong = fuzz(Kinds(dataset, folder), times(17_500))  # enough for every change of a setting
                 found = [
                     (f"malformed: {name[2:].replace('_', ' ')}", f"{c.total():,}",
                      f"{c['refused']:,} refused in a sentence, {c['taken']:,} harmless, {c['wrong']} else")
