@@ -306,6 +306,11 @@ def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path):
         assert os.listdir(tmp_path / "run") == [".lock"], "it touches nothing"
     assert not (tmp_path / "run").exists(), "nothing came of it"
     call(train.main, *line)
+    (tmp_path / "run" / STOPPED).touch()
+    with pytest.raises(ConfigError, match="n_layer"):
+        call(train.main, *line, "--model.n-layer", 3)
+    markers = [name for name in (STOPPED, FINISHED) if (tmp_path / "run" / name).exists()]
+    assert markers == [FINISHED], "a start that is refused has not been stopped, nor undone what is finished"
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"out-dir .* can't be written to"):
         call(train.main, *flags(dataset, tmp_path / "file" / "run"))
