@@ -96,7 +96,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
         )
     if len(places := set(ranks.gather(checkpoint.step_of(found) if found else -1))) > 1:
         raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, places))}): share it.")
-    if init_from == "resume" and found is None and checkpoint.checkpoints(out):
+    if config.general.init_from == "resume" and found is None and checkpoint.checkpoints(out):
         raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is sound.")
     torch.manual_seed(config.general.seed)
     if found:
