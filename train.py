@@ -344,8 +344,9 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
         row = {"step": step, "tokens": tokens, "epoch": position.epoch}
         due = run.due(step)
         if pending and (due or last or stopping):
+            signals.nothing_to_lose = False
             stopping |= finish(run, pending)
-            pending, begin_mark, signals.nothing_to_lose = None, None, False
+            pending, begin_mark = None, None
         stopping |= step == until and not last
         if stopping:
             due = {"saving"}
@@ -411,8 +412,8 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
         end_mark = Mark(ranks.device)  # behind the copy: who has waited for it can read the status
         begun, begin_mark = Pending(row, status, begin_mark, end_mark), end_mark
         if pending:  # read a step late, while the device is busy with this one
-            stopping |= finish(run, pending)
             signals.nothing_to_lose = False
+            stopping |= finish(run, pending)
             if SCORES & pending.row.keys():
                 begin_mark = None  # a picture was drawn
         pending, tokens, position = begun, tokens + config.training.batch_tokens, data.end

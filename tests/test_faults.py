@@ -133,6 +133,15 @@ def test_a_signal_before_the_first_step_is_done_ends_at_once(dataset, tmp_path):
     assert not (tmp_path / "run" / STOPPED).exists()
 
 
+def test_a_signal_while_the_first_step_is_written_down_loses_nothing(dataset, tmp_path):
+    if (pid := os.fork()) == 0:
+        train.Run.plot = lambda run: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1)
+        call(train.main, *flags(dataset, tmp_path / "run"))
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert checkpoint.step_of(latest(tmp_path / "run")) == len(read_log(tmp_path / "run" / "log.csv")) > 0
+
+
 # ---------------------------------------------------------------------------------------------------------
 # spikes
 
