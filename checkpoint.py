@@ -187,11 +187,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # network drives know it of files alone
+    except OSError as error:  # some network drives sync files alone
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
