@@ -296,7 +296,8 @@ def stops(folder: Path, dataset: Path, count: int, rng: random.Random, world: in
         line = flags(dataset, run, general__init_from="resume", **changes)
         pid = start(line)
         time.sleep(duration * (i + rng.random()) / count)
-        done = len(read_log(run / "log.csv")) if (run / "log.csv").exists() else 0
+        rows = read_log(run / "log.csv") if (run / "log.csv").exists() else []
+        done = sum(row["loss"] is not None for row in rows)  # the last row has scores alone
         begin = time.perf_counter()
         os.kill(pid, signal.SIGTERM)
         codes.add(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

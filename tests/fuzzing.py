@@ -162,7 +162,8 @@ class Kinds:
             "sampling__max_new_tokens": 2, "sampling__num_samples": 1,
         }  # fmt: skip
         self.run = folder / "run"
-        call(train.main, *flags(dataset, self.run, **self.small | {"training__max_steps": 1}))
+        with contextlib.redirect_stdout(io.StringIO()):
+            call(train.main, *flags(dataset, self.run, **self.small | {"training__max_steps": 1}))
         changes = list(changed_settings())
         random.Random(0).shuffle(changes)
         self.settings = itertools.cycle(changes)
