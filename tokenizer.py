@@ -170,7 +170,9 @@ class FileTokenizer(_Batches):
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self.bpe = Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for whatever it can't parse
+        except BaseException as error:  # bare Exception for what it can't parse, or a panic, which is none
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise UserError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}") from None
         self.bpe.no_truncation()
         self.bpe.no_padding()
