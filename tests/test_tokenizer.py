@@ -271,6 +271,13 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
         load_tokenizer(save(tmp_path / "odd.json", content))
 
 
+def test_a_file_at_which_the_library_panics_is_refused_by_name(tmp_path):
+    content = json.loads(train(CORPUS, 300, tmp_path / "t.json", progress=False).data)
+    content["model"]["continuing_subword_prefix"] = "x" * 50  # longer than the tokens that it would be cut from
+    with pytest.raises(UserError, match=r"odd\.json is no tokenizer"):
+        load_tokenizer(save(tmp_path / "odd.json", json.dumps(content).encode()))
+
+
 def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match="there is no tokenizer at"):
