@@ -77,21 +77,31 @@ def segments(run: Path) -> list[Segment]:
             f"{run} has no two checkpoints, and none from scratch: nothing can be trained again. A run keeps them all "
             "with --saving.keep 0, or every so many with --saving.keep-every."
         )
-    return [Segment(*pair) for pair in pairs]
+    try:
+        return [Segment(*pair) for pair in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoints of {run} don't tell how they were made ({error!r:.100}).") from None
 
 
 def complaints_about_the_record(run: Path) -> Iterator[str]:
     """What is wrong with log.csv and config.json without training anything again."""
-    newest = checkpoint.read_state(checkpoint.checkpoints(run)[-1])
+    states = [checkpoint.read_state(path) for path in checkpoint.checkpoints(run)]
+    newest = states[-1]
+    for state in states:
+        if state["launches"] != newest["launches"][: len(state["launches"])]:
+            yield f"step {state['step']:,} was launched otherwise than the last checkpoint says"
     steps = [row["step"] for row in read_log(run / "log.csv")]
     if steps != list(range(len(steps))):
         at = next(i for i, step in enumerate(steps) if step != i)
         yield f"log.csv: row {at} is of step {steps[at]}; each step must stand once, in order"
     if len(steps) < newest["step"]:
         yield f"log.csv ends with step {steps[-1] if steps else 0}, the checkpoints with {newest['step']}"
-    told, kept = read_config(run / "config.json"), newest["launches"][-1]["config"]
-    for section in ("data", "model", "training", "optimizer"):
-        for name, value in kept[section].items():
+    told, sections = read_config(run / "config.json"), ("data", "model", "training", "optimizer")
+    kept = [launch["config"] for launch in newest["launches"]]
+    if any(all(told.get(section) == config[section] for section in sections) for config in kept):
+        return  # an earlier launch's, where the last was killed between its checkpoint and this file
+    for section in sections:
+        for name, value in kept[-1][section].items():
             if told.get(section, {}).get(name) != value:
                 yield f"config.json: {section}.{name} is not the {value} that the last checkpoint was made with"
 
@@ -131,6 +141,8 @@ def complaints_about_a_segment(
     one, other = checkpoint.load(segment.end), checkpoint.load(replayed / "checkpoints" / segment.end.name)
     there, here = one.state, other.state
     is_last = segment.steps.stop == there["launches"][-1]["config"]["training"]["max_steps"]
+    if rows and (rows.get(segment.steps.stop, {}).get("loss") is not None or max(rows) > segment.steps.stop):
+        is_last = False  # the run was gone on with beyond it, and that row begun anew
     for step in [*segment.steps, *([segment.steps.stop] if is_last else [])]:
         for name in COMPARED:
             told, found = rows.get(step, {}).get(name), again[step][name]

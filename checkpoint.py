@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hub
-from errors import UserError
+from errors import UserError, spoken
 from model import GPT, GPTConfig, from_gpt2, gpt2_config
+from shards import write_json
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step
@@ -163,6 +164,8 @@ class Saver:
     def _write(self, *what: object) -> None:
         try:
             save(self.run, *what, *self.settings)
+            if launches := what[-1].get("launches"):
+                write_json(self.run / "config.json", launches[-1]["config"])  # of who saved last
         except UserError as error:
             self.error = error
         except BaseException as error:
@@ -223,7 +226,8 @@ def latest(run: str | Path) -> Path | None:
             verify(path)
             return path
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            with spoken():
+                print(f"warning: {error}", file=sys.stderr)
     return None
 
 
@@ -242,7 +246,8 @@ def read_state(path: Path) -> dict:
     """`state.json` of a checkpoint that has been verified; UserError where it lacks what all readers need."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if isinstance(state["step"], int) and isinstance(state["model"], dict) and state["tokenizer"]["name"]:
+        parts = state["step"], state["model"], state["tokenizer"]["name"]
+        if all(map(isinstance, parts, (int, dict, str))):
             return state
     except (ValueError, KeyError, TypeError):
         pass

@@ -271,8 +271,8 @@ class StopSignals:
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-    def __init__(self, marker: Path | None = None):
-        self.marker = marker
+    def __init__(self):
+        self.marker: Path | None = None
         self.received: str | None = None
         self.nothing_to_lose = True
 
@@ -303,7 +303,9 @@ class StopSignals:
                 name = signal.Signals(number[0]).name
                 with spoken():
                     os.write(2, f"{name} before the first step was done: nothing to save\n".encode())
-                if self.marker is not None:
+                # torchrun ends the others with one that crashed by SIGTERM: that is no wish to stop
+                by_torchrun = number[0] == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+                if self.marker is not None and not by_torchrun:
                     with suppress(OSError):
                         self.marker.touch()
                 leave(0)

@@ -21,19 +21,24 @@ class ConfigError(UserError):
 
 @contextmanager
 def spoken() -> Iterator[None]:
-    """For what is printed: where the terminal is closed or a pipe's reader has ended, it and all later words are lost,
-    and nothing else is."""
+    """For what is printed: where the terminal is closed, a pipe's reader has ended or a disk is full, it and all later
+    words for there are lost, and nothing else is."""
     try:
         yield
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
-            os.dup2(nowhere, descriptor)
+            try:
+                os.write(descriptor, b"\n")
+            except OSError:
+                os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's `main()`; a UserError becomes one message on stderr and exit code 2."""
     code = 0
+    _streams_that_never_fail()
     try:
         main()
     except UserError as error:
@@ -55,6 +60,16 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     if code:
         sys.exit(code)
+
+
+def _streams_that_never_fail() -> None:
+    """Gives a process that was started without stdout or stderr some, and one of few letters a sign for the others."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 def leave(code: int) -> None:

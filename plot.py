@@ -86,10 +86,10 @@ def _examples(run: Path) -> int:
     """How many HellaSwag questions a run answers, from its config.json; 0 where that doesn't tell."""
     try:
         evaluation = json.loads((run / "config.json").read_text(encoding="utf-8"))["evaluation"]
-    except (OSError, ValueError, KeyError):
+        whole = HELLASWAG_EXAMPLES if evaluation["file"] is None and evaluation["language"] == "en" else 0
+        return evaluation["limit"] or whole
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
-    whole = HELLASWAG_EXAMPLES if evaluation["file"] is None and evaluation["language"] == "en" else 0
-    return evaluation["limit"] or whole
 
 
 def main() -> None:

@@ -291,7 +291,9 @@ def read_manifest(folder: str | Path) -> dict | None:
         return None
     try:
         manifest = json.loads(storage.read_bytes(path))
-        manifest["eot_id"], manifest["vocab_size"], manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"]
+        manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"]
+        if not (isinstance(manifest["eot_id"], int) and isinstance(manifest["vocab_size"], int)):
+            raise TypeError("eot_id and vocab_size are numbers")
         manifest["counts"]["tokens"]["train"], manifest["counts"]["documents"]["kept"]
         for name in [manifest["tokenizer"]["file"], *(shard["file"] for shard in manifest["shards"])]:
             if os.path.basename(name) != name:

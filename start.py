@@ -68,6 +68,9 @@ def claim(out: Path, ranks: Ranks) -> Iterator[None]:
             raise ConfigError(f"another process trains in {out} now. Give another --general.out-dir.") from None
         except OSError:  # a file system without locks
             pass
+        if not (out / LOCK).exists() or (out / LOCK).stat().st_ino != os.fstat(file.fileno()).st_ino:
+            file.close()  # a refused run has just deleted it
+            return lock()
         (out / STOPPED).unlink(missing_ok=True)
         return file
 
@@ -77,7 +80,8 @@ def claim(out: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if file is not None:
             if out.exists() and os.listdir(out) == [LOCK]:  # the run was refused
-                shutil.rmtree(out, ignore_errors=True)
+                (out / LOCK).unlink()
+                out.rmdir()
             file.close()
 
 
@@ -102,7 +106,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
     if found:
         try:
             start = _resumed(found, config, identity(config, dataset, order, tokenizer), ranks)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{found} lacks what a run goes on with ({error!r:.200}).") from None
     elif init_from == "scratch":
         start = Start(GPT(config.model), None, 0, 0, Position())
@@ -157,8 +161,8 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     model = GPT(config.model)
     checkpoint.load_model_tensors(model, loaded.model)
     return Start(
-        model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]), state["losses"],
-        state["launches"],
+        model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]),
+        [float(loss) for loss in state["losses"]], [{**launch} for launch in state["launches"]],
     )  # fmt: skip
 
 

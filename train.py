@@ -46,7 +46,7 @@ from model import GPT
 from optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
 from plot import plot
 from sample import sample
-from shards import Dataset, write_json
+from shards import Dataset
 from start import FINISHED, STOPPED, Start, begin, claim, describe, identity
 from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, parse, resolve, ways_to_less_memory
@@ -379,8 +379,6 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
         # --- save
         if "saving" in due and ranks.is_main:
             run.log.sync()
-            out.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-            write_json(out / "config.json", run.start.launches[-1]["config"])  # of who saved last
             state = {
                 "step": step, "tokens": tokens, "position": asdict(position), "losses": gate.losses(),
                 "launches": run.start.launches,
@@ -470,13 +468,14 @@ def main() -> None:
     out, general, s = Path(config.general.out_dir), config.general, config.saving
     training = "train" in general.mode
     with (
-        StopSignals(out / STOPPED) if training else nullcontext() as signals,
+        StopSignals() if training else nullcontext() as signals,
         process_group(general.device, general.timeout_minutes) as ranks,
     ):
         if not training:
             return assess(config, dataset, ranks)
         try:
             with claim(out, ranks), checkpoint.Saver(out, s.keep, s.keep_every) as saver:
+                signals.marker = out / STOPPED
                 train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
         except OSError as error:  # of the log, the samples, the picture; a checkpoint's is told by itself
             raise UserError(f"{error} in {ranks.doing}. What was saved is whole: mend it and resume.") from None

@@ -435,8 +435,9 @@ def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
 def read_config(path: Path) -> dict:
     """`config.json` of a run; empty where it is gone or damaged: it is a record, the checkpoints have what counts."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: section for name, section in found.items() if isinstance(section, dict)}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 

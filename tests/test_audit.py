@@ -93,6 +93,14 @@ def test_a_start_that_saved_nothing_changes_nothing(honest, changes, dataset, tm
     assert verdict(run, "--samples", 1) == 0
 
 
+def test_a_run_that_was_made_longer_comes_out_equal(honest, changes, dataset, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(honest, run)
+    call(train.main, *flags(dataset, run, general__init_from="resume", **changes | {"training__max_steps": STEPS + 3}))
+    assert verdict(run, "--samples", 9) == 0
+    assert capsys.readouterr().out.count("equal to the bit") == 6
+
+
 def test_on_other_hardware_rounding_passes_and_what_does_not_depend_on_it_must_be_equal(honest, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(honest, run)
@@ -164,8 +172,13 @@ def other_optimizer(path: Path) -> None:
 
 
 def other_rate(path: Path) -> None:
-    rewrite(path / "state.json", '"max_lr": 0.01', '"max_lr": 0.011')
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"max_lr": 0.01', '"max_lr": 0.011'))
     rewrite(path.parents[1] / "config.json", '"max_lr": 0.01', '"max_lr": 0.011')
+
+
+def other_rate_at_first(path: Path) -> None:
+    rewrite(path / "state.json", '"max_lr": 0.01', '"max_lr": 0.011')
 
 
 def without_momentum(path: Path) -> None:
@@ -185,7 +198,8 @@ def other_settings(run: Path) -> None:
         (with_manifest(other_weights), "the weights wte.weight differ"),
         (with_manifest(other_optimizer), "the optimizer's wte.weight differs"),
         (with_manifest(without_momentum), "holds other tensors than"),
-        (with_manifest(other_rate), "lr is"),
+        (with_manifest(other_rate), "log.csv, step 12: lr is"),
+        (with_manifest(other_rate_at_first), "step 4 was launched otherwise"),
         (other_settings, "config.json: optimizer.max_lr is not the 0.01"),
     ],
 )

@@ -30,8 +30,8 @@ def end_of_one_in_a_compiler(*numbers: int, marker: Path | None = None, nothing_
     """The exit code of a process that gets signals while its main thread is outside Python for long."""
     pid = os.fork()
     if pid == 0:
-        with StopSignals(marker) as signals:
-            signals.nothing_to_lose = nothing_to_lose
+        with StopSignals() as signals:
+            signals.marker, signals.nothing_to_lose = marker, nothing_to_lose
             signal.alarm(10)  # kills it
             for i, number in enumerate(numbers):
                 threading.Timer(0.1 + 0.1 * i, os.kill, (os.getpid(), number)).start()
@@ -42,10 +42,15 @@ def end_of_one_in_a_compiler(*numbers: int, marker: Path | None = None, nothing_
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd, tmp_path):
+def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd, tmp_path, monkeypatch):
     assert end_of_one_in_a_compiler(signal.SIGTERM, marker=tmp_path / "stopped") == 0
     assert "SIGTERM before the first step was done" in capfd.readouterr().err
     assert (tmp_path / "stopped").exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # which sends SIGTERM where another rank has crashed
+    for number, told in ((signal.SIGTERM, False), (signal.SIGINT, True)):
+        (tmp_path / "stopped").unlink(missing_ok=True)
+        assert end_of_one_in_a_compiler(number, marker=tmp_path / "stopped") == 0
+        assert (tmp_path / "stopped").exists() == told
     assert end_of_one_in_a_compiler(signal.SIGUSR1, marker=tmp_path / "no such folder" / "stopped") == 0
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -113,6 +114,22 @@ def test_a_run_goes_on_where_nobody_reads_what_it_prints(dataset, tmp_path):
     assert subprocess.run(command, stdout=writer, stderr=writer).returncode == 0
     os.close(writer)
     assert len(read_log(tmp_path / "run" / "log.csv")) == STEPS + 1
+
+
+def test_other_words_are_heard_where_some_are_lost(dataset, tmp_path):
+    """stdout on a full disk, or closed, or of few letters."""
+    command = [sys.executable, str(ROOT / "tests" / "faulty_train.py")]
+    environment = os.environ | {"FAULT": "nan 0 3", "TORCHELASTIC_RESTART_COUNT": "0", "PYTHONIOENCODING": "latin-1"}
+    line = flags(dataset, tmp_path / "full", sampling__prompt="żółw")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, *line], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "error: step 3: loss is nan" in done.stderr
+    for i, end in enumerate((">&-", "2>&-", "> /dev/null")):
+        line = flags(dataset, tmp_path / str(i), sampling__prompt="żółw")
+        shell = f"{shlex.join([*command, *line])} {end}"
+        assert subprocess.run(shell, shell=True, env=environment | {"FAULT": "stop 0 9"}).returncode == 0
+        assert (tmp_path / str(i) / STOPPED).exists()
 
 
 def wait_for_a_step(run: Path) -> None:
@@ -454,3 +471,22 @@ def test_malformed_input_is_refused_in_a_sentence_or_harmless(dataset, tmp_path)
     found, wrong = fuzz(Kinds(dataset, tmp_path), 180)
     assert wrong == []
     assert all(counts["refused"] for counts in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("losses", ["x"]), ("launches", [True]), ("launches", 5), ("tokenizer", {"name": 3})]
+)
+def test_a_state_that_was_rewritten_is_refused_in_a_sentence(name, value, unbroken, dataset, tmp_path):
+    run = cut_back_to(unbroken, 1, tmp_path / "run")
+    found = load(latest(run))
+    checkpoint.save(run, 1, found.model, found.optimizer, found.state | {name: value}, keep=0)
+    with pytest.raises(UserError, match=r"lacks what a run goes on with|is no state of a run"):
+        call(train.main, *flags(dataset, run, general__init_from="resume"))
+
+
+def test_a_record_of_the_settings_that_is_none_does_no_harm(unbroken, dataset, tmp_path):
+    for i, text in enumerate(('{"general": 0, "model": [1]}', "[]", "{")):
+        run = cut_back_to(unbroken, 12, tmp_path / str(i))
+        (run / "config.json").write_text(text)
+        call(train.main, *flags(dataset, run, general__init_from="resume"))
+        assert_equal_to_the_bit(run, unbroken)

@@ -314,6 +314,7 @@ def test_verify_names_every_damaged_shard_at_once(tmp_path):
     [
         ({"row": {"documents": 2}}, "1 documents begin in it, the manifest says 2"),
         ({"row": {"documents": "2"}}, "the manifest says '2'"), ({"vocab_size": 50256}, "50256"),
+        ({"vocab_size": "50257"}, "eot_id and vocab_size are numbers"),
     ],
 )  # fmt: skip
 def test_verify_refuses_wrong_document_counts_and_tokens_outside_the_vocabulary(tmp_path, change, complaint):
