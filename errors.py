@@ -69,7 +69,8 @@ def _streams_that_never_fail() -> None:
     os.close(descriptor)
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # not so in a notebook
+            stream.reconfigure(errors="replace")
 
 
 def leave(code: int) -> None:

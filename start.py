@@ -68,8 +68,8 @@ def claim(out: Path, ranks: Ranks) -> Iterator[None]:
             raise ConfigError(f"another process trains in {out} now. Give another --general.out-dir.") from None
         except OSError:  # a file system without locks
             pass
-        if not (out / LOCK).exists() or (out / LOCK).stat().st_ino != os.fstat(file.fileno()).st_ino:
-            file.close()  # a refused run has just deleted it
+        if not (out / LOCK).exists():  # a run that was refused has just deleted it
+            file.close()
             return lock()
         (out / STOPPED).unlink(missing_ok=True)
         return file
@@ -123,8 +123,7 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
         start.launches.append({"step": start.step} | launch)
     ranks.wait()  # all have looked at the folder before rank 0 writes to it
     if ranks.is_main:
-        for marker in (FINISHED, STOPPED):
-            (out / marker).unlink(missing_ok=True)
+        (out / FINISHED).unlink(missing_ok=True)
         if found is None:  # else it stays the last checkpoint's until the next one
             write_json(out / "config.json", settings)
         if tokenizer.name != "gpt2":
