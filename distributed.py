@@ -33,6 +33,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
 }  # fmt: skip
 
+TESTED_TORCH = ("2.11", "2.13")  # the tests run on these: the pin of requirements.txt, and by hand the other
+
 
 @dataclass
 class Ranks:
@@ -214,6 +216,20 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
 def autocast(device: torch.device, dtype: str):
     """The context that a forward pass runs in."""
     return torch.autocast(device.type, torch.bfloat16) if uses_bfloat16(device, dtype) else nullcontext()
+
+
+def untested_torch_warning() -> str | None:
+    """A warning if the tests have not been run on this version of PyTorch, else None.
+
+    Versions differ in what their compilers make of the same code: 2.11 turned an in-place sum in the loss into
+    gradients of zero.
+    """
+    if torch.__version__.startswith(tuple(f"{version}." for version in TESTED_TORCH)):
+        return None
+    return (
+        f"warning: BabyGPT has not been tested on PyTorch {torch.__version__}, only on {', '.join(TESTED_TORCH)}. "
+        "Run `bash runs/test.sh`, or install the version in requirements.txt."
+    )
 
 
 def peak_flops(device: torch.device) -> float | None:

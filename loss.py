@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for j in range(0, len(logits), slice_rows):
                 part = logits[j : j + slice_rows]
                 part_loss, d = _loss_and_gradient(part, targets[i + j : i + j + len(part)], vocab_size, softcap, learns)
-                loss += part_loss
+                loss = loss + part_loss  # in place, torch 2.11's compiler makes every gradient zero
                 if learns:
                     part.copy_(d)  # the gradient takes the logits' place
             if learns:

@@ -151,9 +151,9 @@ def muon(
 class Gate:
     """Tells, on the device, whether an update is held back; the host need not wait for the numbers.
 
-    From the first loss or gradient norm that isn't finite all are; with `skip_spikes`, so is one whose loss lies more
-    than so many standard deviations above the mean of the last `WINDOW`. Among those it counts as just that high: a
-    rise that lasts is not held back for ever.
+    All are, from the first loss or gradient norm on that isn't finite, or norm that is exactly zero. With
+    `skip_spikes`, so is one whose loss lies more than so many standard deviations above the mean of the last `WINDOW`.
+    Among those it counts as just that high: a rise that lasts is not held back for ever.
     """
 
     WINDOW = 64
@@ -171,7 +171,8 @@ class Gate:
         mean, deviation = self.recent.mean(), self.recent.std().clamp(min=1e-6)
         z = ((loss - mean) / deviation).nan_to_num(0.0)
         spike = z > self.skip_spikes
-        self.halted = torch.maximum(self.halted, (~(loss + norm).isfinite()).float())
+        # a norm of exactly zero: the loss does not depend on any weight, so a kernel or the model is wrong
+        self.halted = torch.maximum(self.halted, (~(loss + norm).isfinite() | (norm == 0)).float())
         held = torch.maximum(self.halted, spike.float())
         known = torch.where(spike, mean + self.skip_spikes * deviation, loss)
         self.recent = torch.cat([self.recent[1:], known[None]])

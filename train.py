@@ -36,6 +36,7 @@ from distributed import (
     peak_flops,
     peak_memory_mib,
     process_group,
+    untested_torch_warning,
     uses_bfloat16,
 )
 from errors import ConfigError, UserError, spoken
@@ -96,7 +97,7 @@ def train_step(
     if config.optimizer.grad_clip > 0:
         norm = clip_grad_norm_(parameters, config.optimizer.grad_clip)
     else:
-        norm = get_total_norm([p.grad for p in parameters])
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     status = torch.zeros(5 + 2 * ranks.world_size, device=ranks.device)
     status[0] = loss_sum / data.targets
     status[4] = float(stop)
@@ -266,6 +267,8 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         ranks.watch(model)
 
     describe(config, order, raw_model, ranks)
+    if warning := untested_torch_warning():
+        ranks.print(warning)
     if dataset.manifest is None:
         ranks.print(f"warning: {dataset.folder} has no dataset.json: its tokens are taken for GPT-2's, unverified")
     run = Run(config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizers, examples)
@@ -289,6 +292,12 @@ def finish(run: Run, pending: Pending) -> bool:
             + (f", first on rank {where[0]}" if where else "")
             + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
             "--optimizer.max-lr: --general.init-from resume."
+        )
+    if norm == 0:
+        raise ConfigError(
+            f"step {step}: the gradient norm is exactly 0, so the loss ({loss:.4f}) does not depend on any weight. The "
+            "update was not applied. Run `bash runs/test.sh`: the model, or a kernel of this PyTorch version "
+            f"({torch.__version__}), computes wrong gradients; --training.compile off may avoid it."
         )
     if differing := [rank for rank, value in enumerate(sums) if value != statistics.mode(sums)]:
         good = max(0, step - run.config.training.compare_ranks_every_n_steps)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -9,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import Mark, Ranks, StopSignals, autocast, checksum, choose_device, peak_flops
+from distributed import (
+    TESTED_TORCH,
+    Mark,
+    Ranks,
+    StopSignals,
+    autocast,
+    checksum,
+    choose_device,
+    peak_flops,
+    untested_torch_warning,
+)
 from errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
@@ -130,3 +141,14 @@ def test_a_checksum_sees_every_bit():
             flipped.view(torch.int32)[3, 2] ^= 1 << bit if bit < 31 else -(2**31)
         sums.add(checksum([flipped, weight]).item())
     assert len(sums) == 33
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"), [("2.13.0+cpu", False), ("2.11.0", False), ("2.1.0", True), ("2.14.0", True)]
+)
+def test_untested_torch_versions_print_a_warning(version, warns, monkeypatch):
+    """The versions that the tests run on, and among them the pin of requirements.txt, print none."""
+    monkeypatch.setattr(torch, "__version__", version)
+    assert bool(untested_torch_warning()) == warns
+    pin = re.search(r"^torch==(\d+\.\d+)", (Path(__file__).parent.parent / "requirements.txt").read_text(), re.M)
+    assert pin[1] in TESTED_TORCH

@@ -305,3 +305,10 @@ def test_a_number_that_is_not_finite_holds_back_all_that_follows(bad):
         assert [held for held, _ in judged(gate, [3.0, 3.0])] == [1, 1]
     gate = Gate(CPU)
     assert gate.judge(torch.tensor(3.0), torch.tensor(bad))[0] == 1
+
+
+def test_zero_gradient_norm_halts_all_updates():
+    """A norm of exactly zero is an error of the model or a kernel: no update is applied from there on."""
+    gate = Gate(CPU)
+    loss = torch.tensor(3.0)
+    assert [gate.judge(loss, torch.tensor(norm))[0] for norm in (1e-30, 0.0, 1.0)] == [0, 1, 1]

@@ -284,6 +284,31 @@ def test_a_step_that_is_not_finite_is_not_applied_logged_or_saved(dataset, tmp_p
     assert checkpoint.checkpoints(tmp_path / "bad") == []
 
 
+@pytest.mark.parametrize("clip", ["1.0", "0.0"])
+def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
+    """A loss that does not depend on any weight stops the run at its step, and its update is not applied."""
+    forward, applied = train.GPT.forward, []
+    step_of = train.train_step
+
+    def counted(model, *args, **named):
+        before = [p.detach().clone() for p in model.parameters()]
+        status = step_of(model, *args, **named)
+        applied.append(not all(map(torch.equal, before, model.parameters())))
+        return status
+
+    def constant(self, *args):
+        loss = forward(self, *args)
+        return loss - loss + loss.detach() if len(applied) == 3 and self.training else loss
+
+    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(train.GPT, "forward", constant)
+    with pytest.raises(UserError, match=r"step 3: the gradient norm is exactly 0, so the loss \(\d\.\d+\) does not"):
+        call(train.main, *flags(dataset, tmp_path / "zero", saving__every_n_steps=7, optimizer__grad_clip=clip))
+    assert applied[:4] == [True, True, True, False]
+    assert not any(applied[4:])
+    assert checkpoint.checkpoints(tmp_path / "zero") == []
+
+
 # ---------------------------------------------------------------------------------------------------------
 # other ways to begin, other modes
 
