@@ -25,11 +25,11 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-from distributed import Ranks, StopSignals, process_group
-from errors import UserError
-from errors import run as run_script
-from log import read_log
+from babygpt.errors import UserError
+from babygpt.errors import run as run_script
+from babygpt.training import checkpoint
+from babygpt.training.distributed import Ranks, StopSignals, process_group
+from babygpt.training.metrics import read_log
 from start import made_by
 from train import set_up, train
 from train_config import from_json, read_config, resolve, variant

@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import ConfigError, UserError
-from errors import run as run_script
-from shards import Dataset, Tokens, open_dataset
+from babygpt.data.shards import Dataset, Tokens, open_dataset
+from babygpt.errors import ConfigError, UserError
+from babygpt.errors import run as run_script
 
 WINDOW = 20_000  # tokens on both sides of a cursor in which its EOT is sought at the least
 IGNORED = -100  # a target that doesn't count (PyTorch's ignore_index)
@@ -354,8 +354,8 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
     The log tells how many tokens each step took, so that a resume with another batch is followed; a step that it
     hasn't yet takes what config.json says. UserError where the run or its data are not what they were.
     """
-    from checkpoint import latest, read_state
-    from log import read_log
+    from babygpt.training.checkpoint import latest, read_state
+    from babygpt.training.metrics import read_log
     from train_config import read_config
 
     config = read_config(run / "config.json")
@@ -390,7 +390,7 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
 
 def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks: int, chars: int) -> Iterator[str]:
     """A line for each part of each row, one for every chunk and shard that it touches."""
-    from tokenizer import load_tokenizer
+    from babygpt.data.tokenizer import load_tokenizer
 
     tokenizer, ends_of_text = load_tokenizer(dataset.tokenizer), {}
     names = [Path(shard.filename).name if len(shard) else "" for shard in order.tokens.shards]

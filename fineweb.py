@@ -27,17 +27,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-import storage
-from errors import UserError, run
-from filters import Filters
-from plan import CODES, Plan, load_index, plan
-from quality import QualityModel, check
-from readers import Task
-from room import check_room
-from shards import MANIFEST, open_dataset, read_manifest, shard_name, verify, write_json
-from sources import Source, find
-from tokenizer import Tokenizer, load_tokenizer
-from workers import Setup, local_workers, map_task, ray_workers, warm_up, write_task
+from babygpt import files
+from babygpt.data.filters import Filters
+from babygpt.data.plan import CODES, Plan, load_index, plan
+from babygpt.data.quality import QualityModel, check
+from babygpt.data.readers import Task
+from babygpt.data.resources import check_room
+from babygpt.data.shards import MANIFEST, open_dataset, read_manifest, shard_name, verify, write_json
+from babygpt.data.sources import Source, find
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.data.workers import Setup, local_workers, map_task, ray_workers, warm_up, write_task
+from babygpt.errors import UserError, run
 
 FORMAT = 2  # of parts/: another one where tasks, hashes or indexes change
 
@@ -56,7 +56,7 @@ class MapStage:
 
         self.source, self.parts, self.pool, self.max_tokens = source, parts, pool, max_tokens
         self.downloads, self.buckets = downloads, buckets  # folders for files of the source, and for the plan
-        self.there = set(storage.files(parts))  # what an earlier run had done
+        self.there = set(files.names(parts))  # what an earlier run had done
         self.stems: list[str] = []  # of all tasks begun, in source order
         self.finished: set[str] = set()
         self.told: set[str] = set()  # messages
@@ -95,7 +95,7 @@ class MapStage:
 
     def fetch(self, unit: int) -> list[Task | None]:
         if f"{unit:05d}.json" in self.there:  # all its tasks are done: the file need not be here again
-            tasks = [None] * json.loads(storage.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
+            tasks = [None] * json.loads(files.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
             tasks = self.source.fetch(unit, self.downloads)
         self.tasks[unit] = self.left[unit] = len(tasks)
@@ -147,7 +147,7 @@ def write_shards(
     """Writes all shards that aren't there yet, `ahead` at once; returns their rows of the manifest."""
     from tqdm import tqdm
 
-    there, recorded = set(storage.files(folder)), set(storage.files(f"{folder}/parts"))
+    there, recorded = set(files.names(folder)), set(files.names(f"{folder}/parts"))
     rows, running, number = [], set(), 0
     bar = tqdm(total=sum(-(-count // shard_tokens) for count in placed.tokens.values()), desc="write", unit="shard")
 
@@ -174,7 +174,7 @@ def write_shards(
     while running:
         reap()
     bar.close()
-    return [row | json.loads(storage.read_bytes(f"{folder}/parts/{row['file']}.json")) for row in rows]
+    return [row | json.loads(files.read_bytes(f"{folder}/parts/{row['file']}.json")) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def prepare(
 ) -> dict:
     """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
     tokenizer, parts = setup.tokenizer, f"{folder}/parts"
-    here = storage.cache(folder)
+    here = files.cache(folder)
     scratch = here / "parts"  # what only this machine needs
     if (manifest := _finished(source, folder, settings)) is not None:
         _tidy(parts, scratch)  # of a run killed in its last breath
@@ -197,7 +197,7 @@ def prepare(
         workers = check_room(source, settings, folder, workers, tokenizer.vocab_size)
     begun = {"format": FORMAT} | settings | {"revision": source.revision}
     _clean(here)
-    if not storage.is_remote(folder):
+    if not files.is_remote(folder):
         os.makedirs(parts, exist_ok=True)
     write_json(f"{parts}/settings.json", begun)
 
@@ -219,10 +219,10 @@ def prepare(
         shards = write_shards(placed, folder, pool, max(8, 2 * count), settings["shard_tokens"], tokenizer.vocab_size)
 
     beside = f"{folder}/{_tokenizer_file(tokenizer)}"
-    if not (storage.exists(beside) and storage.read_bytes(beside) == tokenizer.data):
-        with storage.create(beside) as file:
+    if not (files.exists(beside) and files.read_bytes(beside) == tokenizer.data):
+        with files.create(beside) as file:
             file.write(tokenizer.data)
-    if json.loads(storage.read_bytes(f"{parts}/settings.json")) != begun:
+    if json.loads(files.read_bytes(f"{parts}/settings.json")) != begun:
         raise UserError(f"another fineweb.py with other settings writes to {folder}. Give each its own --out-dir.")
     counts = {"documents": placed.documents, "tokens": placed.tokens, "text_bytes": placed.bytes}
     manifest = {
@@ -243,7 +243,7 @@ def prepare(
 
 def _tidy(parts: str, scratch: Path) -> None:
     for left in {parts, str(scratch)}:
-        storage.remove(left)
+        files.remove(left)
 
 
 def _finished(source: Source, folder: str, settings: dict) -> dict | None:
@@ -255,7 +255,7 @@ def _finished(source: Source, folder: str, settings: dict) -> dict | None:
         source.open()
         settings = settings | {"revision": source.revision}
     _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
-    there = set(storage.files(folder))
+    there = set(files.names(folder))
     if lost := [shard["file"] for shard in manifest["shards"] if shard["file"] not in there]:
         raise UserError(f"{folder} has lost {', '.join(lost)}. Copy it there, or delete {MANIFEST} and the shards.")
     return manifest
@@ -263,9 +263,9 @@ def _finished(source: Source, folder: str, settings: dict) -> dict | None:
 
 def _open(source: Source, folder: str, settings: dict) -> None:
     """Opens the source, in the revision that an earlier run of the folder had; UserError where that can't go on."""
-    names = storage.files(f"{folder}/parts")
+    names = files.names(f"{folder}/parts")
     if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
-        earlier = json.loads(storage.read_bytes(f"{folder}/parts/settings.json"))  # something was done
+        earlier = json.loads(files.read_bytes(f"{folder}/parts/settings.json"))  # something was done
         if earlier.get("format") != FORMAT:
             raise UserError(f"{folder}/parts was begun by another version of BabyGPT. Delete it to begin anew.")
         _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
@@ -273,7 +273,7 @@ def _open(source: Source, folder: str, settings: dict) -> None:
         now = settings | {"revision": source.revision}
         _same_settings(earlier, now, folder, "was begun when the source was another:")
     else:
-        if any(name.endswith(".bin") for name in storage.files(folder)):
+        if any(name.endswith(".bin") for name in files.names(folder)):
             raise UserError(f"{folder} holds shards but no {MANIFEST}. Move them away or give another --out-dir.")
         source.open()
     if not source.units:
@@ -331,7 +331,7 @@ def _failures_told() -> Iterator[None]:
 
 
 def _name(folder: str) -> str:
-    return folder.rstrip("/").rsplit("/", 1)[-1] if storage.is_remote(folder) else Path(os.path.abspath(folder)).name
+    return folder.rstrip("/").rsplit("/", 1)[-1] if files.is_remote(folder) else Path(os.path.abspath(folder)).name
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> str:
@@ -434,10 +434,10 @@ def main() -> None:
             "max_tokens": max_tokens, **asdict(filters),
             "quality_sha256": model and model.sha256,
         }  # fmt: skip
-        if engine == "ray" and not storage.is_remote(folder):
+        if engine == "ray" and not files.is_remote(folder):
             folder = os.path.abspath(folder)  # on a disk that all machines share
         ray_address = address if engine == "ray" else None
-        with _only_one(storage.cache(folder), folder):
+        with _only_one(files.cache(folder), folder):
             manifest = prepare(found, folder, settings, Setup(encoder, filters, model), workers, ray_address)
         counts = manifest["counts"]
         print(

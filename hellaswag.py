@@ -33,12 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import hub
-from checkpoint import load_model
-from distributed import Ranks, Stopped, autocast, process_group
-from errors import ConfigError, UserError, run
+from babygpt import hub
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.errors import ConfigError, UserError, run
+from babygpt.training.checkpoint import load_model
+from babygpt.training.distributed import Ranks, Stopped, autocast, process_group
 from model import GPT
-from tokenizer import Tokenizer, load_tokenizer
 
 Style = Literal["karpathy", "lm-eval"]
 FOLDER = Path("data/hellaswag")

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint as compute_again
 
-from errors import UserError
-from loss import linear_cross_entropy, softcapped
+from babygpt.errors import UserError
+from babygpt.nn.cross_entropy import linear_cross_entropy, softcapped
 
 VOCAB_MULTIPLE = 128  # matrix sides that the hardware likes; 50,257 becomes 50,304
 FLEX_DEVICES = ("cuda",)  # where compiled masks are FlexAttention's

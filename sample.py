@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from checkpoint import LoadedModel, load_model
-from distributed import autocast, process_group
-from errors import UserError, run
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer, stream_decode
+from babygpt.errors import UserError, run
+from babygpt.training.checkpoint import LoadedModel, load_model
+from babygpt.training.distributed import autocast, process_group
 from model import GPT, KVCache
-from tokenizer import Tokenizer, load_tokenizer, stream_decode
 
 
 def choose(

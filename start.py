@@ -19,13 +19,13 @@ from typing import TextIO
 
 import torch
 
-import checkpoint
+from babygpt.data.shards import Dataset, write_json
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.errors import ConfigError
+from babygpt.training import checkpoint
+from babygpt.training.distributed import Ranks, uses_bfloat16
 from dataloader import Order, Position
-from distributed import Ranks, uses_bfloat16
-from errors import ConfigError
 from model import GPT
-from shards import Dataset, write_json
-from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, differences, read_config, to_json, variant
 
 # empty files in a run's folder, for scripts: it has done all its steps, or was told to stop and has saved

@@ -24,9 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
-import checkpoint
-from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
-from distributed import (
+from babygpt.data.shards import Dataset
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.errors import ConfigError, UserError, spoken
+from babygpt.errors import run as run_script
+from babygpt.training import checkpoint
+from babygpt.training.distributed import (
     Mark,
     Ranks,
     Stopped,
@@ -39,17 +42,14 @@ from distributed import (
     untested_torch_warning,
     uses_bfloat16,
 )
-from errors import ConfigError, UserError, spoken
-from errors import run as run_script
+from babygpt.training.metrics import Log, Samples
+from babygpt.training.optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
+from babygpt.training.plots import plot
+from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
-from log import Log, Samples
 from model import GPT
-from optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
-from plot import plot
 from sample import sample
-from shards import Dataset
 from start import FINISHED, STOPPED, Start, begin, claim, describe, identity
-from tokenizer import Tokenizer, load_tokenizer
 from train_config import Config, parse, resolve, ways_to_less_memory
 
 # ---------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from errors import ConfigError, UserError
+from babygpt.data.shards import Dataset, open_dataset
+from babygpt.errors import ConfigError, UserError
 from model import GPTConfig
-from shards import Dataset, open_dataset
 
 Mode = Literal["train", "val", "eval", "sample"]
 

@@ -41,7 +41,7 @@ WAYS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
 
 
 def _encoding():
-    from tokenizer import load_tokenizer
+    from babygpt.data.tokenizer import load_tokenizer
 
     return load_tokenizer("gpt2").encoding
 
@@ -122,7 +122,7 @@ def tiktoken_best(files: list[str], out: Path, processes: int) -> None:
 
 def ours(files: list[str], out: Path, processes: int) -> None:
     import fineweb
-    from errors import run
+    from babygpt.errors import run
 
     arguments = ["files", "--input", *files, "--out-dir", str(out / "set"), "--workers", str(processes)]
     with mock.patch.object(sys, "argv", ["fineweb.py", *arguments]):
@@ -176,13 +176,10 @@ def measure(way: str, files: list[str], processes: int, watched: bool = False) -
 
 def stages(files: list[str]) -> dict[str, float]:
     """Seconds of each stage of fineweb.py on one process that has imported all, by clocks put around its functions."""
-    import filters
-    import readers
-    import shards
-    import storage
-    import workers
-    from plan import plan
-    from tokenizer import load_tokenizer
+    from babygpt import files
+    from babygpt.data import filters, readers, shards, workers
+    from babygpt.data.plan import plan
+    from babygpt.data.tokenizer import load_tokenizer
 
     spent = dict.fromkeys(("read", "filter", "encode", "hash", "commit"), 0.0)
 
@@ -209,7 +206,7 @@ def stages(files: list[str]) -> dict[str, float]:
         mock.patch.object(workers, "read", read),
         mock.patch.object(filters.Filters, "judge", clocked("filter", filters.Filters.judge)),
         mock.patch.object(workers, "fingerprint", clocked("hash", workers.fingerprint)),
-        mock.patch.object(storage.os, "fsync", clocked("commit", os.fsync)),
+        mock.patch.object(files.os, "fsync", clocked("commit", os.fsync)),
     ):
         tasks, begin = [task for file in files for task in readers.parquet_tasks(file, ("text",))], time.perf_counter()
         stems = [f"{folder}/{i:05d}" for i in range(len(tasks))]

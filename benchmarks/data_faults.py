@@ -35,10 +35,9 @@ import pyarrow.parquet as pq  # noqa: E402
 from table import show  # noqa: E402
 
 import fineweb  # noqa: E402
-import readers  # noqa: E402
-import workers  # noqa: E402
-from errors import UserError  # noqa: E402
-from shards import HEADER_BYTES, MANIFEST, open_dataset, verify  # noqa: E402
+from babygpt.data import readers, workers  # noqa: E402
+from babygpt.data.shards import HEADER_BYTES, MANIFEST, open_dataset, verify  # noqa: E402
+from babygpt.errors import UserError  # noqa: E402
 
 
 def write_pages(folder: Path) -> int:

@@ -43,12 +43,12 @@ from fuzzing import Kinds, fuzz, small_dataset  # noqa: E402
 from helpers import call, save_hellaswag  # noqa: E402
 from table import show  # noqa: E402
 
-import checkpoint  # noqa: E402
 import train  # noqa: E402
-from errors import UserError  # noqa: E402
-from log import read_log  # noqa: E402
+from babygpt.errors import UserError  # noqa: E402
+from babygpt.training import checkpoint  # noqa: E402
+from babygpt.training.metrics import read_log  # noqa: E402
+from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from optim import adamw, optimizer_state  # noqa: E402
 from runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
 from start import FINISHED, STOPPED  # noqa: E402
 

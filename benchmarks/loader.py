@@ -31,8 +31,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from table import show  # noqa: E402
 
+from babygpt.data.shards import HEADER_BYTES, MAGIC_UINT16, VERSION_UINT16, open_dataset, shard_name  # noqa: E402
 from dataloader import DataLoader, Order, Position  # noqa: E402
-from shards import HEADER_BYTES, MAGIC_UINT16, VERSION_UINT16, open_dataset, shard_name  # noqa: E402
 
 EOT, T, STREAMS, SEED, SHARD = 50256, 1024, 64, 1337, 100_000_000
 STEP_TOKENS, STEPS, COMPUTE_S = 65_536, 300, 0.020

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
+from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
+from babygpt.training.metrics import column, read_log  # noqa: E402
 from dataloader import Order  # noqa: E402
-from log import column, read_log  # noqa: E402
-from shards import Dataset, open_dataset  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
 
 SOURCES, SOURCE_CHARS, VOCABULARY = 12, 800_000, 4096
 T, BATCH_TOKENS, SMOOTH = 128, 4096, 20

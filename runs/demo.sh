@@ -21,7 +21,7 @@ fi
 environment requirements.txt
 
 echo; echo "--- 1. a vocabulary of 4,096 entries, learnt from Python's standard library"
-[ -e data/demo-tokenizer.json ] || python tokenizer.py train stdlib --vocab-size 4096 --out data/demo-tokenizer.json
+[ -e data/demo-tokenizer.json ] || python -m babygpt.data.tokenizer train stdlib --vocab-size 4096 --out data/demo-tokenizer.json
 
 echo; echo "--- 2. the same files as token shards"
 python fineweb.py stdlib --tokenizer data/demo-tokenizer.json --val-tokens 50000 --out-dir data/demo
@@ -36,7 +36,7 @@ python - "out/$run" <<'PYTHON'
 import sys
 from pathlib import Path
 
-from log import column, read_log
+from babygpt.training.metrics import column, read_log
 
 run = Path(sys.argv[1])
 rows = read_log(run / "log.csv")

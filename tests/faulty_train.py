@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train
-from errors import run
+from babygpt.errors import run
 
 KIND, RANK, STEP = os.environ["FAULT"].split()
 step_of, calls = train.train_step, []

@@ -24,16 +24,16 @@ import pyarrow.parquet as pq
 import torch
 from helpers import call, save_hellaswag, save_jsonl
 
-import checkpoint
 import train
-from errors import UserError
+from babygpt.data.shards import open_dataset, verify
+from babygpt.data.sources import documents, find
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
+from babygpt.training import checkpoint
+from babygpt.training.metrics import COLUMNS, Log, read_log
 from hellaswag import load_examples
-from log import COLUMNS, Log, read_log
 from model import GPT, GPTConfig
 from runs import flags, tiny_dataset
-from shards import open_dataset, verify
-from sources import documents, find
-from tokenizer import load_tokenizer
 from train_config import Config, parse, resolve
 
 ODD = (

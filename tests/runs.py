@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from helpers import call, save_jsonl
 
-import checkpoint
 import fineweb
-import tokenizer
-from log import read_log
+from babygpt.data import tokenizer
+from babygpt.training import checkpoint
+from babygpt.training.metrics import read_log
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
@@ -110,7 +110,8 @@ def ends_at(nth: int, work: Callable[[], object]) -> bool:
 
             return call
 
-        for name in ("os.rename", "os.fsync", "os.rmdir", "os.unlink", "checkpoint.save_file", "torch.save"):
+        saving = ("babygpt.training.checkpoint.save_file", "torch.save")
+        for name in ("os.rename", "os.fsync", "os.rmdir", "os.unlink", *saving):
             module, function = name.rsplit(".", 1)
             setattr(sys.modules[module], function, or_end(getattr(sys.modules[module], function)))
         work()

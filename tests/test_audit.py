@@ -11,8 +11,8 @@ from helpers import call, save_hellaswag
 from safetensors.torch import load_file, save_file
 
 import audit
-import checkpoint
 import train
+from babygpt.training import checkpoint
 from runs import STEPS, cut_back_to, flags, torchrun
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import checkpoint
-from checkpoint import checkpoints, latest, load, load_model, model_tensors, save
-from errors import UserError
+from babygpt.errors import UserError
+from babygpt.training import checkpoint
+from babygpt.training.checkpoint import checkpoints, latest, load, load_model, model_tensors, save
 from model import GPT, GPTConfig
 
 STATE = {"step": 1, "tokens": 10, "model": {}, "tokenizer": {"name": "gpt2"}}

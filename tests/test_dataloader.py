@@ -15,6 +15,9 @@ from test_train import cut_back_to, flags
 import dataloader
 import fineweb
 import train
+from babygpt.data.shards import HEADER_BYTES, Tokens, open_dataset
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import ConfigError, UserError
 from dataloader import (
     IGNORED,
     WINDOW,
@@ -29,9 +32,6 @@ from dataloader import (
     validation_batches,
     validation_rows,
 )
-from errors import ConfigError, UserError
-from shards import HEADER_BYTES, Tokens, open_dataset
-from tokenizer import load_tokenizer
 
 EOT = 0
 

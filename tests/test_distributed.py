@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import (
+from babygpt.errors import ConfigError, UserError
+from babygpt.training.distributed import (
     TESTED_TORCH,
     Mark,
     Ranks,
@@ -21,7 +22,6 @@ from distributed import (
     peak_flops,
     untested_torch_warning,
 )
-from errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 

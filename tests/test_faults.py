@@ -18,12 +18,12 @@ import torch
 from fuzzing import Kinds, fuzz
 from helpers import call, save_hellaswag
 
-import checkpoint
 import train
-from checkpoint import Saver, checkpoints, latest, load
-from distributed import Ranks
-from errors import ConfigError, UserError
-from log import read_log
+from babygpt.errors import ConfigError, UserError
+from babygpt.training import checkpoint
+from babygpt.training.checkpoint import Saver, checkpoints, latest, load
+from babygpt.training.distributed import Ranks
+from babygpt.training.metrics import read_log
 from runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun
 from start import FINISHED, STOPPED, claim
 
@@ -45,7 +45,7 @@ def save(run: Path, step: int, **settings: int) -> Path:
 
 @pytest.mark.parametrize(
     "inner",
-    ["train.autocast", "hellaswag.lay_out", "sample.choose", "checkpoint._sync"],
+    ["train.autocast", "hellaswag.lay_out", "sample.choose", "babygpt.training.checkpoint._sync"],
     ids=["validation", "evaluation", "sampling", "saving"],
 )
 def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost(inner, dataset, tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost
     function, step_of = getattr(sys.modules[module], name), train.train_step
 
     def told(*args):
-        if len(updates) == 6 or (inner == "checkpoint._sync" and updates):
+        if len(updates) == 6 or (inner == "babygpt.training.checkpoint._sync" and updates):
             calls.append(threading.current_thread())
             if len(calls) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost
         patch.setattr("train.train_step", lambda *args, **named: (step_of(*args, **named), updates.append(0))[0])
         patch.setattr(inner, told)
         call(train.main, *flags(dataset, tmp_path / "run", **changes))
-    if inner == "checkpoint._sync":
+    if inner == "babygpt.training.checkpoint._sync":
         assert threading.main_thread() not in calls, "saved in the background"
         assert 6 < checkpoint.step_of(latest(tmp_path / "run")) < STEPS
     else:
@@ -164,7 +164,7 @@ def test_a_signal_while_the_first_step_is_written_down_loses_nothing(dataset, tm
 
 
 def test_a_spike_is_told_of_and_its_update_left_out_where_that_is_asked_for(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("optim.Gate.WINDOW", 4)
+    monkeypatch.setattr("babygpt.training.optim.Gate.WINDOW", 4)
     step_of, forward, updates = train.train_step, train.GPT.forward, []
     monkeypatch.setattr("train.train_step", lambda *args, **named: (step_of(*args, **named), updates.append(0))[0])
     monkeypatch.setattr(
@@ -266,7 +266,7 @@ def test_a_saver_copies_waits_for_the_one_before_and_tells_of_errors(tmp_path, m
         assert go_on.wait(20)
         write(*args)
 
-    monkeypatch.setattr("checkpoint.save_file", slow)
+    monkeypatch.setattr("babygpt.training.checkpoint.save_file", slow)
     with Saver(tmp_path, keep=0, keep_every=0) as saver:
         saver.save(1, model, optimizer, STATE)
         assert begun.wait(20)
@@ -277,12 +277,12 @@ def test_a_saver_copies_waits_for_the_one_before_and_tells_of_errors(tmp_path, m
         saver.save(2, model, optimizer, STATE)
         assert torch.equal(load(checkpoints(tmp_path)[0]).model["w"], tensors(1.0)[0]["w"])
         saver.wait()
-        monkeypatch.setattr("checkpoint._sync", lambda path: 1 / 0)
+        monkeypatch.setattr("babygpt.training.checkpoint._sync", lambda path: 1 / 0)
         saver.save(3, model, optimizer, STATE)
         with pytest.raises(UserError, match="step 3 could not be written: ZeroDivisionError"):
             saver.wait()
     assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [1, 2]
-    monkeypatch.setattr("checkpoint._on_host", lambda tensor: torch.empty(2**50))
+    monkeypatch.setattr("babygpt.training.checkpoint._on_host", lambda tensor: torch.empty(2**50))
     with Saver(tmp_path, keep=0, keep_every=0) as saver:
         saver.save(4, model, optimizer, STATE)
         with pytest.raises(UserError, match="no room for a copy of weights and optimizer"):

@@ -8,10 +8,10 @@ import pytest
 from helpers import call, save
 
 import fineweb
-from errors import UserError
-from filters import is_blank, is_shorter
-from shards import open_dataset, read_manifest
-from tokenizer import load_tokenizer
+from babygpt.data.filters import is_blank, is_shorter
+from babygpt.data.shards import open_dataset, read_manifest
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
 
 ROWS = [
     {"text": "Kept by all of them.", "score": 4, "language_score": 0.99},

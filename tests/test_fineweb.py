@@ -27,16 +27,14 @@ from helpers import call, save, save_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fineweb
-import plan as plan_module
-import readers
-import room
-import sources
-from errors import UserError
-from filters import EMPTY, KEPT
-from plan import load_index, plan, runs
-from readers import without_surrogates
-from shards import MANIFEST, open_dataset, read_manifest, verify
-from tokenizer import load_tokenizer, train
+from babygpt.data import plan as plan_module
+from babygpt.data import readers, resources, sources
+from babygpt.data.filters import EMPTY, KEPT
+from babygpt.data.plan import load_index, plan, runs
+from babygpt.data.readers import without_surrogates
+from babygpt.data.shards import MANIFEST, open_dataset, read_manifest, verify
+from babygpt.data.tokenizer import load_tokenizer, train
+from babygpt.errors import UserError
 
 TEXTS = [  # doubles, empties, long and short, and signs that have broken readers
     "The first document.",
@@ -595,7 +593,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, pages):
 def test_memory_that_only_caches_files_counts_as_free():
     told = "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 600 kB\n"
     with mock.patch.object(Path, "read_text", return_value=told):
-        assert room._available_memory() == 600 << 10
+        assert resources._available_memory() == 600 << 10
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -747,8 +745,8 @@ def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages
 
 def test_as_many_workers_as_the_memory_allows(tmp_path, pages, capsys):
     with (
-        mock.patch.object(room, "_available_memory", return_value=900 << 20),
-        mock.patch.object(room, "_cores", return_value=64),
+        mock.patch.object(resources, "_available_memory", return_value=900 << 20),
+        mock.patch.object(resources, "_cores", return_value=64),
     ):
         call(fineweb.main, "files", "--input", pages, "--out-dir", tmp_path / "d")
     assert "for 2 workers" in capsys.readouterr().out

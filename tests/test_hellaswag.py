@@ -9,13 +9,13 @@ import torch
 from helpers import call, save_hellaswag
 
 import hellaswag
-from checkpoint import model_tensors
-from checkpoint import save as save_checkpoint
-from distributed import Ranks
-from errors import UserError
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
+from babygpt.training.checkpoint import model_tensors
+from babygpt.training.checkpoint import save as save_checkpoint
+from babygpt.training.distributed import Ranks
 from hellaswag import Score, evaluate, load_examples, losses, picks, render
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 0, 1, CPU)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from log import read_log
+from babygpt.training.metrics import read_log
 from runs import ROOT, STEPS, assert_equal_to_the_bit, flags, torchrun
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from errors import UserError
+from babygpt.errors import UserError
 from model import (
     GPT,
     GPTConfig,

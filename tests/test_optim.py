@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import optim
-from errors import leave
-from model import GPT, GPTConfig
-from optim import (
+from babygpt.errors import leave
+from babygpt.training import optim
+from babygpt.training.optim import (
     Gate,
     Muon,
     adamw,
@@ -22,6 +21,7 @@ from optim import (
     parameter_groups,
     set_rates,
 )
+from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 

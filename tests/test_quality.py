@@ -14,12 +14,11 @@ from helpers import call, save, save_jsonl
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import quality
-import tokenizer
-from errors import UserError
-from quality import PAIR_BITS, QualityModel, check, frequencies, learn, measure, pairs_of
-from sources import find
-from tokenizer import load_tokenizer
+from babygpt.data import quality, tokenizer
+from babygpt.data.quality import PAIR_BITS, QualityModel, check, frequencies, learn, measure, pairs_of
+from babygpt.data.sources import find
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
 
 VOCABULARY = 500
 

@@ -6,11 +6,11 @@ from helpers import call
 from torch._dynamo.testing import CompileCounter
 
 import sample as sample_script
-from checkpoint import model_tensors, save
-from errors import UserError
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
+from babygpt.training.checkpoint import model_tensors, save
 from model import GPT, GPTConfig
 from sample import choose, generate, read_on, sample
-from tokenizer import load_tokenizer
 
 
 def make_model(**fields: object) -> GPT:

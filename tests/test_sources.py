@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import save, save_jsonl
 
-import readers
-from errors import UserError
-from sources import documents, find, first_bytes
+from babygpt.data import readers
+from babygpt.data.sources import documents, find, first_bytes
+from babygpt.errors import UserError
 
 
 def files(*patterns, column="text"):

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import tokenizer
-from errors import UserError
-from tokenizer import END_OF_TEXT_NAMES, FileTokenizer, GPT2Tokenizer, load_tokenizer, stream_decode, train
+from babygpt.data import tokenizer
+from babygpt.data.tokenizer import END_OF_TEXT_NAMES, FileTokenizer, GPT2Tokenizer, load_tokenizer, stream_decode, train
+from babygpt.errors import UserError
 
 CORPUS = [
     "the cat sat on the mat and ate the rat",

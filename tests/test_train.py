@@ -13,10 +13,10 @@ import torch
 from helpers import call, save_hellaswag
 from safetensors.torch import load_file
 
-import checkpoint
 import train
-from errors import ConfigError, UserError
-from log import COLUMNS, read_log
+from babygpt.errors import ConfigError, UserError
+from babygpt.training import checkpoint
+from babygpt.training.metrics import COLUMNS, read_log
 from runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, flags, measured, rows_of, torchrun, weights
 
 # ---------------------------------------------------------------------------------------------------------

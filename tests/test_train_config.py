@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from errors import ConfigError
+from babygpt.errors import ConfigError
 from model import GPT
 from train_config import PRESETS, Config, check, differences, parse, resolve, to_json, variant
 

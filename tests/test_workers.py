@@ -11,9 +11,9 @@ from helpers import call
 from s3_server import TEXTS, s3_server, save_pages, snapshot
 
 import fineweb
-from errors import UserError
-from tokenizer import load_tokenizer, train
-from workers import Setup, ray_workers
+from babygpt.data.tokenizer import load_tokenizer, train
+from babygpt.data.workers import Setup, ray_workers
+from babygpt.errors import UserError
 
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
 with_ray = pytest.mark.skipif(" " in sys.executable, reason="Ray can't start workers from a path with a space")

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sources import documents, find  # noqa: E402
+from babygpt.data.sources import documents, find  # noqa: E402
 
 MODEL = "--model.block-size 256 --model.n-layer 4 --model.n-head 4 --model.n-embd 128"
 TRAINING = (

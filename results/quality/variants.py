@@ -17,9 +17,9 @@ from xxhash import xxh3_128_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from quality import BLOCK, HASH_SEED, HELD_OUT, frequencies
-from sources import documents, find
-from tokenizer import Tokenizer, load_tokenizer
+from babygpt.data.quality import BLOCK, HASH_SEED, HELD_OUT, frequencies
+from babygpt.data.sources import documents, find
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 
 SCALES = {  # of a column, from how many of n documents have it and its mean square and mean
     "none": lambda n, seen, square, mean: np.ones(len(seen)),

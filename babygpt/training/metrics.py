@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from errors import UserError
+from babygpt.errors import UserError
 
 COLUMNS = (
     "step", "tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm", "tokens_per_s",

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-import hub
-import readers
-import storage
-from errors import UserError
-from readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
+from babygpt import files, hub
+from babygpt.data import readers
+from babygpt.data.readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
+from babygpt.errors import UserError
 
 WHOLE_BYTES, PLACE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
 
@@ -99,11 +98,11 @@ class LocalFiles(Source):
         digest, sizes, self.batches = hashlib.sha256(), [], []
         for path in self.paths:
             try:
-                size = storage.size(path)
+                size = files.size(path)
                 digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
                 whole = size <= WHOLE_BYTES
                 for place in (0,) if whole else (0, size // 2, max(0, size - PLACE_BYTES)):
-                    digest.update(storage.read_bytes(path, place, place + (size if whole else PLACE_BYTES)))
+                    digest.update(files.read_bytes(path, place, place + (size if whole else PLACE_BYTES)))
             except OSError as error:
                 raise UserError(f"{path} can't be read: {error.strerror}.") from None
             alone = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
@@ -133,8 +132,8 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
         raise UserError("the source `files` needs --input, for instance --input 'pages/*.jsonl.gz'.")
     paths: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
-        if storage.is_remote(pattern):
-            matched = storage.glob(pattern)
+        if files.is_remote(pattern):
+            matched = files.glob(pattern)
         elif os.path.isdir(pattern):
             matched = _files_below(pattern)
         elif os.path.exists(pattern):
@@ -150,7 +149,7 @@ def _match(patterns: tuple[str, ...]) -> list[str]:
             f"--input names {len(unknown)} files of an unknown kind, {unknown[0]} for one. Known are parquet, jsonl "
             "and txt, the latter two also as .gz, .xz and .zst."
         )
-    return sorted(path if storage.is_remote(path) else os.path.abspath(path) for path in paths)
+    return sorted(path if files.is_remote(path) else os.path.abspath(path) for path in paths)
 
 
 def _files_below(folder: str) -> list[str]:
@@ -203,16 +202,16 @@ class HubFiles(Source):
         """Into `folder`, or where that is a URL, by way of this machine to there."""
         file = self.units[unit]
         path = f"{folder}/{file.name}"
-        if not storage.is_remote(folder):
+        if not files.is_remote(folder):
             hub.download(self.repo, file.name, self.revision, Path(folder), "dataset", file.sha256)
-        elif not storage.exists(path):
+        elif not files.exists(path):
             with tempfile.TemporaryDirectory() as here:
                 name = hub.download(self.repo, file.name, self.revision, Path(here), "dataset", file.sha256)
-                storage.put(name, path)
+                files.put(name, path)
         return parquet_tasks(path, self.columns)
 
     def release(self, unit: int, folder: str) -> None:
-        storage.remove(f"{folder}/{self.units[unit].name}")
+        files.remove(f"{folder}/{self.units[unit].name}")
 
 
 @dataclass

@@ -7,11 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
-import storage
-from errors import UserError
-from plan import BUCKET_ROWS
-from shards import token_dtype
-from sources import Source
+from babygpt import files
+from babygpt.data.plan import BUCKET_ROWS
+from babygpt.data.shards import token_dtype
+from babygpt.data.sources import Source
+from babygpt.errors import UserError
 
 WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
 
@@ -24,7 +24,7 @@ def check_room(source: Source, settings: dict, folder: str, workers: int | None,
     tokens = min(tokens, settings["max_tokens"] or tokens)
     largest = max(unit.bytes for unit in source.units) if source.downloads else 0
     disk = source.units_at_once * largest + (
-        0 if storage.is_remote(folder) else 2 * token_dtype(vocab_size).itemsize * tokens
+        0 if files.is_remote(folder) else 2 * token_dtype(vocab_size).itemsize * tokens
     )
     documents = tokens // 1000  # FineWeb's have 1,000 tokens
     plan_memory = documents + min(documents, BUCKET_ROWS) * 100
@@ -33,7 +33,7 @@ def check_room(source: Source, settings: dict, folder: str, workers: int | None,
         most = (available - plan_memory) // WORKER_MEMORY if available is not None else _cores()
         workers = max(1, min(_cores(), most))
     memory = plan_memory + workers * WORKER_MEMORY
-    place = storage.cache(folder).absolute()
+    place = files.cache(folder).absolute()
     there = next(parent for parent in [place, *place.parents] if parent.exists())
     written = sum(path.stat().st_size for path in place.rglob("*.bin"))  # by a run that was stopped
     free = shutil.disk_usage(there).free

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from readers import Batch
+from babygpt.data.readers import Batch
 
 KEPT, EMPTY, DUPLICATE = 0, 1, 2  # what becomes of a document; only the plan knows the duplicates
 FILTERS = ("min_chars", "min_score", "min_language_score", "min_quality")

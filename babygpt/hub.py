@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from errors import UserError
+from babygpt.errors import UserError
 
 # what the HTTP libraries, `datasets` and the hub's library call it
 UNREACHABLE = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled")

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_digest
 
-import storage
-from errors import UserError, run
-from sources import documents, find
-from tokenizer import Tokenizer, load_tokenizer
+from babygpt import files
+from babygpt.data.sources import documents, find
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.errors import UserError, run
 
 PAIR_BITS = 18
 FORMAT = 1  # another one where the features change
@@ -236,7 +236,7 @@ def train(good: dict[bytes, bytes], other: dict[bytes, bytes], tokenizer: Tokeni
         "figures": figures,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with storage.create(out) as file:  # one key of metadata: safetensors writes several in any order
+    with files.create(out) as file:  # one key of metadata: safetensors writes several in any order
         file.write(save(weights, {"quality": json.dumps(about, ensure_ascii=False)}))
     return QualityModel.load(out)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import loss
-from loss import linear_cross_entropy, softcapped
+from babygpt.nn import cross_entropy
+from babygpt.nn.cross_entropy import linear_cross_entropy, softcapped
 
 N, C, V, PADDED = 37, 16, 90, 128
 
@@ -31,10 +31,10 @@ def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: flo
 def chunked(request, monkeypatch):
     """Chunks of 5 rows or slices of 3, neither of which divides the rows."""
     if request.param != "one chunk":
-        monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
+        monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
     if request.param == "many slices":
-        monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 13 * 4 * PADDED)
-        monkeypatch.setattr(loss, "SLICE_BYTES", 3 * 4 * PADDED)
+        monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 13 * 4 * PADDED)
+        monkeypatch.setattr(cross_entropy, "SLICE_BYTES", 3 * 4 * PADDED)
 
 
 @pytest.mark.usefixtures("chunked")
@@ -83,7 +83,7 @@ def test_the_softcap_is_a_scaled_tanh():
 
 
 def test_the_whole_logits_are_never_there(monkeypatch):
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
     x, weight, targets = inputs()
     largest, empty = [], torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: largest.append(shape) or empty(self, *shape))

@@ -19,9 +19,8 @@ from itertools import islice
 
 import numpy as np
 
-import hub
-import storage
-from errors import UserError
+from babygpt import files, hub
+from babygpt.errors import UserError
 
 BATCH = 256  # documents read, encoded and judged at once
 TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
@@ -88,7 +87,7 @@ def parquet_tasks(path: str, columns: tuple[str, ...]) -> list[Task]:
 
 def _parquet(path: str):
     """What pyarrow reads a file from; files of this machine it opens itself, which is faster."""
-    return storage.reading(path) if storage.is_remote(path) else path
+    return files.reading(path) if files.is_remote(path) else path
 
 
 def jsonl_tasks(path: str, size: int, columns: tuple[str, ...]) -> list[Task]:
@@ -209,7 +208,7 @@ def without_surrogates(text: str) -> str:
 
 def _open(path: str):
     """A binary file object over the uncompressed contents."""
-    file = storage.reading(path)
+    file = files.reading(path)
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=file)
     if path.endswith(".xz"):

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, run
-from readers import without_surrogates
+from babygpt.data.readers import without_surrogates
+from babygpt.errors import UserError, run
 
-GPT2_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+GPT2_RANKS = Path(__file__).parents[2] / "assets" / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken, openai_public.py
 # tiktoken's r50k pattern: contractions, letters, numbers, other signs, white space
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -324,7 +324,7 @@ def compare(specs: Iterable[str], texts: list[bytes]) -> str:
 def main() -> None:
     import tyro
 
-    import sources
+    from babygpt.data import sources
 
     def train_command(
         source: tyro.conf.Positional[str] = "files",

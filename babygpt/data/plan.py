@@ -13,9 +13,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-import storage
-from errors import UserError
-from filters import DUPLICATE, EMPTY, FILTERED, KEPT
+from babygpt import files
+from babygpt.data.filters import DUPLICATE, EMPTY, FILTERED, KEPT
+from babygpt.errors import UserError
 
 VALIDATES = 255  # what becomes of a document, beside those of filters.py
 CODES = {"val": VALIDATES, "train": KEPT}
@@ -27,7 +27,7 @@ ROW = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u
 def load_index(stem: str, names: tuple[str, ...] = ("hash", "tokens", "bytes", "decision")) -> dict[str, np.ndarray]:
     """The index of a part: `hash` (n, 2), `tokens`, `bytes` and `decision` (n,)."""
     try:
-        with np.load(io.BytesIO(storage.read_bytes(f"{stem}.npz"))) as file:
+        with np.load(io.BytesIO(files.read_bytes(f"{stem}.npz"))) as file:
             return {name: file[name] for name in names}
     except (BadZipFile, ValueError, KeyError) as error:
         raise UserError(f"{stem}.npz is damaged ({error}). Delete it: the same command makes it anew.") from None
@@ -116,7 +116,7 @@ def decide(stems: list[str], scratch: Path) -> tuple[Buckets, np.ndarray, np.nda
     for stem in stems:
         counts.append(len(load_index(stem, ("decision",))["decision"]))
     first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    storage.remove(scratch)  # of a killed run
+    files.remove(scratch)  # of a killed run
     scratch.mkdir(parents=True)
     decisions = np.empty(first[-1], np.uint8)
     buckets = Buckets(decisions, scratch)

@@ -9,8 +9,8 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from errors import UserError, run
-from log import column, read_log
+from babygpt.errors import UserError, run
+from babygpt.training.metrics import column, read_log
 
 GPT2_124M_HELLASWAG = 0.2955  # OpenAI's weights, karpathy acc_norm, as build-nanogpt reports
 HELLASWAG_EXAMPLES = 10_042

@@ -26,14 +26,14 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_digest
 
-import storage
-from errors import UserError
-from filters import FILTERED, KEPT, Filters
-from plan import load_index, runs
-from quality import QualityModel
-from readers import Task, read
-from shards import token_dtype, write_json, write_shard
-from tokenizer import Tokenizer
+from babygpt import files
+from babygpt.data.filters import FILTERED, KEPT, Filters
+from babygpt.data.plan import load_index, runs
+from babygpt.data.quality import QualityModel
+from babygpt.data.readers import Task, read
+from babygpt.data.shards import token_dtype, write_json, write_shard
+from babygpt.data.tokenizer import Tokenizer
+from babygpt.errors import UserError
 
 SAMPLE_BYTES = 20_000  # of each task's text that gigatoken must encode as the tokenizer itself
 
@@ -62,7 +62,7 @@ def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
     dtype, eot = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eot_id], np.uint32)
     hashes, sizes, message = bytearray(), array("Q"), None
     lengths, decisions = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint8)]
-    with storage.create(f"{stem}.bin") as file:
+    with files.create(f"{stem}.bin") as file:
         for number, batch in enumerate(read(task)):
             if number == 0:
                 message = tokenizer.use_gigatoken(batch.texts, SAMPLE_BYTES)
@@ -82,7 +82,7 @@ def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
             hashes += fingerprint(batch.texts)
             sizes.extend(map(len, batch.texts))
     tokens = np.concatenate(lengths)
-    with storage.create(f"{stem}.npz") as file:
+    with files.create(f"{stem}.npz") as file:
         np.savez(
             file,
             hash=np.frombuffer(hashes, ">u8").reshape(-1, 2),
@@ -126,7 +126,7 @@ def write_task(
 
 
 def _read_tokens(stem: str, dtype: np.dtype, begin: int, end: int) -> np.ndarray:
-    data = storage.read_bytes(f"{stem}.bin", begin * dtype.itemsize, end * dtype.itemsize)
+    data = files.read_bytes(f"{stem}.bin", begin * dtype.itemsize, end * dtype.itemsize)
     return np.frombuffer(data, dtype)
 
 
@@ -138,7 +138,7 @@ def warm_up() -> None:
     """Starts, in the background, the process that workers will be forked from, and has it import what they need."""
     if _context().get_start_method() == "forkserver":
         _context().set_forkserver_preload(
-            ["__main__", "workers", "pyarrow.parquet", "tiktoken", "tokenizers", "gigatoken"]
+            ["__main__", "babygpt.data.workers", "pyarrow.parquet", "tiktoken", "tokenizers", "gigatoken"]
         )
         multiprocessing.forkserver.ensure_running()
 
@@ -211,7 +211,7 @@ def ray_workers(address: str, setup: Setup) -> Iterator[tuple[RayPool, int]]:
         raise UserError("--engine ray needs Ray: pip install ray") from None
     if " " in sys.executable:
         raise UserError(f"Ray can't start workers from a path with a space: {sys.executable}. Move the environment.")
-    code = {"working_dir": str(Path(__file__).parent), "excludes": [".git", ".venv", "data", "out", "results"]}
+    code = {"working_dir": str(Path(__file__).parents[2]), "excludes": ["/.git", "/.venv", "/data", "/out", "/results"]}
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host:  # Ray itself would try for minutes

@@ -3,9 +3,9 @@
 import pytest
 from helpers import call
 
-import plot
-from errors import UserError
-from log import Log
+from babygpt.errors import UserError
+from babygpt.training import plots
+from babygpt.training.metrics import Log
 
 
 def make_run(path, steps: int, measured: bool = True):
@@ -25,18 +25,18 @@ def is_png(path) -> bool:
 
 def test_one_run_or_several_become_a_png(tmp_path, capsys):
     one, two = make_run(tmp_path / "one", 30), make_run(tmp_path / "two", 12, measured=False)
-    call(plot.main, one)
+    call(plots.main, one)
     assert is_png(one / "plot.png")
-    call(plot.main, one, two, "--out", tmp_path / "both.png", "--x", "tokens")
+    call(plots.main, one, two, "--out", tmp_path / "both.png", "--x", "tokens")
     assert is_png(tmp_path / "both.png")
 
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_has_hardly_begun_is_drawn_too(steps, tmp_path):
-    plot.plot([make_run(tmp_path / "run", steps)], tmp_path / "plot.png")
+    plots.plot([make_run(tmp_path / "run", steps)], tmp_path / "plot.png")
     assert is_png(tmp_path / "plot.png")
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no run at"):
-        call(plot.main, tmp_path)
+        call(plots.main, tmp_path)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-import storage
-from errors import ConfigError, UserError
+from babygpt import files
+from babygpt.errors import ConfigError, UserError
 
 HEADER_BYTES = 256 * 4
 MAGIC_UINT16, VERSION_UINT16 = 20240520, 1  # llm.c dev/data: GPT-2 shards
@@ -52,7 +52,7 @@ def write_shard(path: str | Path, num_tokens: int, vocab_size: int, pieces: Iter
     magic = (MAGIC_UINT16, VERSION_UINT16) if dtype.itemsize == 2 else (MAGIC_UINT32, VERSION_UINT32)
     header[:3] = *magic, num_tokens
     digest, written = hashlib.sha256(header.tobytes()), 0
-    with storage.create(path) as file:
+    with files.create(path) as file:
         file.write(header.tobytes())
         for piece in pieces:
             if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
@@ -150,13 +150,13 @@ class Dataset:
 
 def open_dataset(folder: str | Path) -> Dataset:
     """Opens `folder`, checking every header, size and the manifest; reads no tokens. UserError if not sound."""
-    folder = pull(str(folder)) if storage.is_remote(folder) else Path(folder)
+    folder = pull(str(folder)) if files.is_remote(folder) else Path(folder)
     if not os.path.isdir(folder):  # where the name is too long too
         raise UserError(
             f"there is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the "
             "sources), or name another folder with --data.dataset."
         )
-    found = {name: folder / name for name in storage.files(folder) if _split_of(name)}
+    found = {name: folder / name for name in files.names(folder) if _split_of(name)}
     manifest = read_manifest(folder)
     if manifest is not None:
         named = [shard["file"] for shard in manifest["shards"]]
@@ -211,7 +211,7 @@ def pull(url: str) -> Path:
     Every shard is held against the manifest's sha256; one that was found sound is not read again as long as its size
     and time stay. The processes of a node take turns: the first one fetches, the others find everything there.
     """
-    folder = storage.cache(url)
+    folder = files.cache(url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -226,16 +226,16 @@ def _pull(url: str, folder: Path) -> None:
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     manifest = read_manifest(url)
     if manifest is None:  # somebody else's
-        if storage.files(f"{url}/parts"):
+        if files.names(f"{url}/parts"):
             raise UserError(f"{url} is not finished. Give the command that began it again: python fineweb.py ...")
-        wanted = {name: storage.state(f"{url}/{name}") for name in storage.files(url) if _split_of(name)}
+        wanted = {name: files.state(f"{url}/{name}") for name in files.names(url) if _split_of(name)}
         if not wanted:
             raise UserError(f"there is no data set at {url}: no {MANIFEST}, and no shards.")
     else:
         wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         wanted[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
     record = folder / "sound.json"  # of each file that was found sound: its size and time here, what it should be
-    for name in set(storage.files(folder)) - {*wanted, record.name, "lock"}:
+    for name in set(files.names(folder)) - {*wanted, record.name, "lock"}:
         (folder / name).unlink()  # of another state of this data set
     known = {}
     with suppress(OSError, ValueError):
@@ -250,7 +250,7 @@ def _pull(url: str, folder: Path) -> None:
     def is_here(path: Path) -> bool:
         return known.get(path.name) == seen(path) or (manifest is not None and is_sound(path))
 
-    storage.pull(url, sorted(wanted), folder, is_here, is_sound, quiet)
+    files.pull(url, sorted(wanted), folder, is_here, is_sound, quiet)
     write_json(record, {name: seen(folder / name) for name in wanted})
     if manifest is not None:
         write_json(folder / MANIFEST, manifest)
@@ -287,10 +287,10 @@ def _fingerprint(shards: list[dict]) -> str:
 def read_manifest(folder: str | Path) -> dict | None:
     """The contents of `dataset.json`, or None where there is none."""
     path = f"{folder}/{MANIFEST}"
-    if not storage.exists(path):
+    if not files.exists(path):
         return None
     try:
-        manifest = json.loads(storage.read_bytes(path))
+        manifest = json.loads(files.read_bytes(path))
         manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"]
         if not (isinstance(manifest["eot_id"], int) and isinstance(manifest["vocab_size"], int)):
             raise TypeError("eot_id and vocab_size are numbers")
@@ -308,7 +308,7 @@ def read_manifest(folder: str | Path) -> dict | None:
 def write_json(path: str | Path, content: dict) -> None:
     """Writes JSON, here or at a URL, whole or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    with storage.create(path) as file:
+    with files.create(path) as file:
         file.write(text.encode())
 
 

@@ -21,7 +21,7 @@ from glob import escape
 from pathlib import Path
 from typing import IO
 
-from errors import UserError
+from babygpt.errors import UserError
 
 # a put is whole or not at all there
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
@@ -144,7 +144,7 @@ def state(path: str | Path) -> str:
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime"))
 
 
-def files(folder: str | Path) -> list[str]:
+def names(folder: str | Path) -> list[str]:
     """The names of a folder's files, sorted; none where there is no folder."""
     if not is_remote(folder):
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if os.path.isdir(folder) else []

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import ConfigError, UserError, leave, spoken
+from babygpt.errors import ConfigError, UserError, leave, spoken
 
 # dense bf16 peak of the matrix units, FLOP/s, from the makers' data sheets; a longer name goes first
 PEAK_FLOPS = {

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from errors import UserError
-from log import Log, Samples, read_log
+from babygpt.errors import UserError
+from babygpt.training.metrics import Log, Samples, read_log
 
 
 def row(step: int) -> dict:

@@ -28,10 +28,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import hub
-from errors import UserError, spoken
+from babygpt import hub
+from babygpt.data.shards import write_json
+from babygpt.errors import UserError, spoken
 from model import GPT, GPTConfig, from_gpt2, gpt2_config
-from shards import write_json
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step

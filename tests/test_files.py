@@ -1,4 +1,4 @@
-"""storage.py: data sets in object stores, against an S3 server on this machine: the same bytes, whole or not at all."""
+"""files.py: data sets in object stores, against an S3 server on this machine: the same bytes, whole or not at all."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ from helpers import call, save
 from s3_server import s3_server, save_pages, snapshot
 
 import fineweb
-import storage
-from errors import UserError
-from shards import MANIFEST, open_dataset
+from babygpt import files
+from babygpt.data.shards import MANIFEST, open_dataset
+from babygpt.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,7 +137,7 @@ def test_a_damaged_or_missing_shard_far_away_is_refused_by_name(far, local, dama
         system.pipe_file(f"{far}/{name}", data[:-7] if damage == "short" else data[:1500] + b"\0\1" + data[1502:])
     with pytest.raises(UserError, match=name):
         open_dataset(far)
-    assert not (storage.cache(far) / name).exists()
+    assert not (files.cache(far) / name).exists()
 
 
 def test_somebody_else_s_shards_open_from_far_away(bucket, local, tmp_path, monkeypatch):
@@ -176,31 +176,31 @@ def test_what_is_not_there_is_told_in_one_message(requests, tmp_path, pages, url
 
 def test_a_file_appears_whole_or_not_at_all(bucket, tmp_path):
     for path in (f"{bucket}/a.bin", f"file://{tmp_path}/a.bin", str(tmp_path / "b.bin")):
-        with suppress(ZeroDivisionError), storage.create(path) as file:
+        with suppress(ZeroDivisionError), files.create(path) as file:
             file.write(b"half")
             raise ZeroDivisionError
-        assert not storage.exists(path)
-        with storage.create(path) as file:
+        assert not files.exists(path)
+        with files.create(path) as file:
             file.write(b"whole")
-        assert storage.read_bytes(path) == b"whole"
-        assert storage.read_bytes(path, 1, 3) == b"ho"
-        storage.remove(path)
-        storage.remove(path)  # nothing is no mistake
-        assert not storage.exists(path)
+        assert files.read_bytes(path) == b"whole"
+        assert files.read_bytes(path, 1, 3) == b"ho"
+        files.remove(path)
+        files.remove(path)  # nothing is no mistake
+        assert not files.exists(path)
 
 
 def test_a_name_is_a_name_and_no_pattern(bucket):
     for name in ("a[bc]/x", "ab/x", "ac/x"):
-        with storage.create(f"{bucket}/{name}") as file:
+        with files.create(f"{bucket}/{name}") as file:
             file.write(b"x")
-    storage.remove(f"{bucket}/a[bc]")
-    assert [storage.files(f"{bucket}/{name}") for name in ("a[bc]", "ab", "ac")] == [[], ["x"], ["x"]]
+    files.remove(f"{bucket}/a[bc]")
+    assert [files.names(f"{bucket}/{name}") for name in ("a[bc]", "ab", "ac")] == [[], ["x"], ["x"]]
 
 
 def test_every_url_has_a_cache_of_its_own():
     urls = ("s3://a/b/c", "s3://a-b/c", "s3://a/b-c", "gs://a/b/c")
-    assert len({storage.cache(url) for url in urls}) == 4
-    assert storage.cache("s3://a/b/c/") == storage.cache("s3://a/b/c")
+    assert len({files.cache(url) for url in urls}) == 4
+    assert files.cache("s3://a/b/c/") == files.cache("s3://a/b/c")
 
 
 def test_a_set_whose_url_ends_in_a_slash_is_the_same_set(bucket, tmp_path, pages, local, monkeypatch):
@@ -237,5 +237,5 @@ def test_names_that_are_taken_for_files_are(tmp_path):
     save(tmp_path / "d" / "a", b"")
     save(tmp_path / "d" / "e" / "b", b"")
     for folder in (str(tmp_path / "d"), f"file://{tmp_path}/d"):
-        assert storage.files(folder) == ["a"]
-        assert storage.files(folder + "/none") == []
+        assert files.names(folder) == ["a"]
+        assert files.names(folder + "/none") == []
