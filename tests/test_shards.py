@@ -354,7 +354,7 @@ def test_verify_finds_wrong_sums_and_another_tokenizer(tmp_path):
 
 def test_more_shards_than_files_may_be_open_are_opened(tmp_path):
     folder = make_dataset(tmp_path / "d", train=[[EOT, 1]] * 150)
-    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 1000)); import shards; "
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 1000)); from babygpt.data import shards; "
     code += f"print(len(shards.open_dataset({str(folder)!r}).train))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "300\n", done.stderr
