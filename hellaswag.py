@@ -37,7 +37,9 @@ from babygpt import hub
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.training.checkpoint import load_model
-from babygpt.training.distributed import Ranks, Stopped, autocast, process_group
+from babygpt.training.device import autocast
+from babygpt.training.distributed import Ranks, process_group
+from babygpt.training.signals import Stopped
 from model import GPT
 
 Style = Literal["karpathy", "lm-eval"]

@@ -16,7 +16,8 @@ import torch
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer, stream_decode
 from babygpt.errors import UserError, run
 from babygpt.training.checkpoint import LoadedModel, load_model
-from babygpt.training.distributed import autocast, process_group
+from babygpt.training.device import autocast
+from babygpt.training.distributed import process_group
 from model import GPT, KVCache
 
 

@@ -23,7 +23,8 @@ from babygpt.data.shards import Dataset, write_json
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import ConfigError
 from babygpt.training import checkpoint
-from babygpt.training.distributed import Ranks, uses_bfloat16
+from babygpt.training.device import uses_bfloat16
+from babygpt.training.distributed import Ranks
 from dataloader import Order, Position
 from model import GPT
 from train_config import Config, differences, read_config, to_json, variant

@@ -24,27 +24,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
+from babygpt.console import spoken
 from babygpt.data.shards import Dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
-from babygpt.errors import ConfigError, UserError, spoken
+from babygpt.errors import ConfigError, UserError
 from babygpt.errors import run as run_script
 from babygpt.training import checkpoint
-from babygpt.training.distributed import (
-    Mark,
-    Ranks,
-    Stopped,
-    StopSignals,
-    autocast,
-    checksum,
-    peak_flops,
-    peak_memory_mib,
-    process_group,
-    untested_torch_warning,
-    uses_bfloat16,
-)
+from babygpt.training.device import Mark, autocast, peak_flops, peak_memory_mib, untested_torch_warning, uses_bfloat16
+from babygpt.training.distributed import Ranks, process_group
+from babygpt.training.guard import Gate, checksum
 from babygpt.training.metrics import Log, Samples
-from babygpt.training.optim import Gate, Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
+from babygpt.training.optim import Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
 from babygpt.training.plots import plot
+from babygpt.training.signals import Stopped, StopSignals
 from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
 from hellaswag import Example, check_length, evaluate, fetch, load_examples
 from model import GPT

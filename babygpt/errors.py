@@ -7,8 +7,9 @@ of ours and keeps its traceback.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+
+from babygpt.console import spoken, streams_that_never_fail
 
 
 class UserError(Exception):
@@ -19,26 +20,10 @@ class ConfigError(UserError):
     """A mistake that every rank finds alike, in the settings for instance: the first of a node tells it."""
 
 
-@contextmanager
-def spoken() -> Iterator[None]:
-    """For what is printed: where the terminal is closed, a pipe's reader has ended or a disk is full, it and all later
-    words for there are lost, and nothing else is."""
-    try:
-        yield
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            try:
-                os.write(descriptor, b"\n")
-            except OSError:
-                os.dup2(nowhere, descriptor)
-        os.close(nowhere)
-
-
 def run(main: Callable[[], None]) -> None:
     """Calls a script's `main()`; a UserError becomes one message on stderr and exit code 2."""
     code = 0
-    _streams_that_never_fail()
+    streams_that_never_fail()
     try:
         main()
     except UserError as error:
@@ -60,17 +45,6 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     if code:
         sys.exit(code)
-
-
-def _streams_that_never_fail() -> None:
-    """Gives a process that was started without stdout or stderr some, and one of few letters a sign for the others."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not so in a notebook
-            stream.reconfigure(errors="replace")
 
 
 def leave(code: int) -> None:

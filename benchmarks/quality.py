@@ -43,8 +43,8 @@ HELD_OUT = 10  # one good document in so many of the first file
 
 def command(script: str, *arguments: object) -> str:
     """What a script of ours prints; ends this one where it fails."""
-    line = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
+    line = [sys.executable, *script.split(), *map(str, arguments)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: {script} {' '.join(map(str, arguments))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
@@ -104,10 +104,10 @@ def main() -> None:
         folder = Path(temporary)
         pool = split(files, options.good, folder, options.quick)
         bpe, model = folder / "bpe.json", folder / "quality.safetensors"
-        command("tokenizer.py", "train", "--input", folder / "pool.parquet", "--vocab-size", size["vocab_size"],
+        command("-m tools.train_tokenizer", "--input", folder / "pool.parquet", "--vocab-size", size["vocab_size"],
                 "--out", bpe)  # fmt: skip
-        learnt = command("quality.py", "train", "--good", folder / "good.parquet", "--other", folder / "other.parquet",
-                         "--tokenizer", bpe, "--out", model)  # fmt: skip
+        sides = ("--good", folder / "good.parquet", "--other", folder / "other.parquet")
+        learnt = command("-m tools.train_quality_filter", *sides, "--tokenizer", bpe, "--out", model)
         print(learnt, file=sys.stderr)
 
         def prepare(name: str, source: str, *arguments: object) -> Path:

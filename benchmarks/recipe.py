@@ -2,8 +2,8 @@
 
     python benchmarks/recipe.py DATASET [--steps 1600] [--jobs 2] [--out results/recipe]
 
-DATASET is a prepared folder with a small vocabulary (`tokenizer.py train --vocab-size 8192`). The model is the same in
-both recipes but for their switches: 4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step.
+DATASET is a prepared folder with a small vocabulary (`python -m tools.train_tokenizer --vocab-size 8192`). The model is
+the same in both recipes but for their switches: 4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step.
 
     classic    the preset gpt2 at five learning rates, one seed; the best of them with two seeds more
     modern     the preset modern as it is, at shares of the classic's steps, three seeds; the first share whose mean

@@ -61,9 +61,9 @@ def sorted_documents(folder: Path) -> list[tuple[str, str]]:
 
 
 def script(name: str, *arguments: object) -> None:
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    command = [sys.executable, *name.split(), *map(str, arguments)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # so small a model's threads would mostly wait for each other
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread)
     if done.returncode:
         sys.exit(f"error: {name} failed:\n{done.stderr[-3000:]}")
 
@@ -72,7 +72,7 @@ def prepare(documents: list[tuple[str, str]], folder: Path) -> tuple[Dataset, li
     """The data set in the documents' order; each source with the training token that it begins at."""
     (folder / "sorted.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _, text in documents))
     script(
-        "tokenizer.py", "train", "--input", folder / "sorted.jsonl", "--vocab-size", VOCABULARY,
+        "-m tools.train_tokenizer", "--input", folder / "sorted.jsonl", "--vocab-size", VOCABULARY,
         "--out", folder / "bpe.json",
     )  # fmt: skip
     script(

@@ -40,8 +40,10 @@ from table import show  # noqa: E402
 
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
 from babygpt.errors import leave  # noqa: E402
-from babygpt.training.distributed import Ranks, autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
-from babygpt.training.optim import Gate, muon, set_rates  # noqa: E402
+from babygpt.training.device import autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
+from babygpt.training.distributed import Ranks  # noqa: E402
+from babygpt.training.guard import Gate  # noqa: E402
+from babygpt.training.optim import muon, set_rates  # noqa: E402
 from dataloader import Position, Step  # noqa: E402
 from hellaswag import Example, load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402

@@ -21,7 +21,7 @@ fi
 environment requirements.txt
 
 echo; echo "--- 1. a vocabulary of 4,096 entries, learnt from Python's standard library"
-[ -e data/demo-tokenizer.json ] || python -m babygpt.data.tokenizer train stdlib --vocab-size 4096 --out data/demo-tokenizer.json
+[ -e data/demo-tokenizer.json ] || python -m tools.train_tokenizer stdlib --vocab-size 4096 --out data/demo-tokenizer.json
 
 echo; echo "--- 2. the same files as token shards"
 python fineweb.py stdlib --tokenizer data/demo-tokenizer.json --val-tokens 50000 --out-dir data/demo

@@ -81,7 +81,7 @@ MISTAKES = [
      [("babygpt/training/metrics.py", "read_log(path, step) if step > 0", "[] if step > 0")]),
     (14, "steps stand twice in the log", "test_metrics.py", [("babygpt/training/metrics.py", "kept = read_log(path, step)", "kept = read_log(path)")]),
     (15, "MFU by an A100's peak", "test_distributed.py -k peak",
-     [("babygpt/training/distributed.py", "return PEAK_FLOPS[max(known, key=len)] if known else None", "return 312e12")]),
+     [("babygpt/training/device.py", "return PEAK_FLOPS[max(known, key=len)] if known else None", "return 312e12")]),
     (15, "throughput counts evaluation", "test_train.py -k throughput",
      [("train.py", "            pending, begin_mark = None, None\n", "            pending = None\n")]),
     (16, "all ranks download at once", "test_distributed.py -k fetches",

@@ -12,9 +12,9 @@ import torch
 from helpers import call, save_jsonl
 
 import fineweb
-from babygpt.data import tokenizer
 from babygpt.training import checkpoint
 from babygpt.training.metrics import read_log
+from tools.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
@@ -23,7 +23,7 @@ STEPS = 14  # the data has 8 steps an epoch
 
 def tiny_dataset(texts: list[str], folder: Path, vocab_size: int = 300) -> Path:
     """A data set of some short texts, as fineweb.py makes it, with a trained vocabulary."""
-    tokenizer.train(texts, vocab_size, folder / "bpe.json", progress=False)
+    train_tokenizer(texts, vocab_size, folder / "bpe.json", progress=False)
     save_jsonl(folder / "texts.jsonl", texts)
     call(
         fineweb.main, "files", "--input", folder / "texts.jsonl", "--tokenizer", folder / "bpe.json",
@@ -52,11 +52,12 @@ def flags(dataset: Path, out: Path, preset: str = "gpt2", **changes: object) -> 
 def torchrun(
     world: int, *arguments: object, script: str = "train.py", check: bool = True, fault: str = "", restarts: int = 0
 ) -> subprocess.CompletedProcess:
-    """A run of several ranks; `fault` is tests/faulty_train.py's."""
+    """A run of several ranks; `script` is a file or a module, `fault` tests/faulty_train.py's."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     script = "tests/faulty_train.py" if fault else script
+    target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     done = subprocess.run(
-        [*command, f"--max-restarts={restarts}", str(ROOT / script), *map(str, arguments)],
+        [*command, f"--max-restarts={restarts}", *target, *map(str, arguments)],
         cwd=ROOT, env=os.environ | {"FAULT": fault}, capture_output=True, text=True,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr[-3000:]

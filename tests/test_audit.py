@@ -10,10 +10,10 @@ import torch
 from helpers import call, save_hellaswag
 from safetensors.torch import load_file, save_file
 
-import audit
 import train
 from babygpt.training import checkpoint
 from runs import STEPS, cut_back_to, flags, torchrun
+from tools import replay
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def honest(changes, dataset, tmp_path_factory) -> Path:
 
 def verdict(run: Path, *arguments: object) -> int:
     try:
-        call(audit.main, run, "--device", "cpu", *arguments)
+        call(replay.main, run, "--device", "cpu", *arguments)
     except SystemExit as end:
         return end.code
     return 0
@@ -67,11 +67,11 @@ def test_a_run_whose_settings_changed_on_the_way_comes_out_equal_too(dataset, tm
     torchrun(2, *line, "--optimizer.max-lr", 0.02, "--validation.every-n-steps", 5)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [6, 11, 12, STEPS]
     shutil.rmtree(run / "checkpoints" / "step_00000011")
-    audited = torchrun(2, run, "--device", "cpu", script="audit.py", check=False)
+    audited = torchrun(2, run, "--device", "cpu", script="tools.replay", check=False)
     assert audited.stdout.count("equal to the bit") == 3, audited.stdout
     log = (run / "log.csv").read_text()
     better_loss(run)
-    audited = torchrun(2, run, "--device", "cpu", script="audit.py", check=False)
+    audited = torchrun(2, run, "--device", "cpu", script="tools.replay", check=False)
     assert "is NOT what it says" in audited.stdout
     assert "another rank has ended" not in audited.stderr, "all know the verdict"
     (run / "log.csv").write_text(log)

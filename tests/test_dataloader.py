@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import call
-from test_train import cut_back_to, flags
 
-import dataloader
 import fineweb
 import train
 from babygpt.data.shards import HEADER_BYTES, Tokens, open_dataset
@@ -27,11 +25,13 @@ from dataloader import (
     Position,
     chunk_cuts,
     inputs_and_targets,
-    position_of_step,
     shuffled,
     validation_batches,
     validation_rows,
 )
+from runs import cut_back_to, flags
+from tools import inspect_step
+from tools.inspect_step import position_of_step
 
 EOT = 0
 
@@ -318,7 +318,7 @@ def retold(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]:
 def told(run: Path, step: int, capsys: pytest.CaptureFixture, *options: object) -> tuple[str, list[re.Match]]:
     """The first line of the output, and the cells of each line of its table."""
     capsys.readouterr()
-    call(dataloader.main, run, "--step", step, *options)
+    call(inspect_step.main, run, "--step", step, *options)
     head, _, *lines = capsys.readouterr().out.splitlines()
     cells = r" *(?P<row>\d+) +(?P<rank>\d+) +(?P<stream>\d+)  (?P<shard>\S+) +(?P<token>\d+) +(?P<tokens>\d+) +"
     return head, [re.fullmatch(cells + r"(?P<document>\d+)  (?P<text>.*)", line) for line in lines]
@@ -414,8 +414,8 @@ def test_a_look_back_refuses_what_it_cannot_tell(retold, sharded, tmp_path, caps
         (headless, 3, "has not every step from 0 on"),
     ):
         with pytest.raises(UserError, match=message):
-            call(dataloader.main, run, "--step", step)
+            call(inspect_step.main, run, "--step", step)
     for option in (("--ranks", 0), ("--chars", -1)):
         with pytest.raises(UserError, match="must be at least"):
-            call(dataloader.main, retold[0], "--step", 3, *option)
-    call(dataloader.main, copy("unsaved", "checkpoints", data={"dataset": str(other)}), "--step", 3)
+            call(inspect_step.main, retold[0], "--step", 3, *option)
+    call(inspect_step.main, copy("unsaved", "checkpoints", data={"dataset": str(other)}), "--step", 3)

@@ -11,17 +11,10 @@ import pytest
 import torch
 
 from babygpt.errors import ConfigError, UserError
-from babygpt.training.distributed import (
-    TESTED_TORCH,
-    Mark,
-    Ranks,
-    StopSignals,
-    autocast,
-    checksum,
-    choose_device,
-    peak_flops,
-    untested_torch_warning,
-)
+from babygpt.training.device import TESTED_TORCH, Mark, autocast, choose_device, peak_flops, untested_torch_warning
+from babygpt.training.distributed import Ranks
+from babygpt.training.guard import checksum
+from babygpt.training.signals import StopSignals
 
 CPU = torch.device("cpu")
 

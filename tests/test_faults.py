@@ -164,7 +164,7 @@ def test_a_signal_while_the_first_step_is_written_down_loses_nothing(dataset, tm
 
 
 def test_a_spike_is_told_of_and_its_update_left_out_where_that_is_asked_for(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("babygpt.training.optim.Gate.WINDOW", 4)
+    monkeypatch.setattr("babygpt.training.guard.Gate.WINDOW", 4)
     step_of, forward, updates = train.train_step, train.GPT.forward, []
     monkeypatch.setattr("train.train_step", lambda *args, **named: (step_of(*args, **named), updates.append(0))[0])
     monkeypatch.setattr(

@@ -147,7 +147,8 @@ def test_somebody_else_s_shards_open_from_far_away(bucket, local, tmp_path, monk
 
 
 def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, requests, local):
-    code = "import sys; sys.path.insert(0, sys.argv[2]); from babygpt.data.shards import open_dataset; open_dataset(sys.argv[1])"
+    code = "import sys; sys.path.insert(0, sys.argv[2]); from babygpt.data.shards import open_dataset; "
+    code += "open_dataset(sys.argv[1])"
     ranks = [
         subprocess.Popen([sys.executable, "-c", code, far, str(ROOT)], env=os.environ | {"LOCAL_RANK": str(rank)},
                          cwd=tmp_path, stderr=subprocess.PIPE, text=True)

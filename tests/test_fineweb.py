@@ -33,8 +33,9 @@ from babygpt.data.filters import EMPTY, KEPT
 from babygpt.data.plan import load_index, plan, runs
 from babygpt.data.readers import without_surrogates
 from babygpt.data.shards import MANIFEST, open_dataset, read_manifest, verify
-from babygpt.data.tokenizer import load_tokenizer, train
+from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
+from tools.train_tokenizer import train_tokenizer
 
 TEXTS = [  # doubles, empties, long and short, and signs that have broken readers
     "The first document.",
@@ -162,7 +163,7 @@ def test_shards_hold_the_tokens_asked_for_and_val_comes_first(finished):
 
 
 def test_a_trained_tokenizer_lies_beside_its_shards(tmp_path, pages):
-    own = train(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
+    own = train_tokenizer(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
     prepare(tmp_path / "d", pages, tokenizer=tmp_path / "own.json", **SETTINGS)
     assert documents(tmp_path / "d") == expected(TEXTS, 200, tokenizer=own)
     dataset = open_dataset(tmp_path / "d")
@@ -172,7 +173,7 @@ def test_a_trained_tokenizer_lies_beside_its_shards(tmp_path, pages):
 
 @pytest.mark.parametrize("way", ["d", "d/../d", "link"])
 def test_a_tokenizer_may_lie_in_the_folder_it_is_used_for(tmp_path, pages, way):
-    train(TEXTS * 2, 300, tmp_path / "d" / "tokenizer.json", progress=False)
+    train_tokenizer(TEXTS * 2, 300, tmp_path / "d" / "tokenizer.json", progress=False)
     os.symlink(tmp_path / "d", tmp_path / "link")
     prepare(tmp_path / "d", pages, tokenizer=tmp_path / way / "tokenizer.json")
     assert load_tokenizer(open_dataset(tmp_path / "d").tokenizer).vocab_size == 300
@@ -505,7 +506,7 @@ def test_a_finished_set_that_has_lost_a_shard_says_how_to_get_out(tmp_path, page
 
 
 def test_the_tokenizer_that_encoded_is_the_one_that_is_kept(tmp_path, pages):
-    path = train(TEXTS * 2, 300, tmp_path / "own.json", progress=False).file
+    path = train_tokenizer(TEXTS * 2, 300, tmp_path / "own.json", progress=False).file
     data = path.read_bytes()
     with mock.patch.object(fineweb, "plan", side_effect=lambda *a: (path.write_bytes(b"changed"), plan(*a))[1]):
         prepare(tmp_path / "d", pages, tokenizer=path, **SETTINGS)
@@ -549,7 +550,7 @@ def test_other_settings_on_a_folder_in_use_are_refused_by_name(tmp_path, request
     for name, value in OTHER:
         with pytest.raises(UserError, match=rf"(?s)other settings.*{name}.*{value}"):
             prepare(folder, pages, **SETTINGS | {name: value})
-    train(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
+    train_tokenizer(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
     with pytest.raises(UserError, match="tokenizer"):
         prepare(folder, pages, tokenizer=tmp_path / "own.json", **SETTINGS)
     with pytest.raises(UserError, match="source: 'files' there, 'stdlib' now"):

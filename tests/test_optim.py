@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from babygpt.errors import leave
 from babygpt.training import optim
+from babygpt.training.guard import Gate
 from babygpt.training.optim import (
-    Gate,
     Muon,
     adamw,
     learning_rate,

@@ -6,6 +6,7 @@ from helpers import call
 from babygpt.errors import UserError
 from babygpt.training import plots
 from babygpt.training.metrics import Log
+from tools import plot
 
 
 def make_run(path, steps: int, measured: bool = True):
@@ -25,9 +26,9 @@ def is_png(path) -> bool:
 
 def test_one_run_or_several_become_a_png(tmp_path, capsys):
     one, two = make_run(tmp_path / "one", 30), make_run(tmp_path / "two", 12, measured=False)
-    call(plots.main, one)
+    call(plot.main, one)
     assert is_png(one / "plot.png")
-    call(plots.main, one, two, "--out", tmp_path / "both.png", "--x", "tokens")
+    call(plot.main, one, two, "--out", tmp_path / "both.png", "--x", "tokens")
     assert is_png(tmp_path / "both.png")
 
 
@@ -39,4 +40,4 @@ def test_a_run_that_has_hardly_begun_is_drawn_too(steps, tmp_path):
 
 def test_a_folder_without_a_log_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no run at"):
-        call(plots.main, tmp_path)
+        call(plot.main, tmp_path)

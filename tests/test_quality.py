@@ -14,11 +14,13 @@ from helpers import call, save, save_jsonl
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from babygpt.data import quality, tokenizer
-from babygpt.data.quality import PAIR_BITS, QualityModel, check, frequencies, learn, measure, pairs_of
+from babygpt.data.quality import PAIR_BITS, QualityModel, check, pairs_of
 from babygpt.data.sources import find
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
+from tools import train_quality_filter
+from tools.train_quality_filter import frequencies, learn, measure
+from tools.train_tokenizer import train_tokenizer
 
 VOCABULARY = 500
 
@@ -38,7 +40,7 @@ def sides(tmp_path_factory) -> dict[str, Path]:
 
 
 def train(sides: dict[str, Path], out: Path, *options) -> QualityModel:
-    call(quality.main, "train", "--good", sides["good"], "--other", sides["other"], "--out", out, *options)
+    call(train_quality_filter.main, "--good", sides["good"], "--other", sides["other"], "--out", out, *options)
     return QualityModel.load(out)
 
 
@@ -174,7 +176,7 @@ def test_learning_again_from_files_in_another_order_gives_the_same_bytes(sides, 
 def test_a_sample_comes_from_the_whole_source_and_not_from_its_beginning(sides):
     texts = made_up("good", 60)
     source = find("files", (str(sides["good"]),))
-    places = [texts.index(text.decode()) for text in quality._sample(source, 20).values()]
+    places = [texts.index(text.decode()) for text in train_quality_filter._sample(source, 20).values()]
     assert len(places) == 20
     assert sum(place < 20 for place in places) < 15
 
@@ -191,7 +193,7 @@ def test_held_out_documents_are_never_learnt_from(sides, learnt, tmp_path, monke
         return score(model, documents)
 
     score = QualityModel.score
-    monkeypatch.setattr(quality, "learn", watched_learn)
+    monkeypatch.setattr(train_quality_filter, "learn", watched_learn)
     monkeypatch.setattr(QualityModel, "score", watched_score)
     assert train(sides, tmp_path / "m").sha256 == learnt.sha256
     held_out = dict(zip(("good", "other"), scored, strict=True))
@@ -261,7 +263,7 @@ def test_a_mistake_in_the_paths_names_the_flag(sides, tmp_path):
 
 
 def test_a_model_of_another_tokenizer_is_refused_and_both_are_named(sides, learnt, tmp_path):
-    trained = tokenizer.train(made_up("good", 60), 300, tmp_path / "own.json", progress=False)
+    trained = train_tokenizer(made_up("good", 60), 300, tmp_path / "own.json", progress=False)
     check(learnt, load_tokenizer("gpt2"))
     with pytest.raises(UserError, match=rf"of gpt2 \(sha256 306cd27f03c1\).*own\.json \(sha256 {trained.sha256[:12]}"):
         check(learnt, trained)
@@ -269,14 +271,14 @@ def test_a_model_of_another_tokenizer_is_refused_and_both_are_named(sides, learn
     assert own.tokens.shape == (300,)
     check(own, trained)
     with pytest.raises(UserError, match=r"of tokenizer\.json .* the tokenizer is .*more\.json"):
-        check(own, tokenizer.train(made_up("good", 60), 310, tmp_path / "more.json", progress=False))
+        check(own, train_tokenizer(made_up("good", 60), 310, tmp_path / "more.json", progress=False))
     with pytest.raises(UserError, match="--tokenizer gpt2"):
         check(own, load_tokenizer("gpt2"))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100])
 def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
-    with pytest.raises(UserError, match=r"odd is no quality model.*quality\.py train"):
+    with pytest.raises(UserError, match=r"odd is no quality model.*tools\.train_quality_filter"):
         QualityModel.load(save(tmp_path / "odd", content))
 
 

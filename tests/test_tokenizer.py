@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from babygpt.data import tokenizer
-from babygpt.data.tokenizer import END_OF_TEXT_NAMES, FileTokenizer, GPT2Tokenizer, load_tokenizer, stream_decode, train
+from babygpt.data.tokenizer import END_OF_TEXT_NAMES, FileTokenizer, GPT2Tokenizer, load_tokenizer, stream_decode
 from babygpt.errors import UserError
+from tools import compare_tokenizers
+from tools.train_tokenizer import main as train_tokenizer_main
+from tools.train_tokenizer import train_tokenizer
 
 CORPUS = [
     "the cat sat on the mat and ate the rat",
@@ -36,7 +39,7 @@ def tokenizers(tmp_path_factory):
     foreign(sentencepiece_like()).save(str(folder / "foreign.json"))
     return {
         "gpt2": load_tokenizer("gpt2"),
-        "trained": train(CORPUS, 300, folder / "trained.json", progress=False),
+        "trained": train_tokenizer(CORPUS, 300, folder / "trained.json", progress=False),
         "foreign": load_tokenizer(folder / "foreign.json"),
     }
 
@@ -235,7 +238,7 @@ def test_a_stream_of_any_ids_gives_the_same_text_as_decoding_them_at_once(tokeni
 
 
 def test_training_is_deterministic_and_gives_the_size_asked_for(tmp_path):
-    trained = [train(iter(CORPUS), 320, tmp_path / name / "t.json", progress=False) for name in "ab"]
+    trained = [train_tokenizer(iter(CORPUS), 320, tmp_path / name / "t.json", progress=False) for name in "ab"]
     assert trained[0].sha256 == trained[1].sha256
     assert trained[0].vocab_size == 320
     assert sorted(trained[0].bpe.get_vocab().values()) == list(range(320))
@@ -245,24 +248,24 @@ def test_training_is_deterministic_and_gives_the_size_asked_for(tmp_path):
 
 def test_the_train_command_learns_from_files_of_text(tmp_path, capsys):
     source = save_jsonl(tmp_path / "a.jsonl", CORPUS)
-    call(tokenizer.main, "train", "--input", source, "--vocab-size", 300, "--out", tmp_path / "tokenizer.json")
+    call(train_tokenizer_main, "--input", source, "--vocab-size", 300, "--out", tmp_path / "tokenizer.json")
     assert "300 entries, EOT is 299" in capsys.readouterr().out
-    assert load_tokenizer(tmp_path).sha256 == train(CORPUS, 300, tmp_path / "t.json", progress=False).sha256
+    assert load_tokenizer(tmp_path).sha256 == train_tokenizer(CORPUS, 300, tmp_path / "t.json", progress=False).sha256
 
 
 def test_training_takes_lone_surrogates_for_the_replacement_sign(tmp_path):
-    odd = train([*CORPUS, "\ud800 hi"], 300, tmp_path / "a.json", progress=False)
-    even = train([*CORPUS, "\ufffd hi"], 300, tmp_path / "b.json", progress=False)
+    odd = train_tokenizer([*CORPUS, "\ud800 hi"], 300, tmp_path / "a.json", progress=False)
+    even = train_tokenizer([*CORPUS, "\ufffd hi"], 300, tmp_path / "b.json", progress=False)
     assert odd.sha256 == even.sha256
 
 
 def test_a_text_too_small_or_a_vocabulary_under_257_is_refused(tmp_path):
     with pytest.raises(UserError, match="too small for 4,096 entries"):
-        train(CORPUS, 4096, tmp_path / "t.json", progress=False)
+        train_tokenizer(CORPUS, 4096, tmp_path / "t.json", progress=False)
     with pytest.raises(UserError, match="256 is under 257"):
-        train(CORPUS, 256, tmp_path / "t.json", progress=False)
+        train_tokenizer(CORPUS, 256, tmp_path / "t.json", progress=False)
     assert not (tmp_path / "t.json").exists()
-    assert train(CORPUS, 257, tmp_path / "t.json", progress=False).encode("cat") != []
+    assert train_tokenizer(CORPUS, 257, tmp_path / "t.json", progress=False).encode("cat") != []
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"hello", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
@@ -272,7 +275,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
 
 
 def test_a_file_at_which_the_library_panics_is_refused_by_name(tmp_path):
-    content = json.loads(train(CORPUS, 300, tmp_path / "t.json", progress=False).data)
+    content = json.loads(train_tokenizer(CORPUS, 300, tmp_path / "t.json", progress=False).data)
     content["model"]["continuing_subword_prefix"] = "x" * 50  # longer than the tokens that it would be cut from
     with pytest.raises(UserError, match=r"odd\.json is no tokenizer"):
         load_tokenizer(save(tmp_path / "odd.json", json.dumps(content).encode()))
@@ -303,7 +306,7 @@ def table(out: str) -> dict[str, list[str]]:
 def test_tokenizers_are_compared_by_the_tokens_they_make_of_the_same_text(tmp_path, tokenizers, capsys):
     source, own = save_jsonl(tmp_path / "a.jsonl", CORPUS), str(tokenizers["trained"].file)
     size, words = sum(len(text.encode()) for text in CORPUS), sum(len(text.split()) for text in CORPUS)
-    call(tokenizer.main, "compare", "gpt2", own, "--input", source)
+    call(compare_tokenizers.main, "gpt2", own, "--input", source)
     out = capsys.readouterr().out
     assert out.startswith(f"12 documents, {size} bytes, {words} words\n")
     assert list(table(out)) == ["gpt2", own]
@@ -311,24 +314,24 @@ def test_tokenizers_are_compared_by_the_tokens_they_make_of_the_same_text(tmp_pa
         tokens = sum(len(tokenizers[kind].encode(text)) for text in CORPUS)
         assert row[:2] == [f"{tokenizers[kind].vocab_size:,}", f"{tokens:,}"]
         assert row[2:] == [f"{size / tokens:.3f}", f"{tokens / words:.3f}"]
-    call(tokenizer.main, "compare", "--input", source, "gpt2", own)
+    call(compare_tokenizers.main, "--input", source, "gpt2", own)
     assert capsys.readouterr().out == out
 
 
 def test_a_comparison_reads_no_more_than_it_was_told_and_cuts_no_character(tmp_path, capsys):
     source = save_jsonl(tmp_path / "a.jsonl", ["łódź ", "łódź " * 1000, "never"])  # a word is of 8 bytes
-    call(tokenizer.main, "compare", "gpt2", "--input", source, "--max-bytes", 8 + 14)
+    call(compare_tokenizers.main, "gpt2", "--input", source, "--max-bytes", 8 + 14)
     assert capsys.readouterr().out.startswith("2 documents, 21 bytes, 3 words\n")
 
 
 def test_a_comparison_of_nothing_is_refused(tmp_path):
     source = save(tmp_path / "a.txt", b" \n")
     with pytest.raises(UserError, match="no words"):
-        call(tokenizer.main, "compare", "gpt2", "--input", source)
+        call(compare_tokenizers.main, "gpt2", "--input", source)
     with pytest.raises(UserError, match="give one or more tokenizers"):
-        call(tokenizer.main, "compare", "--input", source)
+        call(compare_tokenizers.main, "--input", source)
     with pytest.raises(UserError, match=r"no tokenizer at .*none\.json"):
-        call(tokenizer.main, "compare", "--input", save(tmp_path / "b.txt", b"word"), tmp_path / "none.json")
+        call(compare_tokenizers.main, "--input", save(tmp_path / "b.txt", b"word"), tmp_path / "none.json")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ def fast_and_plain(tokenizers, tmp_path_factory):
     signs = pre_tokenizers.ByteLevel.alphabet()
     model = models.BPE({sign: i for i, sign in enumerate(signs)} | {a + b: 256 + i for i, (a, b) in enumerate(
         itertools.product(signs, signs))}, list(itertools.product(signs, signs)))  # fmt: skip
-    bpe = tokenizer._untrained()
+    bpe = tokenizer.byte_level_bpe()
     bpe.model = model
     bpe.add_special_tokens(["<|endoftext|>"])
     bpe.save(str(pairs))
@@ -385,7 +388,7 @@ def test_gigatoken_is_not_used_where_a_sample_differs_or_it_is_not_there(tokeniz
     assert gpt2.use_gigatoken(sample, 3) is None  # the wrong ones are not in the sample
     assert "encodes 1 of 3 documents differently" in gpt2.use_gigatoken(sample, 11)
     assert batch(gpt2, ["two"]) == [gpt2.encode("two")]
-    assert "not trained by tokenizer.py" in tokenizers["foreign"].use_gigatoken(sample, 100)
+    assert "not trained by tools.train_tokenizer" in tokenizers["foreign"].use_gigatoken(sample, 100)
     assert batch(tokenizers["foreign"], [SAMPLE]) == [tokenizers["foreign"].encode(SAMPLE)]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     assert "pip install gigatoken" in load_tokenizer("gpt2").use_gigatoken(sample, 100)

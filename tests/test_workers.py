@@ -11,9 +11,10 @@ from helpers import call
 from s3_server import TEXTS, s3_server, save_pages, snapshot
 
 import fineweb
-from babygpt.data.tokenizer import load_tokenizer, train
+from babygpt.data.tokenizer import load_tokenizer
 from babygpt.data.workers import Setup, ray_workers
 from babygpt.errors import UserError
+from tools.train_tokenizer import train_tokenizer
 
 OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000)
 with_ray = pytest.mark.skipif(" " in sys.executable, reason="Ray can't start workers from a path with a space")
@@ -37,7 +38,7 @@ def local(tmp_path_factory) -> tuple[Path, tuple]:
     """A data set made by this machine's processes, and the arguments that made it but for --out-dir."""
     folder = tmp_path_factory.mktemp("local")
     save_pages(folder / "pages", "jsonl")
-    train(TEXTS, 300, folder / "bpe.json", progress=False)
+    train_tokenizer(TEXTS, 300, folder / "bpe.json", progress=False)
     arguments = ("files", "--input", folder / "pages", "--tokenizer", folder / "bpe.json", *OPTIONS)
     call(fineweb.main, *arguments, "--out-dir", folder / "set")
     return folder / "set", arguments

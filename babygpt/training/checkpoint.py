@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from babygpt import hub
+from babygpt.console import spoken
 from babygpt.data.shards import write_json
-from babygpt.errors import UserError, spoken
+from babygpt.errors import UserError
 from model import GPT, GPTConfig, from_gpt2, gpt2_config
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
@@ -338,10 +339,3 @@ def load_gpt2(spec: str | Path, **overrides: object) -> GPT:
         return from_gpt2(load_file(folder / MODEL), config)
     except SafetensorError as error:
         raise UserError(f"{folder / MODEL} is damaged ({error}). Delete it to fetch it again.") from None
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["audit"]:
-        sys.exit("usage: python checkpoint.py audit out/RUN [--samples N]")
-    audit = Path(__file__).with_name("audit.py")
-    os.execv(sys.executable, [sys.executable, str(audit), *sys.argv[2:]])

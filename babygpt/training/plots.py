@@ -1,7 +1,6 @@
 """A picture of one or several runs, from their log.csv alone.
 
-python plot.py out/gpt2                            # writes out/gpt2/plot.png
-python plot.py out/gpt2 out/modern --out compare.png --x tokens
+>>> plot([Path("out/gpt2"), Path("out/modern")], Path("compare.png"), x="tokens")
 """
 
 import json
@@ -9,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from babygpt.errors import UserError, run
 from babygpt.training.metrics import column, read_log
 
 GPT2_124M_HELLASWAG = 0.2955  # OpenAI's weights, karpathy acc_norm, as build-nanogpt reports
@@ -90,35 +88,3 @@ def _examples(run: Path) -> int:
         return evaluation["limit"] or whole
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def main() -> None:
-    import tyro
-
-    def command(
-        runs: tyro.conf.Positional[tuple[Path, ...]],
-        /,
-        *,
-        out: Path | None = None,
-        x: Literal["steps", "tokens"] = "steps",
-    ) -> None:
-        """Draws one or several runs into a PNG.
-
-        Args:
-            runs: Folders of runs (out/NAME).
-            out: The picture [plot.png in the folder of the first run].
-            x: What the losses stand against.
-        """
-        if not runs:
-            raise UserError("name at least one run: python plot.py out/NAME")
-        for path in runs:
-            if not (path / "log.csv").exists():
-                raise UserError(f"there is no run at {path}: it has no log.csv.")
-        plot(list(runs), out or runs[0] / "plot.png", x)
-        print(out or runs[0] / "plot.png")
-
-    tyro.cli(command, prog="plot.py", description=__doc__)
-
-
-if __name__ == "__main__":
-    run(main)

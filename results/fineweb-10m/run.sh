@@ -2,7 +2,7 @@
 # Ten minutes of two CPU cores on 2,400 FineWeb documents, with a vocabulary of 8,192 learnt from them.
 #   bash results/fineweb-10m/run.sh 'PATH/*.parquet'
 set -euo pipefail
-python -m babygpt.data.tokenizer train --input "$1" --vocab-size 8192 --out data/fineweb-bpe.json
+python -m tools.train_tokenizer --input "$1" --vocab-size 8192 --out data/fineweb-bpe.json
 python fineweb.py files --input "$1" --tokenizer data/fineweb-bpe.json --val-tokens 100000 --out-dir data/fineweb-8k
 python train.py gpt2 --general.out-dir out/fineweb-10m --data.dataset data/fineweb-8k \
     --model.block-size 256 --model.n-layer 6 --model.n-head 5 --model.n-embd 320 \

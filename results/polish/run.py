@@ -49,8 +49,8 @@ def prepare(name: str, tokenizer: object, val_tokens: int) -> int:
 pages, bpe = ROOT / "data" / "polish.jsonl", ROOT / "data" / "polish-bpe.json"
 pages.parent.mkdir(exist_ok=True)
 split(sys.argv[1:], pages)
-call("tokenizer.py", "train", "--input", pages, "--vocab-size", 32768, "--out", bpe)
-call("tokenizer.py", "compare", "gpt2", bpe, "--input", pages)
+call("-m", "tools.train_tokenizer", "--input", pages, "--vocab-size", 32768, "--out", bpe)
+call("-m", "tools.compare_tokenizers", "gpt2", bpe, "--input", pages)
 wanted = prepare("gpt2", "gpt2", 50_000)
 tokens = 20_000
 while prepare("own", bpe, tokens) < wanted:  # until the same documents validate

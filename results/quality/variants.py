@@ -1,4 +1,4 @@
-"""Which features, scale and strength of quality.py's classifier tell documents apart best: a Markdown table of AUCs.
+"""Which features, scale and strength of the quality classifier tell documents apart best: a Markdown table of AUCs.
 
     python results/quality/variants.py GOOD OTHER [--tokenizer gpt2] [--test GOOD OTHER]
 
@@ -17,9 +17,9 @@ from xxhash import xxh3_128_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from babygpt.data.quality import BLOCK, HASH_SEED, HELD_OUT, frequencies
 from babygpt.data.sources import documents, find
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from tools.train_quality_filter import BLOCK, HASH_SEED, HELD_OUT, frequencies
 
 SCALES = {  # of a column, from how many of n documents have it and its mean square and mean
     "none": lambda n, seen, square, mean: np.ones(len(seen)),

@@ -1,7 +1,7 @@
 """Takes a finished run at its word: trains again from some of its checkpoints to the next, and compares.
 
-    python checkpoint.py audit out/gpt2 --samples 5          # the same as python audit.py out/gpt2 --samples 5
-    torchrun --standalone --nproc_per_node=8 audit.py out/gpt2
+    python -m tools.replay out/gpt2 --samples 5
+    torchrun --standalone --nproc_per_node=8 -m tools.replay out/gpt2
 
 Each checkpoint holds the settings, the data's fingerprint and the versions that it was made with. On a CPU, with the
 same versions and as many ranks, the log's numbers, weights and optimizer must come out equal to the bit; else within
@@ -28,8 +28,9 @@ import torch
 from babygpt.errors import UserError
 from babygpt.errors import run as run_script
 from babygpt.training import checkpoint
-from babygpt.training.distributed import Ranks, StopSignals, process_group
+from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.metrics import read_log
+from babygpt.training.signals import StopSignals
 from start import made_by
 from train import set_up, train
 from train_config import from_json, read_config, resolve, variant
@@ -260,7 +261,7 @@ def main() -> None:
             if not audit(run, samples, seed, ranks):
                 sys.exit(1)
 
-    tyro.cli(command, prog="audit.py", description=__doc__)
+    tyro.cli(command, prog="python -m tools.replay", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Whether an update may be applied: loss spikes, numbers that are not finite, ranks that drift apart."""
+
+import math
+
+import torch
+
+
+class Gate:
+    """Tells, on the device, whether an update is held back; the host need not wait for the numbers.
+
+    All are, from the first loss or gradient norm on that isn't finite, or norm that is exactly zero. With
+    `skip_spikes`, so is one whose loss lies more than so many standard deviations above the mean of the last `WINDOW`.
+    Among those it counts as just that high: a rise that lasts is not held back for ever.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, device: torch.device, skip_spikes: float | None = None, losses: list[float] = ()):
+        """`losses`: the last ones of the run so far, at most WINDOW."""
+        self.skip_spikes = math.inf if skip_spikes is None else skip_spikes
+        self.halted = torch.zeros((), device=device)
+        unknown = [math.nan] * (self.WINDOW - len(losses))
+        self.recent = torch.tensor([*unknown, *losses], dtype=torch.float32, device=device)
+
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and norm, () float32 each, to whether the update is held back, 0 or 1, and the loss's z-score: 0 until
+        WINDOW losses are known."""
+        mean, deviation = self.recent.mean(), self.recent.std().clamp(min=1e-6)
+        z = ((loss - mean) / deviation).nan_to_num(0.0)
+        spike = z > self.skip_spikes
+        # a norm of exactly zero: the loss does not depend on any weight, so a kernel or the model is wrong
+        self.halted = torch.maximum(self.halted, (~(loss + norm).isfinite() | (norm == 0)).float())
+        held = torch.maximum(self.halted, spike.float())
+        known = torch.where(spike, mean + self.skip_spikes * deviation, loss)
+        self.recent = torch.cat([self.recent[1:], known[None]])
+        return held, z
+
+    def losses(self) -> list[float]:
+        """Those that are known, to begin another gate with."""
+        return self.recent[self.recent.isfinite()].tolist()
+
+
+def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of all bits of float32 tensors, () float32 on their device: a sum modulo a prime that float32 can tell.
+
+    A power of two would not see the bits above it.
+    """
+    return (sum(t.detach().view(torch.int32).sum() for t in tensors) % 16_777_213).float()

@@ -1,0 +1,67 @@
+"""Compare how many tokens several tokenizers make of a text.
+
+python -m tools.compare_tokenizers gpt2 data/books-bpe.json --input 'books/*.txt'
+"""
+
+from collections.abc import Iterable
+
+from babygpt.data import sources
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError, run
+
+
+def compare(specs: Iterable[str], texts: list[bytes]) -> str:
+    """A Markdown table of what each tokenizer makes of texts in UTF-8; words are runs of signs that are not blank."""
+    size, words = sum(map(len, texts)), sum(len(text.decode().split()) for text in texts)
+    if words == 0:
+        raise UserError("--input has no words to compare tokenizers by.")
+    lines = [
+        f"{len(texts):,} documents, {size:,} bytes, {words:,} words",
+        "",
+        "| tokenizer | vocabulary | tokens | bytes a token | tokens a word |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for spec in specs:
+        tokenizer = load_tokenizer(spec)
+        tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        vocabulary, per_token, per_word = f"{tokenizer.vocab_size:,}", f"{size / tokens:.3f}", f"{tokens / words:.3f}"
+        lines.append(f"| {spec} | {vocabulary} | {tokens:,} | {per_token} | {per_word} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    import tyro
+
+    def command(
+        tokenizers: tyro.conf.Positional[tuple[str, ...]] = (),
+        /,
+        *,
+        input: tuple[str, ...],
+        text_column: str = "text",
+        max_bytes: int = 10_000_000,
+    ) -> None:
+        """How many tokens each tokenizer makes of a text.
+
+        Args:
+            tokenizers: "gpt2" or paths of a tokenizer.json.
+            input: Files, folders or patterns (parquet, jsonl, txt; .gz .xz .zst).
+            text_column: The column or key that holds a document's text.
+            max_bytes: Text to look at, in UTF-8 bytes, from the beginning.
+        """
+        # behind --input all are taken for files, but no file of text is called so
+        behind = [path for path in input if path == "gpt2" or path.endswith(".json")]
+        specs = [*tokenizers, *behind]
+        if not specs:
+            raise UserError('give one or more tokenizers: "gpt2" or paths of a tokenizer.json.')
+        source = sources.find("files", tuple(path for path in input if path not in behind), (text_column,))
+        texts, left = [], max_bytes
+        for text in sources.first_bytes(source, max_bytes):
+            texts.append(text.encode()[:left].decode(errors="ignore").encode())  # no part of a character
+            left -= len(texts[-1])
+        print(compare(specs, texts))
+
+    tyro.cli(command, prog="python -m tools.compare_tokenizers", description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

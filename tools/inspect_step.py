@@ -1,0 +1,116 @@
+"""Print the rows that an optimizer step of a run read, and their text.
+
+python -m tools.inspect_step out/gpt2 --step 1234
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from babygpt.data.shards import Dataset, open_dataset
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
+from babygpt.errors import run as run_script
+from babygpt.training.checkpoint import latest, read_state
+from babygpt.training.metrics import read_log
+from dataloader import Order, Position, shard_ranges
+from train_config import read_config
+
+
+def position_of_step(step: int, rows: Sequence[int], order: Order) -> Position:
+    """Where step `step` begins in a run whose step k takes rows[k] rows; `rows` goes up to that step at the least."""
+    position = Position()
+    for k in range(step):
+        start = order.step_start(position, rows[k])
+        position = Position(start.epoch, start.n + rows[k])
+    return order.step_start(position, rows[step])
+
+
+def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
+    """A run's data, their order, and how many rows its steps took up to `step`, from the files in its folder.
+
+    The log tells how many tokens each step took, so that a resume with another batch is followed; a step that it
+    hasn't yet takes what config.json says. UserError where the run or its data are not what they were.
+    """
+    config = read_config(run / "config.json")
+    if not {"general", "data", "model", "training"} <= set(config):
+        raise UserError(f"there is no run at {run}: it has no sound config.json. Give a folder that train.py wrote.")
+    data, training, block_size = config["data"], config["training"], config["model"]["block_size"]
+    if not 0 <= step < training["max_steps"]:
+        raise UserError(f"--step {step}: {run} has the steps 0 to {training['max_steps'] - 1} (max_steps less one).")
+    if not Path(data["dataset"]).is_dir():
+        raise UserError(f"the data of {run} are not at {data['dataset']}. Bring them back, or go where train.py ran.")
+    dataset, found = open_dataset(data["dataset"]), latest(run)
+    state = read_state(found) if found else None
+    if state and state["data"]["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"{dataset.folder} is not the data that {run} was trained on: its fingerprint is "
+            f"{dataset.fingerprint[:16]}, {found} has {state['data']['fingerprint'][:16]}. Bring the earlier data back."
+        )
+    log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
+    tokens = [row["tokens"] for row in log]
+    if [row["step"] for row in log] != list(range(len(log))):
+        raise UserError(f"{run / 'log.csv'} has not every step from 0 on, so where its steps began can't be known.")
+    if state and state["step"] == len(tokens):
+        tokens.append(state["tokens"])  # a run that was stopped: what its last step took
+    rows = [(after - before) // block_size for before, after in pairwise(tokens)]
+    rows += [training["batch_tokens"] // block_size] * (step + 1 - len(rows))
+    order = Order(
+        dataset.train, dataset.eot_id, block_size, data["num_streams"], config["general"]["seed"], data["chunk_tokens"]
+    )
+    order.check(rows[step])
+    return dataset, order, rows
+
+
+def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks: int, chars: int) -> Iterator[str]:
+    """A line for each part of each row, one for every chunk and shard that it touches."""
+    tokenizer, ends_of_text = load_tokenizer(dataset.tokenizer), {}
+    names = [Path(shard.filename).name if len(shard) else "" for shard in order.tokens.shards]
+    width = max(map(len, names))
+    yield f"{'row':>9} {'rank':>4} {'stream':>6}  {'shard':<{width}} {'token':>11} {'tokens':>6} {'document':>8}  text"
+    for n in rows:
+        for start, stop in order.epoch(epoch).row(n):
+            for number, first, end in shard_ranges(order.tokens, start, stop):
+                shard = np.asarray(order.tokens.shards[number])
+                if number not in ends_of_text:
+                    ends_of_text[number] = np.flatnonzero(shard == dataset.eot_id)
+                document = np.searchsorted(ends_of_text[number], first, side="right")
+                text = "".join(c if c.isprintable() else " " for c in tokenizer.decode(shard[first:end].tolist()))
+                yield (
+                    f"{n:>9} {n % ranks:>4} {n % order.num_streams:>6}  {names[number]:<{width}} {first:>11} "
+                    f"{end - first:>6} {document:>8}  {text[:chars]}"
+                )
+
+
+def main() -> None:
+    import tyro
+
+    def command(run: tyro.conf.Positional[Path], /, *, step: int, ranks: int = 1, chars: int = 200) -> None:
+        """Prints the rows that an optimizer step of a run reads: T + 1 tokens each, the last one a target alone.
+
+        A row that goes over the end of a chunk or a shard has a line for each part: its shard, its first token
+        counted from 0 in the shard, how many tokens, and its document: how many documents of the shard have begun
+        up to there, 0 being what goes on from the shard before.
+
+        Args:
+            run: The run's folder (out/NAME), whose data lie where they were.
+            step: The step, counted from 0 as in log.csv.
+            ranks: Processes that the run had; row n is read by rank n mod this number.
+            chars: Characters of the text of each line.
+        """
+        if ranks < 1 or chars < 0:
+            raise UserError(f"--ranks {ranks} must be at least 1, --chars {chars} at least 0.")
+        dataset, order, rows = read_run(run, step)
+        start = position_of_step(step, rows, order)
+        step_rows = range(start.n, start.n + rows[step])
+        print(f"step {step}: epoch {start.epoch}, rows {step_rows[0]} to {step_rows[-1]} of {order.rows_per_epoch}")
+        for line in describe_rows(dataset, order, start.epoch, step_rows, ranks, chars):
+            print(line)
+
+    tyro.cli(command, prog="python -m tools.inspect_step", description=__doc__)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,74 @@
+"""Train a byte-level BPE tokenizer.
+
+python -m tools.train_tokenizer stdlib --vocab-size 4096 --out data/stdlib-bpe.json
+python -m tools.train_tokenizer --input 'books/*.txt' --vocab-size 32768 --out data/books-bpe.json
+python fineweb.py files --input 'books/*.txt' --tokenizer data/books-bpe.json --out-dir data/books
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from babygpt.data import sources
+from babygpt.data.readers import without_surrogates
+from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, byte_level_bpe
+from babygpt.errors import UserError, run
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: bool = True) -> FileTokenizer:
+    """Trains a byte-level BPE of `vocab_size` entries, EOT (the last id) among them, and saves it to `out`.
+
+    The pre-tokenizer is GPT-2's; all 256 bytes are in the vocabulary, so that any text can be encoded.
+    """
+    from tokenizers import pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"a byte-level vocabulary takes 256 bytes and EOT: --vocab-size {vocab_size} is under 257.")
+    bpe = byte_level_bpe()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
+    bpe.train_from_iterator(map(without_surrogates, texts), trainer)
+    if bpe.get_vocab_size() != vocab_size - 1:
+        raise UserError(
+            f"the text is too small for {vocab_size:,} entries: it gives {bpe.get_vocab_size() + 1:,} at the most. "
+            "Give more text or a smaller --vocab-size."
+        )
+    bpe.add_special_tokens([END_OF_TEXT])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    bpe.save(f"{out}.tmp")
+    os.replace(f"{out}.tmp", out)
+    return FileTokenizer(out)
+
+
+def main() -> None:
+    import tyro
+
+    def command(
+        source: tyro.conf.Positional[str] = "files",
+        /,
+        *,
+        vocab_size: int,
+        out: Path,
+        input: tuple[str, ...] = (),
+        text_column: str = "text",
+        max_bytes: int = 1_000_000_000,
+    ) -> None:
+        """Trains a byte-level BPE on a source of text.
+
+        Args:
+            source: A source as `python fineweb.py` takes it; `files` reads --input.
+            vocab_size: Entries of the vocabulary, the end-of-text token among them.
+            out: The tokenizer.json to write.
+            input: Files or patterns of them (parquet, jsonl, txt; .gz .xz .zst), for the source `files`.
+            text_column: The column or key that holds a document's text.
+            max_bytes: Text to learn from at the most, in UTF-8 bytes.
+        """
+        source_ = sources.find(source, input, (text_column,))
+        tokenizer = train_tokenizer(sources.first_bytes(source_, max_bytes), vocab_size, out)
+        print(f"{out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
+
+    tyro.cli(command, prog="python -m tools.train_tokenizer", description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)
