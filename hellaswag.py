@@ -34,9 +34,8 @@ import torch
 import torch.nn.functional as F
 
 from babygpt import hub
-from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
-from babygpt.training.checkpoint import load_model
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.signals import Stopped
@@ -403,11 +402,10 @@ def main() -> None:
         if (limit is not None and limit < 1) or batch_size < 1:
             raise UserError("--limit and --batch-size must be at least 1.")
         with process_group(device) as ranks:
-            loaded = ranks.main_first(lambda: load_model(model, ranks.device))
-            tokenizer = load_tokenizer(loaded.tokenizer)
+            loaded = ranks.main_first(lambda: GPT.from_pretrained(model, ranks.device))
             path = ranks.main_first(lambda: fetch(file, language))
-            examples = load_examples(path, tokenizer, style, limit)
-            scores = evaluate(loaded.model, examples, style, ranks, dtype, batch_size)
+            examples = load_examples(path, loaded.tokenizer, style, limit)
+            scores = evaluate(loaded, examples, style, ranks, dtype, batch_size)
             for score in scores.values():
                 ranks.print(score)
 

@@ -1,8 +1,9 @@
-"""GPT-2, exactly, and what was found since, a switch each; and the way from and to Hugging Face's weights.
+"""GPT-2, exactly, and what was found since, a switch each; and models from any weights.
 
     >>> model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))
     >>> logits = model(idx)                     # (B, T) int64 -> (B, T, V)
     >>> loss = model(idx, targets)              # summed over the targets that count (not -100)
+    >>> model = GPT.from_pretrained("out/gpt2")  # or a checkpoint, "gpt2", a Hugging Face directory
 
 Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head size, V vocabulary (padded); S is the time of
 keys and values, T or more with a cache.
@@ -10,22 +11,27 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; name
 those of the public speed records (KellerJordan/modded-nanogpt); what each is worth stands in results/recipe.
 """
 
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint as compute_again
 
+from babygpt import hub
+from babygpt.data.tokenizer import Tokenizer, is_gpt2, load_tokenizer
 from babygpt.errors import UserError
+from babygpt.nn import huggingface
+from babygpt.nn.attention import KVCache, attention, rotate, rotation
 from babygpt.nn.cross_entropy import linear_cross_entropy, softcapped
+from babygpt.training import checkpoint
 
 VOCAB_MULTIPLE = 128  # matrix sides that the hardware likes; 50,257 becomes 50,304
 FLEX_DEVICES = ("cuda",)  # where compiled masks are FlexAttention's
+HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass(frozen=True)
@@ -70,67 +76,6 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for a batch of B sequences of up to `block_size` tokens.
-
-    Sequences of different lengths end together: `begins`, (B,), is the slot at which each begins.
-    """
-
-    def __init__(
-        self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype,
-        begins: torch.Tensor | None = None,
-    ):  # fmt: skip
-        shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
-        # a tensor a layer: a compiler writes to it in place, but would copy the whole of one for all layers
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.documents = torch.zeros(batch_size, config.block_size, device=device, dtype=torch.int64)
-        self.begins = begins
-        self.length = 0  # slots in use
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts k, v (B, K, T, D) of new tokens behind the old ones; returns all, (B, K, length + T, D)."""
-        end = self.length + k.size(2)
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
-) -> torch.Tensor:
-    """Attention written out; q (B, H, T, D), k and v (B, K, S, D), the T queries being the last of S.
-
-    `mask`, (B or 1, 1, T, S) bool, tells which keys a query sees: all up to its own unless given. What `attention`
-    computes with a fused kernel; the tests hold the two equal.
-    """
-    groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    scores = q @ k.transpose(-2, -1) * (scale or 1 / math.sqrt(q.size(-1)))  # (B, H, T, S)
-    T, S = scores.shape[-2:]
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return weights @ v  # (B, H, T, D)
-
-
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: "torch.Tensor | BlockMask | None" = None,
-    scale: float | None = None, dropout: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
-    """Attention by PyTorch's fused kernels; arguments as in `plain_attention`, or FlexAttention's mask."""
-    T, S = q.size(2), k.size(2)
-    grouped = q.size(1) != k.size(1)
-    if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    if mask is None and 1 < T < S:  # several new tokens behind a filled cache; is_causal counts from the wrong corner
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    with torch.autocast(q.device.type, enabled=False):  # in the dtype it is given
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
-
-
 def norm(x: torch.Tensor) -> torch.Tensor:
     """(..., C) divided by its root mean square (arXiv:1910.07467), without parameters."""
     return F.rms_norm(x, (x.size(-1),))
@@ -140,25 +85,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
     if config.rms_norm:
         return nn.RMSNorm(config.n_embd, elementwise_affine=False)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
-
-
-def rotation(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, (B or 1, 1, T, D / 2) each, by which queries and keys at `positions` (B or 1, T) are turned.
-
-    Half of the pairs turn, from 1 radian a token down to 1 / 1024; the others stay (modded-nanogpt's half-truncated
-    RoPE).
-    """
-    half = head_size // 4
-    speeds = (1 / 1024) ** torch.linspace(0, 1, half, device=positions.device)
-    speeds = F.pad(speeds, (0, head_size // 2 - half))
-    angles = positions[:, None, :, None] * speeds
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, D): its pairs (d, d + D / 2) turned by their position's angles."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)
 
 
 @dataclass
@@ -245,6 +171,10 @@ class GPT(nn.Module):
         if config.document_mask and config.eot_id is None:
             raise ValueError("document_mask needs to know eot_id, the token that documents begin with")
         self.config = config
+        # of weights that `from_pretrained` loaded
+        self.tokenizer: Tokenizer | None = None
+        self.source: str | None = None
+        self.step: int | None = None  # of the run; None for weights that come from elsewhere
         self.recompute = False  # the blocks' activations in the backward pass, rather than to keep them
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
@@ -403,50 +333,107 @@ class GPT(nn.Module):
         context = min(config.window or config.block_size, config.block_size)
         return 6 * matrices + 12 * config.n_layer * context * config.n_embd
 
+    def make_cache(self, batch_size: int, dtype: torch.dtype, begins: torch.Tensor | None = None) -> KVCache:
+        """An empty cache for texts of up to block_size tokens."""
+        config = self.config
+        shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
+        return KVCache(config.n_layer, shape, self.wte.weight.device, dtype, begins)
 
-# ---------------------------------------------------------------------------------------------------------
-# Hugging Face's GPT-2 weights
+    @classmethod
+    def from_pretrained(cls, spec: str | Path, device: torch.device | str = "cpu") -> "GPT":
+        """A model in eval mode, with its `tokenizer`, `source` and the run's `step`.
 
-# its Conv1D keeps these matrices transposed
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        `spec` is a run's directory (its latest checkpoint), a checkpoint's directory, a Hugging Face GPT-2 directory,
+        or one of HUB_MODELS, which is downloaded once to data/. UserError if there is no intact model.
+        """
+        path = Path(spec)
+        if (path / checkpoint.MANIFEST).exists():
+            model = _from_checkpoint(path)
+        elif found := checkpoint.checkpoints(path):
+            latest = checkpoint.latest(path)
+            if latest is None:
+                raise UserError(f"none of the {len(found)} checkpoints of {path} is intact.")
+            model = _from_checkpoint(latest)
+        elif (path / "config.json").exists() and (path / checkpoint.MODEL).exists():
+            model = _from_huggingface(path)
+        elif str(spec) in HUB_MODELS:
+            model = _from_hub(str(spec))
+        else:
+            raise UserError(
+                f"there is no model at {spec}. Give a run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 "
+                f"folder, or one of {', '.join(HUB_MODELS)}."
+            )
+        return model.to(device).eval()
 
 
-def gpt2_config(config_json: Path) -> GPTConfig:
-    """The architecture in a `config.json` of Hugging Face's GPT-2; UserError where ours differs from it."""
-    values = json.loads(config_json.read_text(encoding="utf-8"))
-    if values.get("model_type") != "gpt2" or values.get("activation_function", "gelu_new") != "gelu_new":
-        raise UserError(f"{config_json} is no GPT-2: model_type is {values.get('model_type')!r}.")
-    return GPTConfig(
-        block_size=values["n_positions"], vocab_size=values["vocab_size"], n_layer=values["n_layer"],
-        n_head=values["n_head"], n_embd=values["n_embd"], tie_head=values.get("tie_word_embeddings", True),
-    )  # fmt: skip
+def config_of(state: dict) -> GPTConfig:
+    """The architecture in a checkpoint's state; UserError if a later version of BabyGPT wrote it."""
+    known = {field.name for field in fields(GPTConfig)}
+    if unknown := sorted(set(state["model"]) - known):
+        raise UserError(f"the checkpoint's model has settings that this version doesn't know: {', '.join(unknown)}.")
+    return GPTConfig(**state["model"])
+
+
+def _from_checkpoint(path: Path) -> GPT:
+    """A model from one checkpoint; UserError if it is corrupted or its tensors are not those of its settings."""
+    tensors, state = checkpoint.load_weights(path)
+    try:
+        config = config_of(state)
+        if (layers := max(config.n_layer, config.value_embeddings)) > len(tensors):
+            raise ValueError(f"{layers:,} layers of {len(tensors)} tensors")
+        with torch.device("meta"):
+            checkpoint.check_fit(GPT(config), tensors)  # before it takes memory
+        model = GPT(config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{path} holds no model of its settings: {error!r:.300}.") from None
+    checkpoint.load_model_tensors(model, tensors)
+    name = state["tokenizer"]["name"]
+    model.tokenizer = load_tokenizer("gpt2" if name == "gpt2" else path.parent.parent / name)
+    model.source, model.step = str(path), state["step"]
+    return model
+
+
+def _from_hub(name: str) -> GPT:
+    folder = Path("data") / "huggingface" / name
+    for file in ("config.json", checkpoint.MODEL):
+        if not (folder / file).exists():
+            hub.download(f"openai-community/{name}", file, None, folder, "model")
+    model = _from_huggingface(folder)
+    model.source = name
+    return model
+
+
+def _from_huggingface(folder: Path) -> GPT:
+    """A model from a directory with Hugging Face's GPT-2 weights and their tokenizer."""
+    config = GPTConfig(**huggingface.read_config(folder / "config.json"))
+    model = from_gpt2(huggingface.read_weights(folder / checkpoint.MODEL), config)
+    model.tokenizer, model.source = _tokenizer_of(folder, config.vocab_size), str(folder)
+    return model
+
+
+def _tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory: its tokenizer.json; without one GPT-2's, if the vocabulary has its
+    size. UserError if the tokenizer is unknown, or has ids that the model has not."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size:,} entries, but the model of {folder} has only "
+                f"{vocab_size:,}. Give it the tokenizer that it was trained with."
+            )
+        return load_tokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer  # the same tokenizer has one sha256
+    if vocab_size != load_tokenizer("gpt2").vocab_size:
+        raise UserError(
+            f"{folder} has no tokenizer.json, and its vocabulary of {vocab_size:,} is not GPT-2's. Add the "
+            "tokenizer.json that the model was trained with."
+        )
+    return load_tokenizer("gpt2")
 
 
 def from_gpt2(state: dict[str, torch.Tensor], config: GPTConfig) -> GPT:
     """A model from Hugging Face's GPT-2 tensors. A smaller block size keeps the first positions."""
     model = GPT(config)
-    ours = model.state_dict()
-    loaded = set()
-    for name, tensor in state.items():
-        name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, not a parameter
-        if name not in ours:
-            raise UserError(f"these GPT-2 weights have a tensor {name} that the model has not.")
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        target = ours[name]
-        if name in ("wte.weight", "lm_head.weight"):
-            target.zero_()
-            target = target[: config.vocab_size]  # the rows below pad
-        elif name == "wpe.weight":
-            tensor = tensor[: config.block_size]
-        if target.shape != tensor.shape:
-            raise UserError(f"{name} is {tuple(tensor.shape)} in the weights, {tuple(target.shape)} in the model.")
-        target.copy_(tensor)
-        loaded.add(name)
-    missing = set(ours) - loaded - ({"lm_head.weight"} if config.tie_head else set())
-    if missing:
-        raise UserError(f"these GPT-2 weights lack {', '.join(sorted(missing))}.")
+    huggingface.load_tensors(model.state_dict(), state, config.vocab_size, config.tie_head)
     return model
 
 
@@ -459,10 +446,4 @@ def to_gpt2(model: GPT) -> dict[str, torch.Tensor]:
         raise UserError(
             "this model is no GPT-2 (grouped heads, no biases, or what came later): it can't be told as one."
         )
-    state = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        if name in ("wte.weight", "lm_head.weight"):
-            tensor = tensor[: model.config.vocab_size]
-        state[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor.contiguous()
-    return state
+    return huggingface.export_tensors(model.state_dict(), config.vocab_size)

@@ -20,13 +20,13 @@ from typing import TextIO
 import torch
 
 from babygpt.data.shards import Dataset, write_json
-from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError
 from babygpt.training import checkpoint
 from babygpt.training.device import uses_bfloat16
 from babygpt.training.distributed import Ranks
 from dataloader import Order, Position
-from model import GPT
+from model import GPT, config_of
 from train_config import Config, differences, read_config, to_json, variant
 
 # empty files in a run's folder, for scripts: it has done all its steps, or was told to stop and has saved
@@ -113,10 +113,10 @@ def begin(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, 
         start = Start(GPT(config.model), None, 0, 0, Position())
     else:
         ranks.print(f"beginning with the weights of {init_from}")
-        loaded = ranks.main_first(lambda: checkpoint.load_model(init_from, torch.device("cpu")))
-        if load_tokenizer(loaded.tokenizer).sha256 != tokenizer.sha256:
+        loaded = ranks.main_first(lambda: GPT.from_pretrained(init_from))
+        if loaded.tokenizer.sha256 != tokenizer.sha256:
             raise ConfigError(f"the weights of {init_from} know another tokenizer than {dataset.folder}.")
-        start = Start(_fitted(loaded.model, config, init_from), None, 0, 0, Position())
+        start = Start(_fitted(loaded, config, init_from), None, 0, 0, Position())
 
     settings = to_json(variant(config, general={"init_from": init_from}))
     launch = {"config": settings, "made_by": made_by(ranks)}
@@ -137,7 +137,7 @@ def _resumed(found: Path, config: Config, now: dict, ranks: Ranks) -> Start:
     loaded = checkpoint.load(found)
     # with what was added since it was written
     state = {"optimizer": {"name": "adamw"}, "losses": [], "launches": []} | loaded.state
-    state["model"] = asdict(checkpoint.model_config(state))
+    state["model"] = asdict(config_of(state))
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
         for section, values in now.items()

@@ -446,20 +446,20 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
     """Validates, evaluates and samples a checkpoint (or GPT-2's own weights); the run's log stays as it is."""
     init_from = config.general.init_from
     spec = config.general.out_dir if init_from in ("scratch", "resume") else init_from
-    loaded = ranks.main_first(lambda: checkpoint.load_model(spec, ranks.device))
-    tokenizer = load_tokenizer(loaded.tokenizer)
-    ranks.print(f"{loaded.source}: {loaded.model.num_params():,} parameters")
+    model = ranks.main_first(lambda: GPT.from_pretrained(spec, ranks.device))
+    tokenizer = model.tokenizer
+    ranks.print(f"{model.source}: {model.num_params():,} parameters")
     if "val" in config.general.mode:
         if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
             raise ConfigError(f"{dataset.folder} was made with another tokenizer than the model of {spec}.")
-        loss, bpb = validate(loaded.model, dataset, tokenizer, config, ranks)
+        loss, bpb = validate(model, dataset, tokenizer, config, ranks)
         ranks.print(f"validation loss {loss:.4f} | {bpb:.4f} bits a byte")
     if "eval" in config.general.mode:
-        examples = hellaswag_examples(config, loaded.model.config.block_size, tokenizer, ranks)
-        scores = evaluate(loaded.model, examples, config.evaluation.style, ranks, config.training.dtype)
+        examples = hellaswag_examples(config, model.config.block_size, tokenizer, ranks)
+        scores = evaluate(model, examples, config.evaluation.style, ranks, config.training.dtype)
         ranks.print(*scores.values(), sep="\n")
     if "sample" in config.general.mode:
-        for text in write_samples(loaded.model, tokenizer, config, loaded.step or 0, ranks):
+        for text in write_samples(model, tokenizer, config, model.step or 0, ranks):
             ranks.print(f"---\n{text}")
 
 

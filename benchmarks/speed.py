@@ -40,6 +40,7 @@ from table import show  # noqa: E402
 
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
 from babygpt.errors import leave  # noqa: E402
+from babygpt.nn.generation import generate, read_on  # noqa: E402
 from babygpt.training.device import autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
 from babygpt.training.distributed import Ranks  # noqa: E402
 from babygpt.training.guard import Gate  # noqa: E402
@@ -47,7 +48,6 @@ from babygpt.training.optim import muon, set_rates  # noqa: E402
 from dataloader import Position, Step  # noqa: E402
 from hellaswag import Example, load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from sample import generate, read_on  # noqa: E402
 from train import make_optimizers, train_step  # noqa: E402
 from train_config import PRESETS, Config, variant  # noqa: E402
 

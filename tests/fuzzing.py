@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from helpers import call, save_hellaswag, save_jsonl
 
 import train
@@ -245,7 +244,7 @@ class Kinds:
         folder = self.copy(self.checkpoint)
         self.spoil(folder, rng)
         checkpoint.load(folder)
-        checkpoint.load_model(folder, torch.device("cpu"))
+        GPT.from_pretrained(folder)
 
     def a_log(self, rng: random.Random) -> None:
         path = self.folder / "log.csv"

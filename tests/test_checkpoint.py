@@ -3,15 +3,23 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import call, save_hellaswag
+from tokenizers.models import BPE
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import hellaswag
+import sample
+from babygpt.data.tokenizer import byte_level_bpe, is_gpt2, load_tokenizer
 from babygpt.errors import UserError
 from babygpt.training import checkpoint
-from babygpt.training.checkpoint import checkpoints, latest, load, load_model, model_tensors, save
+from babygpt.training.checkpoint import checkpoints, latest, load, model_tensors, save
 from model import GPT, GPTConfig
+from tools.train_tokenizer import train_tokenizer
 
 STATE = {"step": 1, "tokens": 10, "model": {}, "tokenizer": {"name": "gpt2"}}
 
@@ -111,26 +119,99 @@ def test_a_model_is_found_by_run_or_checkpoint_or_hugging_face_folder(tmp_path):
     state = STATE | {"model": vars(model.config), "step": 3}
     save(tmp_path / "run", 3, model_tensors(model), {}, state, keep=0)
     for spec in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000003"):
-        loaded = load_model(spec, torch.device("cpu"))
-        assert (loaded.step, loaded.tokenizer, loaded.model.config) == (3, "gpt2", model.config)
-        assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), model.parameters(), strict=True))
-        assert not loaded.model.training
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
-    theirs.save_pretrained(tmp_path / "hf")
-    loaded = load_model(tmp_path / "hf", torch.device("cpu"))
-    idx = torch.randint(0, 50, (1, 8))
-    torch.testing.assert_close(loaded.model(idx)[..., :50], theirs(idx).logits, atol=1e-5, rtol=0)
+        loaded = GPT.from_pretrained(spec)
+        assert (loaded.step, loaded.tokenizer.name, loaded.config) == (3, "gpt2", model.config)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+        assert not loaded.training
     with pytest.raises(UserError, match="there is no model at"):
-        load_model(tmp_path / "none", torch.device("cpu"))
+        GPT.from_pretrained(tmp_path / "none")
 
 
 def test_settings_of_a_later_version_are_refused_by_name(tmp_path):
     state = {"step": 1, "model": vars(small().config) | {"hyperdrive": True}, "tokenizer": {"name": "gpt2"}}
     path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
     with pytest.raises(UserError, match="doesn't know: hyperdrive"):
-        load_model(path, torch.device("cpu"))
+        GPT.from_pretrained(path)
     for name in ("n_layer", "value_embeddings"):  # not tried, it would not end
         state = {"step": 1, "model": vars(small().config) | {name: 10**9}, "tokenizer": {"name": "gpt2"}}
         path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
         with pytest.raises(UserError, match="1,000,000,000 layers of"):
-            load_model(path, torch.device("cpu"))
+            GPT.from_pretrained(path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hugging Face directories
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """A local GPT-2 directory with a vocabulary of 300 entries of its own."""
+    folder = tmp_path_factory.mktemp("hf") / "foreign"
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    theirs.save_pretrained(folder)
+    texts = ["the model reads some tokens, it writes a small shard of data"] * 20
+    train_tokenizer(texts, 300, folder / "tokenizer.json", progress=False)
+    return folder
+
+
+def test_foreign_vocabulary_scores_and_samples_with_its_own_tokenizer(foreign, tmp_path, capsys):
+    """hellaswag.py and sample.py read and write text by the directory's tokenizer.json, not by GPT-2's."""
+    own = load_tokenizer(foreign)
+    assert GPT.from_pretrained(foreign).tokenizer.sha256 == own.sha256
+    theirs = GPT2LMHeadModel.from_pretrained(foreign).eval()
+    call(sample.main, foreign, "--prompt", "the model", "--temperature", 0, "--max-new-tokens", 20)
+    ids = torch.tensor([[own.eot_id, *own.encode("the model")]])
+    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=own.eot_id)[0, 1:]
+    expected = [token for token in expected.tolist() if token != own.eot_id]
+    assert capsys.readouterr().out == own.decode(expected) + "\n"
+
+    path = save_hellaswag(tmp_path / "questions.jsonl", 8)
+    call(hellaswag.main, foreign, "--file", path, "--dtype", "float32")
+    correct = 0
+    for question in map(json.loads, path.read_text().splitlines()):
+        context = own.encode(question["ctx"])
+        losses = []
+        for ending in question["endings"]:
+            ids = torch.tensor([context + own.encode(" " + ending)])
+            logits = theirs(ids).logits[0, len(context) - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(context) :]).item())
+        correct += losses.index(min(losses)) == question["label"]
+    assert f"acc_norm {correct}/8=" in capsys.readouterr().out
+
+
+def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
+    """A directory with GPT-2's tokenizer.json has the tokenizer that data sets name "gpt2"; a changed one has not."""
+    gpt2 = load_tokenizer("gpt2")
+    character = bytes_to_unicode()
+    ranks = sorted(gpt2.ranks, key=gpt2.ranks.get)
+    merges = []
+    for token in ranks[256:]:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: gpt2.ranks.get(parts[i] + parts[i + 1], len(ranks)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append(tuple("".join(character[byte] for byte in part) for part in parts))
+    vocab = {"".join(character[byte] for byte in token): rank for rank, token in enumerate(ranks)}
+    bpe = byte_level_bpe()
+    for name, found in {"same": merges, "other": [merges[1], merges[0], *merges[2:]]}.items():
+        bpe.model = BPE(vocab=vocab, merges=found)
+        bpe.add_special_tokens(["<|endoftext|>"])
+        (tmp_path / name).mkdir()
+        bpe.save(str(tmp_path / name / "tokenizer.json"))
+        assert is_gpt2(load_tokenizer(tmp_path / name)) == (name == "same")
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    theirs.save_pretrained(tmp_path / "same")
+    assert GPT.from_pretrained(tmp_path / "same").tokenizer.sha256 == gpt2.sha256
+
+
+def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
+    """Without a tokenizer.json only a vocabulary of GPT-2's size is known; one with too many entries is no match."""
+    shutil.copytree(foreign, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(UserError, match=r"bare has no tokenizer\.json, and its vocabulary of 300 is not GPT-2's"):
+        GPT.from_pretrained(tmp_path / "bare")
+    shutil.copytree(foreign, tmp_path / "large")
+    texts = ["the model reads some tokens, it writes a small shard of data"] * 20
+    train_tokenizer(texts, 301, tmp_path / "large" / "tokenizer.json", progress=False)
+    with pytest.raises(UserError, match=r"has 301 entries, but the model of .*large has only 300"):
+        GPT.from_pretrained(tmp_path / "large")

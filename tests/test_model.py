@@ -7,20 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from babygpt.errors import UserError
-from model import (
-    GPT,
-    GPTConfig,
-    KVCache,
-    Shared,
-    attention,
-    from_gpt2,
-    gpt2_config,
-    norm,
-    plain_attention,
-    rotate,
-    rotation,
-    to_gpt2,
-)
+from babygpt.nn.attention import attention, plain_attention, rotate, rotation
+from babygpt.nn.huggingface import read_config
+from model import GPT, GPTConfig, Shared, from_gpt2, norm, to_gpt2
 from train_config import PRESETS
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
@@ -73,10 +62,10 @@ def test_weights_come_back_from_us_to_transformers_equal_to_the_bit(vocab_size):
 
 def test_a_hugging_face_config_tells_the_architecture(tmp_path):
     reference().config.save_pretrained(tmp_path)
-    assert gpt2_config(tmp_path / "config.json") == TINY
+    assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"no GPT-2"):
-        gpt2_config(tmp_path / "config.json")
+        read_config(tmp_path / "config.json")
 
 
 def test_weights_of_another_shape_or_with_tensors_missing_are_refused_by_name():
@@ -123,7 +112,7 @@ def test_no_token_sees_a_later_one():
 @pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 7, 1, 19]])
 def test_logits_with_a_cache_equal_those_without(pieces):
     model, idx = tiny(n_kv_head=2, dropout=0.1), torch.randint(0, 300, (2, 32))
-    cache = KVCache(model.config, 2, idx.device, torch.float32)
+    cache = model.make_cache(2, torch.float32)
     parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1)[..., :300], model(idx)[..., :300], atol=1e-5, rtol=1e-5)
 
@@ -383,7 +372,7 @@ def test_a_window_reaches_so_many_tokens_back_and_no_further():
 def test_a_cache_changes_nothing_with_any_switch(fields, pieces):
     model, idx = stirred(**{"n_kv_head": 2} | fields), rows()
     idx[0, [0, 11]] = idx[1, [4, 20]] = 299  # documents begin at different places
-    cache = KVCache(model.config, 2, idx.device, torch.float32)
+    cache = model.make_cache(2, torch.float32)
     parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1)[..., :300], model(idx)[..., :300], atol=1e-4, rtol=1e-4)
 
@@ -394,7 +383,7 @@ def test_sequences_of_different_lengths_in_one_cache_are_as_each_alone(fields):
     model, idx = stirred(**fields), rows()
     idx[:, 20] = 299
     begins = torch.tensor([0, 9])
-    cache = KVCache(model.config, 2, idx.device, torch.float32, begins)
+    cache = model.make_cache(2, torch.float32, begins)
     parts = [model(part, cache=cache) for part in idx.split([15, 1, 1, 15], dim=1)]
     together = torch.cat(parts, dim=1)[..., :300]
     torch.testing.assert_close(together[0], model(idx[:1])[0, :, :300], atol=1e-4, rtol=1e-4)

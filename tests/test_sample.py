@@ -8,9 +8,10 @@ from torch._dynamo.testing import CompileCounter
 import sample as sample_script
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
+from babygpt.nn.generation import choose, generate, read_on
 from babygpt.training.checkpoint import model_tensors, save
 from model import GPT, GPTConfig
-from sample import choose, generate, read_on, sample
+from sample import sample
 
 
 def make_model(**fields: object) -> GPT:

@@ -53,12 +53,16 @@ class GPT2Tokenizer(BatchEncoder):
         return GPT2Tokenizer, ()
 
     @cached_property
+    def ranks(self) -> dict[bytes, int]:
+        """The id of every token but EOT by its bytes."""
+        return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self.data.splitlines())}
+
+    @cached_property
     def encoding(self):
         import tiktoken
 
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self.data.splitlines())}
         return tiktoken.Encoding(
-            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={END_OF_TEXT: self.eot_id}
         )
 
     def encode(self, text: str) -> list[int]:
@@ -188,6 +192,27 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f'there is no tokenizer at {path}. Give "gpt2" or the path of a tokenizer.json (--tokenizer).')
     return FileTokenizer(path)
+
+
+def is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is GPT-2's, byte for byte, under whatever name: then it has GPT-2's sha256 as "gpt2"."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        return True
+    settings = json.loads(tokenizer.bpe.to_str())
+    pre_tokenizer = settings["pre_tokenizer"] or {}
+    plain = settings["normalizer"] is None and (pre_tokenizer.get("type"), pre_tokenizer.get("add_prefix_space")) == (
+        "ByteLevel", False
+    )  # fmt: skip
+    # the byte-level alphabet writes each byte as one character: printable ones as themselves, the others from 256 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
+    ranks = load_tokenizer("gpt2").ranks
+    vocabulary = {"".join(map(characters.__getitem__, token)): rank for token, rank in ranks.items()}
+    merged = [token for token, rank in vocabulary.items() if rank >= 256]  # by rank: the merge that makes it
+    merges = ["".join(pair).replace(" ", "") for pair in settings["model"].get("merges", [])]  # pairs, or "a b"
+    vocabulary |= {END_OF_TEXT: GPT2Tokenizer.eot_id}
+    return plain and merges == merged and tokenizer.bpe.get_vocab(with_added_tokens=True) == vocabulary
 
 
 def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

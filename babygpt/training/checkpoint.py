@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified when they are read; and models from any weights.
+"""Checkpoints: written whole or not at all, verified when they are read.
 
 `out/<run>/checkpoints/step_00005000/` holds `model.safetensors`, `optimizer.pt` (tensors by parameter name,
 whatever the number of ranks), `state.json` (step, place in the data, architecture) and, written last,
@@ -8,10 +8,8 @@ whatever the number of ranks), `state.json` (step, place in the data, architectu
     ...     saver.save(5000, model_tensors(model), optimizer_state(optimizers, model), state)     # and train on
     >>> path = latest("out/gpt2")
     >>> checkpoint = load(path)
-    >>> loaded = load_model("out/gpt2", device)      # or a checkpoint's folder, "gpt2", a Hugging Face folder
 """
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -27,16 +25,14 @@ from threading import Thread
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from babygpt import hub
 from babygpt.console import spoken
 from babygpt.data.shards import write_json
 from babygpt.errors import UserError
-from model import GPT, GPTConfig, from_gpt2, gpt2_config
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step
-HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass
@@ -49,13 +45,12 @@ class Checkpoint:
     state: dict
 
 
-def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights by name; a tied head is the embedding, and is not stored again."""
-    tied = {"lm_head.weight"} if model.config.tie_head else set()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def check_fit(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """UserError where names or shapes of the weights are not the model's."""
     ours = model_tensors(model)
     wrong = [
@@ -67,7 +62,7 @@ def check_fit(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
         raise UserError(f"the weights don't fit the model:{''.join(wrong[:10])}")
 
 
-def load_model_tensors(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Puts weights into a model they fit."""
     check_fit(model, tensors)
     model.load_state_dict(tensors, strict=False)
@@ -255,14 +250,6 @@ def read_state(path: Path) -> dict:
     raise UserError(f"{path / STATE} is no state of a run.")
 
 
-def model_config(state: dict) -> GPTConfig:
-    """The architecture in a checkpoint's state; UserError where a later BabyGPT wrote it."""
-    known = {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown := sorted(set(state["model"]) - known):
-        raise UserError(f"the checkpoint's model has settings that this version doesn't know: {', '.join(unknown)}.")
-    return GPTConfig(**state["model"])
-
-
 def load(path: Path) -> Checkpoint:
     """All of a checkpoint, on the CPU; UserError where it is damaged."""
     verify(path)
@@ -276,66 +263,11 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, model, optimizer, read_state(path))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# a model from any weights
-
-
-@dataclass
-class LoadedModel:
-    model: GPT
-    tokenizer: str  # what load_tokenizer takes
-    step: int | None  # of the run; None for weights that come from elsewhere
-    source: str
-
-
-def load_model(spec: str | Path, device: torch.device) -> LoadedModel:
-    """A model in eval mode from a run's folder (its latest checkpoint), one checkpoint's folder, a local
-    Hugging Face GPT-2 folder, or the hub's gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
-    path = Path(spec)
-    if (path / MANIFEST).exists():
-        found = path
-    elif checkpoints(path):
-        found = latest(path)
-        if found is None:
-            raise UserError(f"none of the {len(checkpoints(path))} checkpoints of {path} is sound.")
-    elif ((path / "config.json").exists() and (path / MODEL).exists()) or str(spec) in HUB_MODELS:
-        model = load_gpt2(spec)
-        return LoadedModel(model.to(device).eval(), "gpt2", None, str(spec))
-    else:
-        raise UserError(
-            f"there is no model at {spec}. Give a run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 "
-            f"folder, or one of {', '.join(HUB_MODELS)}."
-        )
-    verify(found)
-    state = read_state(found)
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The model's tensors of a checkpoint, on the CPU, and its `state.json`; UserError if it is corrupted."""
+    verify(path)
+    state = read_state(path)
     try:
-        tensors, config = load_file(found / MODEL), model_config(state)
-        if (layers := max(config.n_layer, config.value_embeddings)) > len(tensors):
-            raise ValueError(f"{layers:,} layers of {len(tensors)} tensors")
-        with torch.device("meta"):
-            check_fit(GPT(config), tensors)  # before it takes memory
-        model = GPT(config)
-    except (SafetensorError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{found} holds no model of its settings: {error!r:.300}.") from None
-    load_model_tensors(model, tensors)
-    run = found.parent.parent
-    tokenizer = "gpt2" if state["tokenizer"]["name"] == "gpt2" else str(run / state["tokenizer"]["name"])
-    return LoadedModel(model.to(device).eval(), tokenizer, state["step"], f"{found}")
-
-
-def load_gpt2(spec: str | Path, **overrides: object) -> GPT:
-    """GPT-2 from Hugging Face: one of HUB_MODELS (downloaded once to data/), or a local folder.
-
-    `overrides` are fields of GPTConfig that the weights leave free: dropout, a smaller block_size.
-    """
-    folder = Path(spec)
-    if not folder.is_dir():
-        folder = Path("data") / "huggingface" / str(spec)
-        for name in ("config.json", MODEL):
-            if not (folder / name).exists():
-                hub.download(f"openai-community/{spec}", name, None, folder, "model")
-    config = dataclasses.replace(gpt2_config(folder / "config.json"), **overrides)
-    try:
-        return from_gpt2(load_file(folder / MODEL), config)
+        return load_file(path / MODEL), state
     except SafetensorError as error:
-        raise UserError(f"{folder / MODEL} is damaged ({error}). Delete it to fetch it again.") from None
+        raise UserError(f"{path / MODEL} can't be read: {error!r:.300}.") from None
