@@ -32,9 +32,9 @@ import torch
 
 from babygpt.data.shards import Tokens
 from babygpt.errors import ConfigError
+from babygpt.nn.cross_entropy import IGNORED
 
 WINDOW = 20_000  # tokens on both sides of a cursor in which its EOT is sought at the least
-IGNORED = -100  # a target that doesn't count (PyTorch's ignore_index)
 VAL_TOKENS = 20 * 524_288  # what a validation reads, as build-nanogpt's 20 steps of 524,288
 
 
@@ -195,6 +195,20 @@ class Order:
                 f"{self.block_size:,} in {self.num_streams} streams, and a step takes {rows_per_step:,}. Give more "
                 "data, or a smaller --training.batch-tokens, --data.num-streams or --model.block-size."
             )
+
+    def summary(self, batch_tokens: int, max_steps: int) -> str:
+        """How many chunks, steps an epoch and epochs a run of `max_steps` has, in a few lines."""
+        steps = self.rows_per_epoch // (batch_tokens // self.block_size)
+        unread = len(self.tokens) - steps * batch_tokens
+        lines = [
+            f"{batch_tokens:,} tokens a step; {len(self.tokens):,} tokens in {len(self.cuts):,} chunks of about "
+            f"{self.chunk_tokens:,}",
+            f"{steps:,} steps an epoch ({unread:,} tokens unread in each), {max_steps / steps:.2f} epochs in "
+            f"{max_steps:,} steps",
+        ]
+        if self.forced_cuts:
+            lines.append(f"{self.forced_cuts:,} chunks begin inside a document: no end of text was near")
+        return "\n".join(lines)
 
     def step_start(self, position: Position, rows_per_step: int) -> Position:
         """Where the step that comes at `position` really begins: no step straddles the end of an epoch."""

@@ -33,11 +33,12 @@ from babygpt.data.plan import CODES, Plan, load_index, plan
 from babygpt.data.quality import QualityModel, check
 from babygpt.data.readers import Task
 from babygpt.data.resources import check_room
-from babygpt.data.shards import MANIFEST, open_dataset, read_manifest, shard_name, verify, write_json
+from babygpt.data.shards import MANIFEST, open_dataset, read_manifest, shard_name, verify
 from babygpt.data.sources import Source, find
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.data.workers import Setup, local_workers, map_task, ray_workers, warm_up, write_task
 from babygpt.errors import UserError, run
+from babygpt.files import write_json
 
 FORMAT = 2  # of parts/: another one where tasks, hashes or indexes change
 

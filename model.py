@@ -12,7 +12,7 @@ those of the public speed records (KellerJordan/modded-nanogpt); what each is wo
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint as compute_again
 
 from babygpt import hub
 from babygpt.data.tokenizer import Tokenizer, is_gpt2, load_tokenizer
-from babygpt.errors import UserError
+from babygpt.errors import ConfigError, UserError
 from babygpt.nn import huggingface
 from babygpt.nn.attention import KVCache, attention, rotate, rotation
 from babygpt.nn.cross_entropy import linear_cross_entropy, softcapped
@@ -338,6 +338,26 @@ class GPT(nn.Module):
         config = self.config
         shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
         return KVCache(config.n_layer, shape, self.wte.weight.device, dtype, begins)
+
+    def with_config(self, config: GPTConfig) -> "GPT":
+        """A model of `config` with these weights. Dropout may differ, and block_size be smaller: the first positions
+        are kept. ConfigError if anything else differs."""
+        theirs, ours = asdict(self.config), asdict(config)
+        free = {"dropout"}
+        if ours["block_size"] < theirs["block_size"]:
+            free.add("block_size")
+        differing = [name for name in ours if theirs[name] != ours[name] and name not in free]
+        if differing:
+            raise ConfigError(
+                f"the weights of {self.source} are of another architecture:\n"
+                + "".join(f"  {name}: {theirs[name]} there, {ours[name]} here\n" for name in differing)
+                + "Give the preset or the flags that fit them."
+            )
+        model, tensors = GPT(config), checkpoint.model_tensors(self)
+        if "wpe.weight" in tensors:
+            tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size]
+        checkpoint.load_model_tensors(model, tensors)
+        return model
 
     @classmethod
     def from_pretrained(cls, spec: str | Path, device: torch.device | str = "cpu") -> "GPT":

@@ -8,15 +8,12 @@
 A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpoints/.
 """
 
-import hashlib
-import math
 import os
-import re
-import statistics
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,39 +26,38 @@ from babygpt.data.shards import Dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import ConfigError, UserError
 from babygpt.errors import run as run_script
+from babygpt.evaluation.packing import Example
+from babygpt.evaluation.validation import mean_loss
+from babygpt.files import write_json
 from babygpt.training import checkpoint
-from babygpt.training.device import Mark, autocast, peak_flops, peak_memory_mib, untested_torch_warning, uses_bfloat16
+from babygpt.training.device import Mark, autocast, is_out_of_memory, untested_torch_warning, uses_bfloat16
 from babygpt.training.distributed import Ranks, process_group
-from babygpt.training.guard import Gate, checksum
-from babygpt.training.metrics import Log, Samples
-from babygpt.training.optim import Optimizers, adamw, load_optimizer_state, muon, optimizer_state, set_rates
+from babygpt.training.guard import Gate, check_numbers, check_replicas, checksum
+from babygpt.training.metrics import Log, Pending, Samples, console_line
+from babygpt.training.optim import Optimizers, load_optimizer_state, make_optimizers, optimizer_state, set_rates
 from babygpt.training.plots import plot
+from babygpt.training.run_dir import FINISHED, STOPPED, check_identity, latest_checkpoint, lock_run_dir, record_launch
+from babygpt.training.seeds import derive_seed
 from babygpt.training.signals import Stopped, StopSignals
-from dataloader import IGNORED, DataLoader, Order, Step, inputs_and_targets, validation_batches
-from hellaswag import Example, check_length, evaluate, fetch, load_examples
-from model import GPT
+from dataloader import DataLoader, Order, Position, Step, inputs_and_targets, validation_batches
+from hellaswag import check_length, evaluate, fetch, load_examples
+from model import GPT, config_of
 from sample import sample
-from start import FINISHED, STOPPED, Start, begin, claim, describe, identity
-from train_config import Config, parse, resolve, ways_to_less_memory
+from train_config import (
+    Config,
+    changed_settings,
+    due_tasks,
+    parse,
+    read_config,
+    resolve,
+    settings_text,
+    to_json,
+    variant,
+    ways_to_less_memory,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
-
-
-def mix(*numbers: int) -> int:
-    """A seed from several numbers, 63 bits."""
-    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-@dataclass
-class Pending:
-    """A step that is on its way: its row of the log, and what the host will read of it a step later."""
-
-    row: dict
-    status: torch.Tensor  # on the host, complete once `end` has been waited for
-    begin: Mark
-    end: Mark
 
 
 def train_step(
@@ -110,11 +106,96 @@ def train_step(
     return status
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the scenes
+@dataclass
+class Start:
+    """What the loop begins with. `position` is the place in the data, `tokens` were trained on before, `losses` are the
+    last ones. `launches` say from which step on the run was trained with which settings, versions and machine."""
+
+    model: GPT
+    optimizer: dict | None  # tensors to put into it, of a resumed run
+    step: int
+    tokens: int
+    position: Position
+    losses: list[float] = field(default_factory=list)
+    launches: list[dict] = field(default_factory=list)
 
 
-@torch.no_grad()
+def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict[str, dict]:
+    """What a run can't change when it is resumed: architecture, optimizer, data and their order."""
+    return {
+        "model": asdict(config.model),
+        "data": {
+            "fingerprint": dataset.fingerprint, "block_size": order.block_size, "num_streams": order.num_streams,
+            "chunk_tokens": order.chunk_tokens, "seed": order.seed,
+        },
+        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        "optimizer": {"name": config.optimizer.name},
+    }  # fmt: skip
+
+
+def restore_or_initialize(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
+    """The weights and the place to begin at, as --general.init-from says; writes config.json."""
+    out, init_from = Path(config.general.out_dir), config.general.init_from
+    found = None
+    if init_from == "resume":
+        found = latest_checkpoint(out, ranks)
+        # what the run began from is what it begins from again, if it was killed before its first checkpoint
+        init_from = read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
+    elif (out / "config.json").exists() or checkpoint.checkpoints(out):
+        raise ConfigError(
+            f"{out} holds a run already. Go on with it: --general.init-from resume, or begin another beside it: "
+            "--general.out-dir out/NAME."
+        )
+    torch.manual_seed(config.general.seed)
+    if found:
+        try:
+            start = restore(found, config, identity(config, dataset, order, tokenizer), ranks)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{found} lacks what a run goes on with ({error!r:.200}).") from None
+    elif init_from == "scratch":
+        start = Start(GPT(config.model), None, 0, 0, Position())
+    else:
+        ranks.print(f"beginning with the weights of {init_from}")
+        model = ranks.main_first(lambda: GPT.from_pretrained(init_from))
+        if model.tokenizer.sha256 != tokenizer.sha256:
+            raise ConfigError(f"the weights of {init_from} know another tokenizer than {dataset.folder}.")
+        start = Start(model.with_config(config.model), None, 0, 0, Position())
+
+    settings = to_json(variant(config, general={"init_from": init_from}))
+    record_launch(start.launches, start.step, settings, ranks)
+    ranks.wait()  # all have looked at the folder before rank 0 writes to it
+    if ranks.is_main:
+        (out / FINISHED).unlink(missing_ok=True)
+        if found is None:  # else it stays the last checkpoint's until the next one
+            write_json(out / "config.json", settings)
+        if tokenizer.name != "gpt2":
+            shutil.copyfile(tokenizer.file, out / tokenizer.name)
+    return start
+
+
+def restore(found: Path, config: Config, now: dict[str, dict], ranks: Ranks) -> Start:
+    """A checkpoint's weights, optimizer and place; ConfigError where model or data are not the run's."""
+    loaded = checkpoint.load(found)
+    # with what was added since it was written
+    state = {"optimizer": {"name": "adamw"}, "losses": [], "launches": []} | loaded.state
+    state["model"] = asdict(config_of(state))
+    check_identity(found, state, now)
+    if state["step"] > config.training.max_steps:
+        raise ConfigError(
+            f"{found} is beyond --training.max-steps {config.training.max_steps:,} already. Give more steps, or "
+            "another --general.out-dir."
+        )
+    ranks.print(f"resuming {found}")
+    for line in changed_settings(found.parent.parent / "config.json", config):
+        ranks.print(line)
+    model = GPT(config.model)
+    checkpoint.load_model_tensors(model, loaded.model)
+    return Start(
+        model, loaded.optimizer, state["step"], state["tokens"], Position(**state["position"]),
+        [float(loss) for loss in state["losses"]], [{**launch} for launch in state["launches"]],
+    )  # fmt: skip
+
+
 def validate(
     model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
     stop: Callable[[], bool] = lambda: False,
@@ -123,28 +204,9 @@ def validate(
 
     Where `stop()` on any rank, all raise Stopped.
     """
-    was_training = model.training
-    model.eval()
+    rows = (model.config.block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    nats = count = text_bytes = 0.0
-    batches = validation_batches(
-        dataset.val, model.config.block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size
-    )
-    for idx, targets in batches:
-        if stop():
-            break
-        with autocast(ranks.device, config.training.dtype):
-            nats += model(idx.to(ranks.device), targets.to(ranks.device)).item()
-        counted = targets[targets != IGNORED]
-        count += counted.numel()
-        text_bytes += token_bytes[counted].sum().item()
-    model.train(was_training)
-    nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
-    if stops:
-        raise Stopped
-    if count == 0:
-        raise ConfigError(f"{dataset.folder} has not one validation row of {model.config.block_size:,} tokens.")
-    return nats / count, nats / math.log(2) / text_bytes
+    return mean_loss(model, validation_batches(dataset.val, *rows), token_bytes, ranks, config.training.dtype, stop)
 
 
 def write_samples(
@@ -154,7 +216,7 @@ def write_samples(
     s = config.sampling
     texts = sample(
         model, tokenizer, [s.prompt] * s.num_samples, s.max_new_tokens, s.temperature, s.top_k, s.top_p,
-        mix(config.general.seed, step), config.training.dtype, stop=stop,
+        derive_seed(config.general.seed, step), config.training.dtype, stop=stop,
     )  # fmt: skip
     if ranks.sum([stop()])[0]:
         raise Stopped
@@ -172,8 +234,6 @@ def hellaswag_examples(config: Config, block_size: int, tokenizer: Tokenizer, ra
 # training
 
 
-SCENES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 SPIKE = 6.0  # standard deviations above the losses before, from which on a loss is told of
 SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 
@@ -197,20 +257,6 @@ class Run:
     samples: Samples | None = None
     bar: tqdm | None = None
 
-    def due(self, step: int) -> set[str]:
-        """The scenes that come before update `step`: every n steps and behind the last, at step 0 only the first.
-
-        What a run begins with is not saved again.
-        """
-        config, found = self.config, set()
-        for scene, mode in SCENES.items():
-            n = getattr(config, scene).every_n_steps
-            if mode in config.general.mode and n > 0 and (step % n == 0 or step == config.training.max_steps):
-                found.add(scene)
-        if step == self.start.step:
-            found.discard("saving")
-        return found & {"validation"} if step == 0 else found
-
     def say(self, line: str) -> None:
         if self.ranks.is_main:
             with spoken():
@@ -221,14 +267,6 @@ class Run:
         if self.ranks.is_main:
             out = Path(self.config.general.out_dir)
             plot([out], out / "plot.png")
-
-
-def make_optimizers(model: GPT, config: Config) -> Optimizers:
-    o = config.optimizer
-    adam = {"weight_decay": o.weight_decay, "beta1": o.beta1, "beta2": o.beta2, "eps": o.eps}
-    if o.name == "adamw":
-        return adamw(model, o.max_lr, **adam)
-    return muon(model, o.max_lr, o.embedding_lr, o.head_lr, o.scalar_lr, **adam, cautious=o.cautious)
 
 
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
@@ -245,10 +283,10 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     evaluating = "eval" in config.general.mode and config.evaluation.every_n_steps > 0
     examples = hellaswag_examples(config, config.model.block_size, tokenizer, ranks) if evaluating else []
 
-    start = begin(config, dataset, order, tokenizer, ranks)
+    start = restore_or_initialize(config, dataset, order, tokenizer, ranks)
     raw_model = start.model.to(device)
     raw_model.recompute = config.training.activation_checkpointing
-    optimizers = make_optimizers(raw_model, config)
+    optimizers = make_optimizers(raw_model, asdict(config.optimizer))
     if start.optimizer:
         load_optimizer_state(optimizers, raw_model, start.optimizer)
     compiled = config.training.compile == "on" or (config.training.compile == "auto" and device.type == "cuda")
@@ -258,7 +296,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         ranks.watch(model)
 
-    describe(config, order, raw_model, ranks)
+    ranks.print(settings_text(config))
+    ranks.print(f"{raw_model.num_params():,} parameters on {ranks.world_size} x {device.type}")
+    ranks.print(order.summary(config.training.batch_tokens, config.training.max_steps))
     if warning := untested_torch_warning():
         ranks.print(warning)
     if dataset.manifest is None:
@@ -277,39 +317,18 @@ def finish(run: Run, pending: Pending) -> bool:
     loss, norm, z, held, stops, *of_ranks = pending.status.tolist()
     not_finite, sums = of_ranks[: run.ranks.world_size], of_ranks[run.ranks.world_size :]
     row, step = pending.row, pending.row["step"]
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        where = [rank for rank, flag in enumerate(not_finite) if flag]
-        raise ConfigError(  # the status is the same on every rank
-            f"step {step}: loss is {loss}, gradient norm {norm}"
-            + (f", first on rank {where[0]}" if where else "")
-            + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
-            "--optimizer.max-lr: --general.init-from resume."
-        )
-    if norm == 0:
-        raise ConfigError(
-            f"step {step}: the gradient norm is exactly 0, so the loss ({loss:.4f}) does not depend on any weight. The "
-            "update was not applied. Run `bash runs/test.sh`: the model, or a kernel of this PyTorch version "
-            f"({torch.__version__}), computes wrong gradients; --training.compile off may avoid it."
-        )
-    if differing := [rank for rank, value in enumerate(sums) if value != statistics.mode(sums)]:
-        good = max(0, step - run.config.training.compare_ranks_every_n_steps)
-        raise ConfigError(
-            f"step {step}: the weights of rank {', '.join(map(str, differing))} are not those of the others. A card or "
-            f"memory may be faulty there, or differ in kind. They were the same at step {good}: delete later "
-            "checkpoints, and go on without it: --general.init-from resume."
-        )
+    check_numbers(step, loss, norm, not_finite)
+    check_replicas(step, sums, run.config.training.compare_ranks_every_n_steps)
     if z > SPIKE or held:
         run.say(
             f"step {step:>6} | the loss, {loss:.4f}, is {z:.1f} standard deviations above those before"
             + (": its update is left out" if held else "")
         )
     row["loss"], row["grad_norm"] = loss, norm
-    row["step_ms"] = pending.end.ms_since(pending.begin)
-    row["tokens_per_s"] = run.config.training.batch_tokens / row["step_ms"] * 1e3
-    peak = peak_flops(run.ranks.device)
-    if peak and uses_bfloat16(run.ranks.device, run.config.training.dtype):
-        row["mfu"] = row["tokens_per_s"] * run.raw_model.flops_per_token() / (peak * run.ranks.world_size)
-    row["memory_mib"] = peak_memory_mib(run.ranks.device)
+    bfloat16 = uses_bfloat16(run.ranks.device, run.config.training.dtype)
+    row |= pending.speed(
+        run.config.training.batch_tokens, run.raw_model.flops_per_token() if bfloat16 else None, run.ranks
+    )
     if run.ranks.is_main:
         run.log.write(row)
         with spoken():
@@ -343,7 +362,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
     for step in range(run.start.step, max_steps + 1):
         last, ranks.doing = step == max_steps, f"what comes before step {step}"
         row = {"step": step, "tokens": tokens, "epoch": position.epoch}
-        due = run.due(step)
+        due = due_tasks(config, step, run.start.step)
         if pending and (due or last or stopping):
             signals.nothing_to_lose = False
             stopping |= finish(run, pending)
@@ -404,7 +423,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
         )
         begin_mark = begin_mark or Mark(ranks.device)
         status = train_step(
-            run.model, run.optimizers, data, config, ranks, mix(config.general.seed, step, ranks.rank), gate,
+            run.model, run.optimizers, data, config, ranks, derive_seed(config.general.seed, step, ranks.rank), gate,
             stop=signals.told() or saver.error is not None, compare=compared > 0 and step % compared == 0,
         )  # fmt: skip
         status = status.to("cpu", non_blocking=ranks.device.type == "cuda")
@@ -428,18 +447,6 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
     run.plot()
     if stopping:
         run.say(f"stopped at step {step}, saved. Go on with the same command and --general.init-from resume.")
-
-
-def console_line(row: dict) -> str:
-    mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
-    return (
-        f"step {row['step']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f} | "
-        f"{row['step_ms']:,.0f} ms | {row['tokens_per_s']:,.0f} tokens/s{mfu}"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# without training
 
 
 def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
@@ -475,13 +482,13 @@ def main() -> None:
         if not training:
             return assess(config, dataset, ranks)
         try:
-            with claim(out, ranks), checkpoint.Saver(out, s.keep, s.keep_every) as saver:
+            with lock_run_dir(out, ranks), checkpoint.Saver(out, s.keep, s.keep_every) as saver:
                 signals.marker = out / STOPPED
                 train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
         except OSError as error:  # of the log, the samples, the picture; a checkpoint's is told by itself
             raise UserError(f"{error} in {ranks.doing}. What was saved is whole: mend it and resume.") from None
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, OUT_OF_MEMORY) and not re.search("can't allocate memory|ALLOC_FAILED", str(error)):
+            if not is_out_of_memory(error):
                 raise
             what, ways = (str(error).splitlines() or [""])[0], ways_to_less_memory(config, ranks.world_size)
             raise UserError(f"out of memory in {ranks.doing} ({what:.100}). {ways}") from None

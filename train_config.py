@@ -407,6 +407,31 @@ def to_json(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+TASK_MODES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
+
+
+def due_tasks(config: Config, step: int, start: int) -> set[str]:
+    """The sections of the periodic tasks that come before update `step`: every n steps and after the last one; at step
+    0 only validation. What a run starts with, at step `start`, is not saved again."""
+    found = set()
+    for task, mode in TASK_MODES.items():
+        n = getattr(config, task).every_n_steps
+        if mode in config.general.mode and n > 0 and (step % n == 0 or step == config.training.max_steps):
+            found.add(task)
+    if step == start:
+        found.discard("saving")
+    return found & {"validation"} if step == 0 else found
+
+
+def settings_text(config: Config) -> str:
+    """The resolved settings, a line a section."""
+    sections = to_json(config).items()
+    return "\n".join(
+        f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items())
+        for section, values in sections
+    )
+
+
 def from_json(values: dict) -> Config:
     """The config that `to_json` told; UserError where this version doesn't know a field of it."""
     try:
@@ -429,6 +454,15 @@ def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
         (f"{section}.{name}", earlier.get(section, {}).get(name), now[section][name])
         for section, name in keys
         if earlier.get(section, {}).get(name) != now[section][name]
+    ]
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """What is another setting now than in a run's `config.json`, a line each, but for those of `general`."""
+    return [
+        f"  {name} was {earlier}, is {value} now"
+        for name, earlier, value in differences(read_config(path), to_json(config))
+        if not name.startswith("general.")
     ]
 
 

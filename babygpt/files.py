@@ -9,6 +9,7 @@ file of this machine.
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -82,6 +83,13 @@ def create(path: str | Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         put(file.name, path)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes JSON, here or at a URL, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with create(path) as file:
+        file.write(text.encode())
 
 
 def put(local: str | Path, url: str | Path) -> None:

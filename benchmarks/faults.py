@@ -48,9 +48,9 @@ from babygpt.errors import UserError  # noqa: E402
 from babygpt.training import checkpoint  # noqa: E402
 from babygpt.training.metrics import read_log  # noqa: E402
 from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
+from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
-from start import FINISHED, STOPPED  # noqa: E402
 
 Row = tuple[str, str, str]  # what was tried, how often, what came of it
 MODERN = {

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -40,15 +40,20 @@ from table import show  # noqa: E402
 
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
 from babygpt.errors import leave  # noqa: E402
+from babygpt.evaluation.packing import Example  # noqa: E402
 from babygpt.nn.generation import generate, read_on  # noqa: E402
 from babygpt.training.device import autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
 from babygpt.training.distributed import Ranks  # noqa: E402
 from babygpt.training.guard import Gate  # noqa: E402
-from babygpt.training.optim import muon, set_rates  # noqa: E402
+from babygpt.training.optim import (  # noqa: E402
+    make_optimizers,
+    muon,
+    set_rates,
+)
 from dataloader import Position, Step  # noqa: E402
-from hellaswag import Example, load_examples, losses, picks  # noqa: E402
+from hellaswag import load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from train import make_optimizers, train_step  # noqa: E402
+from train import train_step  # noqa: E402
 from train_config import PRESETS, Config, variant  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -89,7 +94,7 @@ def step_ours(preset: str, dtype: str, compiled: bool) -> dict:
     training = config.training
     torch.manual_seed(0)
     raw_model = GPT(config.model).to(DEVICE)
-    optimizers = make_optimizers(raw_model, config)
+    optimizers = make_optimizers(raw_model, asdict(config.optimizer))
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     rows = torch.randint(0, 50257, (training.micro_batch_size, config.model.block_size + 1))
     rows = rows.pin_memory() if CUDA else rows

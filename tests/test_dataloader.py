@@ -16,8 +16,8 @@ import train
 from babygpt.data.shards import HEADER_BYTES, Tokens, open_dataset
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import ConfigError, UserError
+from babygpt.nn.cross_entropy import IGNORED
 from dataloader import (
-    IGNORED,
     WINDOW,
     DataLoader,
     Epoch,

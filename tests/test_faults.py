@@ -24,8 +24,8 @@ from babygpt.training import checkpoint
 from babygpt.training.checkpoint import Saver, checkpoints, latest, load
 from babygpt.training.distributed import Ranks
 from babygpt.training.metrics import read_log
+from babygpt.training.run_dir import FINISHED, STOPPED, lock_run_dir
 from runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun
-from start import FINISHED, STOPPED, claim
 
 STATE = {"step": 1, "model": {}, "tokenizer": {"name": "gpt2"}}
 
@@ -45,7 +45,12 @@ def save(run: Path, step: int, **settings: int) -> Path:
 
 @pytest.mark.parametrize(
     "inner",
-    ["train.autocast", "hellaswag.lay_out", "sample.choose", "babygpt.training.checkpoint._sync"],
+    [
+        "babygpt.evaluation.validation.autocast",
+        "hellaswag.lay_out",
+        "babygpt.nn.generation.choose",
+        "babygpt.training.checkpoint._sync",
+    ],
     ids=["validation", "evaluation", "sampling", "saving"],
 )
 def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost(inner, dataset, tmp_path, monkeypatch):
@@ -326,7 +331,7 @@ def test_where_the_folder_is_gone_or_locked_it_says_so_and_ends(kind, words, dat
 def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path):
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     line = flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2)
-    with claim(tmp_path / "run", ranks):
+    with lock_run_dir(tmp_path / "run", ranks):
         with pytest.raises(ConfigError, match=r"another process trains in .*run now"):
             call(train.main, *line)
         assert os.listdir(tmp_path / "run") == [".lock"], "it touches nothing"

@@ -14,18 +14,9 @@ import numpy as np
 import pytest
 from helpers import save
 
-from babygpt.data.shards import (
-    MANIFEST,
-    Tokens,
-    open_dataset,
-    open_shard,
-    shard_name,
-    token_dtype,
-    verify,
-    write_json,
-    write_shard,
-)
+from babygpt.data.shards import MANIFEST, Tokens, open_dataset, open_shard, shard_name, token_dtype, verify, write_shard
 from babygpt.errors import UserError
+from babygpt.files import write_json
 
 EOT = 50256
 VAL, TRAIN = [[EOT, 1, 2]], [[EOT, 3, 4, EOT], [5, 6, EOT, 7]]

@@ -30,8 +30,8 @@ from babygpt.errors import run as run_script
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.metrics import read_log
+from babygpt.training.run_dir import made_by
 from babygpt.training.signals import StopSignals
-from start import made_by
 from train import set_up, train
 from train_config import from_json, read_config, resolve, variant
 

@@ -251,9 +251,9 @@ def _pull(url: str, folder: Path) -> None:
         return known.get(path.name) == seen(path) or (manifest is not None and is_sound(path))
 
     files.pull(url, sorted(wanted), folder, is_here, is_sound, quiet)
-    write_json(record, {name: seen(folder / name) for name in wanted})
+    files.write_json(record, {name: seen(folder / name) for name in wanted})
     if manifest is not None:
-        write_json(folder / MANIFEST, manifest)
+        files.write_json(folder / MANIFEST, manifest)
 
 
 def _allow_open_files(count: int) -> None:
@@ -303,13 +303,6 @@ def read_manifest(folder: str | Path) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Copy it or prepare the data again.") from None
     return manifest
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    """Writes JSON, here or at a URL, whole or not at all."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    with files.create(path) as file:
-        file.write(text.encode())
 
 
 def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int]:

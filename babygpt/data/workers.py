@@ -31,9 +31,10 @@ from babygpt.data.filters import FILTERED, KEPT, Filters
 from babygpt.data.plan import load_index, runs
 from babygpt.data.quality import QualityModel
 from babygpt.data.readers import Task, read
-from babygpt.data.shards import token_dtype, write_json, write_shard
+from babygpt.data.shards import token_dtype, write_shard
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
+from babygpt.files import write_json
 
 SAMPLE_BYTES = 20_000  # of each task's text that gigatoken must encode as the tokenizer itself
 

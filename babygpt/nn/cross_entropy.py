@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100  # a target that doesn't count (PyTorch's ignore_index)
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of logits that are there at once
 SLICE_BYTES = 2 << 20  # of those that a CPU turns into probabilities at once: what its cache holds
 
@@ -78,7 +79,7 @@ def _loss_and_gradient(
     capped = logits.float() if softcap is None else softcapped(logits, softcap)
     z = capped.clone() if learns and softcap is not None else capped
     z[:, vocab_size:] = float("-inf")
-    loss = F.cross_entropy(z, targets, ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(z, targets, ignore_index=IGNORED, reduction="sum")
     if not learns:
         return loss, None
     counted = (targets >= 0).float()[:, None]

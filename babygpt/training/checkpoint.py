@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from babygpt.console import spoken
-from babygpt.data.shards import write_json
 from babygpt.errors import UserError
+from babygpt.files import write_json
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step

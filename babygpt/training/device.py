@@ -88,6 +88,12 @@ def peak_memory_mib(device: torch.device) -> float:
     return used / 2**20 if sys.platform == "darwin" else used / 2**10  # bytes there, KiB elsewhere
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory of the device or the host was too small, in the words of PyTorch or a library of the device."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or re.search("can't allocate memory|ALLOC_FAILED", str(error)) is not None
+
+
 class Mark:
     """A point in the work of a device: a CUDA event in its queue, elsewhere the time of now."""
 

@@ -1,8 +1,11 @@
 """Whether an update may be applied: loss spikes, numbers that are not finite, ranks that drift apart."""
 
 import math
+import statistics
 
 import torch
+
+from babygpt.errors import ConfigError
 
 
 class Gate:
@@ -46,3 +49,32 @@ def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
     A power of two would not see the bits above it.
     """
     return (sum(t.detach().view(torch.int32).sum() for t in tensors) % 16_777_213).float()
+
+
+def check_numbers(step: int, loss: float, norm: float, not_finite: list[float]) -> None:
+    """ConfigError if a step's loss or gradient norm is not finite, or the norm is 0; `not_finite` has a flag a rank."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        where = [rank for rank, flag in enumerate(not_finite) if flag]
+        raise ConfigError(  # the status is the same on every rank
+            f"step {step}: loss is {loss}, gradient norm {norm}"
+            + (f", first on rank {where[0]}" if where else "")
+            + ". The update was not applied and nothing of it saved. Go on from the last checkpoint with a lower "
+            "--optimizer.max-lr: --general.init-from resume."
+        )
+    if norm == 0:
+        raise ConfigError(
+            f"step {step}: the gradient norm is exactly 0, so the loss ({loss:.4f}) does not depend on any weight. The "
+            "update was not applied. Run `bash runs/test.sh`: the model, or a kernel of this PyTorch version "
+            f"({torch.__version__}), computes wrong gradients; --training.compile off may avoid it."
+        )
+
+
+def check_replicas(step: int, sums: list[float], every: int) -> None:
+    """ConfigError if the checksums of the ranks' weights differ; they were compared every so many steps before."""
+    if differing := [rank for rank, value in enumerate(sums) if value != statistics.mode(sums)]:
+        good = max(0, step - every)
+        raise ConfigError(
+            f"step {step}: the weights of rank {', '.join(map(str, differing))} are not those of the others. A card or "
+            f"memory may be faulty there, or differ in kind. They were the same at step {good}: delete later "
+            "checkpoints, and go on without it: --general.init-from resume."
+        )

@@ -7,9 +7,14 @@ row has scores alone. Floats are written so that they read back to the bit; what
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from babygpt.errors import UserError
+from babygpt.training.device import Mark, peak_flops, peak_memory_mib
+from babygpt.training.distributed import Ranks
 
 COLUMNS = (
     "step", "tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm", "tokens_per_s",
@@ -94,3 +99,33 @@ class Samples:
             for text in texts:
                 cell = text.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
                 file.write(f"| {step} | {cell} |\n")
+
+
+@dataclass
+class Pending:
+    """A step that is on its way: its row of the log, and what the host will read of it a step later."""
+
+    row: dict
+    status: torch.Tensor  # on the host, complete once `end` has been waited for
+    begin: Mark
+    end: Mark
+
+    def speed(self, tokens: int, flops_per_token: int | None, ranks: Ranks) -> dict[str, float]:
+        """Time, throughput, memory and MFU of a step of so many tokens, for the log; `end` must have been waited for.
+
+        There is no MFU without FLOPs per token, or if the device's peak is unknown.
+        """
+        found = {"step_ms": self.end.ms_since(self.begin), "memory_mib": peak_memory_mib(ranks.device)}
+        found["tokens_per_s"] = tokens / found["step_ms"] * 1e3
+        if flops_per_token and (peak := peak_flops(ranks.device)):
+            found["mfu"] = found["tokens_per_s"] * flops_per_token / (peak * ranks.world_size)
+        return found
+
+
+def console_line(row: dict) -> str:
+    """A step's row of the log, for the console."""
+    mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
+    return (
+        f"step {row['step']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f} | "
+        f"{row['step_ms']:,.0f} ms | {row['tokens_per_s']:,.0f} tokens/s{mfu}"
+    )

@@ -125,12 +125,11 @@ def muon(
     at its own rate. A tied table has the head's, which suits logits. Weight decay is Muon's alone."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if name.startswith("h.") and p.dim() == 2}
-    queries, keys = model.config.n_embd, model.config.kv_heads * model.config.head_size
     splits = {
-        p: [queries, keys, keys] if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
+        p: _heights_of_qkv(p) if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
     }
     embeddings, heads = ("wte.", "wpe.", "vte."), ("lm_head.",)
-    if model.config.tie_head:
+    if "lm_head.weight" not in named:  # a tied head is the embedding
         embeddings, heads = ("wpe.", "vte."), ("wte.",)
     groups = [
         ([p for name, p in named.items() if name.startswith(embeddings)], embedding_lr),
@@ -142,6 +141,20 @@ def muon(
         Muon(splits, max_lr, weight_decay, cautious=cautious),
         torch.optim.AdamW(adam, lr=0.0, betas=(beta1, beta2), eps=eps, weight_decay=0.0, fused=True),
     ]
+
+
+def _heights_of_qkv(c_attn: nn.Parameter) -> list[int]:
+    """The heights of queries, keys and values in (C + 2 K D, C): grouped heads make keys and values lower."""
+    keys = (c_attn.size(0) - c_attn.size(1)) // 2
+    return [c_attn.size(1), keys, keys]
+
+
+def make_optimizers(model: nn.Module, settings: dict) -> Optimizers:
+    """The optimizers of a model, by the fields of train_config.py's section `optimizer`."""
+    shared = {name: settings[name] for name in ("max_lr", "weight_decay", "beta1", "beta2", "eps")}
+    if settings["name"] == "adamw":
+        return adamw(model, **shared)
+    return muon(model, **shared, **{n: settings[n] for n in ("embedding_lr", "head_lr", "scalar_lr", "cautious")})
 
 
 # ---------------------------------------------------------------------------------------------------------

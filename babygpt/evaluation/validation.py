@@ -1,0 +1,46 @@
+"""Validation: the mean loss over the same tokens each time."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from babygpt.errors import ConfigError
+from babygpt.nn.cross_entropy import IGNORED
+from babygpt.training.device import autocast
+from babygpt.training.distributed import Ranks
+from babygpt.training.signals import Stopped
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: torch.Tensor, ranks: Ranks,
+    dtype: str = "auto", stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float]:  # fmt: skip
+    """Mean loss over the targets of all ranks' batches, in nats per token, and the same in bits per byte of their text.
+
+    `batches` are this rank's inputs and targets, (B, T) int64 each; `token_bytes`, (V,) int64, is the length of each
+    token's text in UTF-8 bytes. The model returns the summed loss; its training mode is restored. If `stop()` is true
+    on any rank, all raise Stopped.
+    """
+    was_training = model.training
+    model.eval()
+    nats = count = text_bytes = 0.0
+    for idx, targets in batches:
+        if stop():
+            break
+        with autocast(ranks.device, dtype):
+            nats += model(idx.to(ranks.device), targets.to(ranks.device)).item()
+        counted = targets[targets != IGNORED]
+        count += counted.numel()
+        text_bytes += token_bytes[counted].sum().item()
+    model.train(was_training)
+    nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
+    if stops:
+        raise Stopped
+    if count == 0:
+        raise ConfigError(
+            "the validation split has not one row of block_size tokens. Prepare it with more --val-tokens."
+        )
+    return nats / count, nats / math.log(2) / text_bytes
