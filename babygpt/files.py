@@ -73,11 +73,16 @@ def create(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file to write to: there whole once the block has ended, not at all where it fails."""
     if not is_remote(path):
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # a cluster may have a task done twice at once
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
         return
     with tempfile.NamedTemporaryFile() as file:
         yield file
@@ -85,11 +90,21 @@ def create(path: str | Path) -> Iterator[IO[bytes]]:
         put(file.name, path)
 
 
+def write(path: str | Path, data: bytes) -> None:
+    """Writes a file, here or at a URL, whole or not at all."""
+    with create(path) as file:
+        file.write(data)
+
+
 def write_json(path: str | Path, content: dict) -> None:
     """Writes JSON, here or at a URL, whole or not at all."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    with create(path) as file:
-        file.write(text.encode())
+    write(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file of this machine, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def put(local: str | Path, url: str | Path) -> None:
@@ -202,11 +217,9 @@ def pull(
         path = folder / name
         if path.exists() and is_here(path):
             return
-        temporary = path.with_name(f".{name}.tmp")
-        with _told(f"{url}/{name}"):
+        with create(path) as file, _told(f"{url}/{name}"):
             system, there = _system(f"{url}/{name}")
-            system.get_file(there, str(temporary))
-        os.replace(temporary, path)
+            system.get_file(there, file.name)
         if not is_sound(path):
             path.unlink()
             raise UserError(f"{url}/{name} is damaged: it is not what the manifest beside it says.")

@@ -7,13 +7,13 @@ HF_ENDPOINT names another hub (a mirror).
 """
 
 import errno
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from babygpt import files
 from babygpt.errors import UserError
 
 # what the HTTP libraries, `datasets` and the hub's library call it
@@ -46,10 +46,9 @@ def download(
 
     def fetch() -> Path:
         path = Path(client().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
-        with open(path, "rb") as file:
-            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                path.unlink()
-                raise OSError("the file that came is not the one of the hub (its sha256 differs)")
+        if sha256 is not None and files.sha256(path) != sha256:
+            path.unlink()
+            raise OSError("the file that came is not the one of the hub (its sha256 differs)")
         return path
 
     return call(fetch, f"{repo}/{name}")

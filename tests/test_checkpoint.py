@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,7 @@ def test_a_damaged_file_is_refused_by_name(file, harm, tmp_path):
 
 def test_a_save_that_dies_leaves_the_earlier_checkpoints_and_no_new_one(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
-    for name in ("save_file", "_sha256", "_sync"):
+    for name in ("save_file", "sha256", "_sync"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -107,7 +109,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 
     torch.save(Hostile(), folder / "optimizer.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["optimizer.pt"] = checkpoint._sha256(folder / "optimizer.pt")
+    manifest["files"]["optimizer.pt"] = checkpoint.sha256(folder / "optimizer.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="could run code"):
         load(folder)
@@ -215,3 +217,23 @@ def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
     train_tokenizer(texts, 301, tmp_path / "large" / "tokenizer.json", progress=False)
     with pytest.raises(UserError, match=r"has 301 entries, but the model of .*large has only 300"):
         GPT.from_pretrained(tmp_path / "large")
+
+
+def test_full_disk_is_reported_as_a_full_disk(tmp_path):
+    """A write that fails inside torch.save raises the system's error, not that of PyTorch's zip writer."""
+
+    def save_on_a_small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        optimizer = {"wte.weight": {"exp_avg": torch.zeros(100_000)}}
+        with pytest.raises(UserError, match=r"step 1 could not be written to .*\[Errno 27\] File too large"):
+            save(tmp_path, 1, model_tensors(small()), optimizer, STATE, keep=0)
+        os._exit(0)
+
+    if (child := os.fork()) == 0:
+        try:
+            save_on_a_small_disk()
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert checkpoints(tmp_path) == []

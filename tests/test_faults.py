@@ -61,7 +61,7 @@ def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost
     }  # fmt: skip
     call(train.main, *flags(dataset, tmp_path / "unbroken", **changes))
     updates, calls = [], []
-    module, name = inner.split(".")
+    module, name = inner.rsplit(".", 1)
     function, step_of = getattr(sys.modules[module], name), train.train_step
 
     def told(*args):
@@ -303,7 +303,7 @@ def test_where_a_checkpoint_cannot_be_written_all_ranks_end_and_the_one_before_i
     done = torchrun(world, *line, fault="full 0 5", check=False)
     assert done.returncode != 0
     assert "error: the checkpoint of step 8 could not be written" in done.stderr
-    assert "File too large" in done.stderr or "PytorchStreamWriter" in done.stderr
+    assert "File too large" in done.stderr
     assert 'train.py", line' not in done.stderr, "no traceback of ours"
     assert "exitcode  : 2" in done.stderr
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step_00000004"]

@@ -177,7 +177,7 @@ def test_hellaswag_and_its_translations_come_from_the_hub(tmp_path):
         "openGPT-X/hellaswagx": {"hellaswag_PL_validation.jsonl": polish},
     }
     code = "import hashlib, hellaswag as h; from pathlib import Path\n"
-    code += "h._commit = lambda path, data: (setattr(h, 'ENGLISH_SHA256', hashlib.sha256(data).hexdigest()), "
+    code += "h.files.write = lambda path, data: (setattr(h, 'ENGLISH_SHA256', hashlib.sha256(data).hexdigest()), "
     code += "path.write_bytes(data))\n"
     code += "print(h.fetch(None, 'en').read_text().count(chr(10)), h.fetch(None, 'pl').read_text().count(chr(10)))"
     with HubServer(repos) as hub:

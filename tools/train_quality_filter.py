@@ -147,8 +147,8 @@ def train_quality_filter(
         "figures": figures,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with files.create(out) as file:  # one key of metadata: safetensors writes several in any order
-        file.write(save(weights, {"quality": json.dumps(about, ensure_ascii=False)}))
+    # one key of metadata: safetensors writes several in any order
+    files.write(out, save(weights, {"quality": json.dumps(about, ensure_ascii=False)}))
     return QualityModel.load(out)
 
 

@@ -5,10 +5,10 @@ python -m tools.train_tokenizer --input 'books/*.txt' --vocab-size 32768 --out d
 python fineweb.py files --input 'books/*.txt' --tokenizer data/books-bpe.json --out-dir data/books
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from babygpt import files
 from babygpt.data import sources
 from babygpt.data.readers import without_surrogates
 from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, byte_level_bpe
@@ -35,8 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
         )
     bpe.add_special_tokens([END_OF_TEXT])
     out.parent.mkdir(parents=True, exist_ok=True)
-    bpe.save(f"{out}.tmp")
-    os.replace(f"{out}.tmp", out)
+    files.write(out, bpe.to_str(pretty=True).encode())
     return FileTokenizer(out)
 
 

@@ -245,7 +245,7 @@ def _pull(url: str, folder: Path) -> None:
         return [path.stat().st_size, path.stat().st_mtime_ns, wanted[path.name]]
 
     def is_sound(path: Path) -> bool:
-        return manifest is None or _file_sha256(path) == wanted[path.name]
+        return manifest is None or files.sha256(path) == wanted[path.name]
 
     def is_here(path: Path) -> bool:
         return known.get(path.name) == seen(path) or (manifest is not None and is_sound(path))
@@ -269,11 +269,6 @@ def _split_of(file_name: str) -> str | None:
     """train or val, as a shard's name ends; None for other files."""
     match = re.search(r"(?:^|_)(train|val)(_\d+)?\.(bin|npy)$", file_name)
     return match and match[1]
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tokenizer_spec(folder: Path, manifest: dict) -> str:
@@ -331,7 +326,7 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
             f"{folder / MANIFEST}: its shards have {totals['documents']:,} documents, its counts say otherwise"
         )
     tokenizer = folder / dataset.manifest["tokenizer"]["file"]
-    if not tokenizer.exists() or _file_sha256(tokenizer) != dataset.manifest["tokenizer"]["sha256"]:
+    if not tokenizer.exists() or files.sha256(tokenizer) != dataset.manifest["tokenizer"]["sha256"]:
         problems.append(f"{tokenizer} is missing or not the tokenizer that the data was made with")
     if problems:
         raise UserError("the data set is damaged:\n  " + "\n  ".join(problems) + "\nPrepare or copy it again.")

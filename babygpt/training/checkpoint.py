@@ -11,7 +11,6 @@ whatever the number of ranks), `state.json` (step, place in the data, architectu
 """
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -29,7 +28,7 @@ from torch import nn
 
 from babygpt.console import spoken
 from babygpt.errors import UserError
-from babygpt.files import write_json
+from babygpt.files import sha256, write_json
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step
@@ -88,9 +87,9 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
-        torch.save(optimizer, temporary / OPTIMIZER)
+        _save_tensors(optimizer, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        hashes = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
+        hashes = {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
         (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
             _sync(path)
@@ -111,6 +110,15 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
     for old in [*outdated, *folder.glob(".step_*.old")]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _save_tensors(tensors: dict, path: Path) -> None:
+    """torch.save, by a file object: so what is wrong with the disk is known, and not only to PyTorch's own writer."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _make_place(final: Path) -> None:
@@ -193,11 +201,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------
 # reading
 
@@ -231,7 +234,7 @@ def verify(path: Path) -> None:
     """UserError unless every file of the checkpoint has the sha256 of its manifest."""
     try:
         hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        wrong = [name for name in (MODEL, OPTIMIZER, STATE) if _sha256(path / name) != hashes[name]]
+        wrong = [name for name in (MODEL, OPTIMIZER, STATE) if sha256(path / name) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {path} is not whole ({error!r}).") from None
     if wrong:

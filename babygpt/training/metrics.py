@@ -4,6 +4,8 @@ Row k holds the scores of the weights after k updates, then loss, norm and learn
 row has scores alone. Floats are written so that they read back to the bit; what wasn't measured is empty.
 """
 
+import csv
+import io
 import math
 import os
 import re
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from babygpt import files
 from babygpt.errors import UserError
 from babygpt.training.device import Mark, peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
@@ -28,16 +31,14 @@ class Log:
 
     def __init__(self, path: Path, step: int = 0):
         kept = read_log(path, step) if step > 0 and path.exists() else []
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(",".join(COLUMNS) + "\n" + "".join(map(_line, kept)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115, it stays open as long as the run
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, kept)])
+        files.write(path, text.getvalue().encode())
+        self.file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115, it stays open as long as the run
+        self.writer = csv.writer(self.file, lineterminator="\n")
 
     def write(self, row: dict[str, float | int | None]) -> None:
-        self.file.write(_line(row))
+        self.writer.writerow(_cells(row))
         self.file.flush()
 
     def sync(self) -> None:
@@ -48,9 +49,8 @@ class Log:
         self.file.close()
 
 
-def _line(row: dict) -> str:
-    cells = (row.get(column) for column in COLUMNS)
-    return ",".join("" if cell is None else repr(cell) for cell in cells) + "\n"
+def _cells(row: dict) -> list:
+    return [row.get(column) for column in COLUMNS]  # the writer leaves None empty, and gives floats all their digits
 
 
 def read_log(path: Path, before: float = math.inf) -> list[dict[str, float | int | None]]:
@@ -63,11 +63,11 @@ def read_log(path: Path, before: float = math.inf) -> list[dict[str, float | int
     rows = []
     for number, line in enumerate(lines[1:], 2):
         try:
-            cells = zip(COLUMNS, line.split(","), strict=True)
+            cells = zip(COLUMNS, next(csv.reader([line])), strict=True)
             row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
             if row["step"] < before:
                 rows.append(row)
-        except ValueError:
+        except (ValueError, csv.Error):
             if rows and rows[-1]["step"] >= before - 1:
                 break  # what comes would be cut anyway; a power cut may have damaged it
             raise UserError(f"{path}, line {number} is damaged: {line!r:.300}") from None
@@ -90,9 +90,7 @@ class Samples:
         self.path = path
         rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[2:] if path.exists() else []
         kept = [row + "\n" for row in rows if (found := re.match(r"\| (\d+) \|", row)) and int(found[1]) < step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.HEADER + "".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        files.write(path, (self.HEADER + "".join(kept)).encode())
 
     def write(self, step: int, texts: list[str]) -> None:
         with open(self.path, "a", encoding="utf-8", newline="\n") as file:
