@@ -11,7 +11,7 @@
     stops      SIGTERM at random instants of such a run, on one rank and on two; then gone on with
     numbers    a weight that is no number, on one of two ranks, at some step
     ranks      a run on 1, 2, 4, 8 and again 1 rank
-    input      tests/fuzzing.py: files of every kind, every field of the configuration
+    input      tests/support/fuzzing.py: files of every kind, every field of the configuration
 
 All runs are tiny, on the CPU. Children are forked from this process, which has imported everything already.
 """
@@ -39,8 +39,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from fuzzing import Kinds, fuzz, small_dataset  # noqa: E402
-from helpers import call, save_hellaswag  # noqa: E402
+from support.fuzzing import Kinds, fuzz, small_dataset  # noqa: E402
+from support.helpers import call, save_hellaswag  # noqa: E402
+from support.runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
 from table import show  # noqa: E402
 
 import train  # noqa: E402
@@ -50,7 +51,6 @@ from babygpt.training.metrics import read_log  # noqa: E402
 from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
 from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
 
 Row = tuple[str, str, str]  # what was tried, how often, what came of it
 MODERN = {

@@ -8,10 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
-from helpers import call
+from support.helpers import call
+from support.runs import flags, tiny_dataset
 
 import train
-from runs import flags, tiny_dataset
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,93 @@
+"""fineweb.py, killed by the system: nothing is lost, no worker is left, and one process at a time prepares a folder."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.preparation import prepare, snapshot, start
+
+from babygpt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def long_pages(tmp_path_factory) -> Path:
+    """Parquet files that take a second or so."""
+    folder, rng = tmp_path_factory.mktemp("long_pages"), random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
+    for i in range(40):
+        texts = [" ".join(rng.choices(words, k=100)) for _ in range(300)]
+        pq.write_table(pa.table({"text": texts}), folder / f"{i}.parquet")
+    return folder
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def files_in(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def kill_group(process: subprocess.Popen, how=signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+
+
+def test_killed_by_the_system_again_and_again_the_bytes_are_the_same(tmp_path, long_pages):
+    prepare(tmp_path / "calm" / "d", long_pages, workers=2)
+    folder, rng, kills = tmp_path / "d", random.Random(0), 0
+    while True:
+        enough, quiet = files_in(folder) + 4, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = start(folder, long_pages, **quiet)
+        wait_until(lambda process=process, enough=enough: process.poll() is not None or files_in(folder) >= enough)
+        time.sleep(rng.uniform(0, 0.03))
+        kill_group(process)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    assert snapshot(folder) == snapshot(tmp_path / "calm" / "d")
+
+
+def test_a_killed_preparation_leaves_no_worker_behind(tmp_path, long_pages):
+    process = start(tmp_path / "d", long_pages, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: list((tmp_path / "d").glob("parts/*.bin*")))
+        process.kill()
+        process.communicate(timeout=5)  # ends when nobody holds the pipe's other end any more
+    finally:
+        kill_group(process)
+
+
+def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
+    with ThreadPoolExecutor() as thread:
+        running = thread.submit(prepare, tmp_path / "d", long_pages, workers=2)
+        wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(UserError, match=r"(?s)worker was killed.*kept.*--workers"):
+            running.result()
+    assert list((tmp_path / "d").glob("parts/*.npz"))
+
+
+def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages):
+    first = start(tmp_path / "d", long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
+        with pytest.raises(UserError, match=r"another fineweb\.py prepares"):
+            prepare(tmp_path / "d", long_pages, workers=1)
+    finally:
+        kill_group(first)
+        first.wait()

@@ -1,0 +1,156 @@
+"""Checkpoints: whole or not there, the newest sound one wins, nothing damaged or hostile is loaded."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+
+from babygpt.errors import UserError
+from babygpt.training import checkpoint
+from babygpt.training.checkpoint import checkpoints, latest, load, model_tensors, save
+from model import GPT, GPTConfig
+
+STATE = {"step": 1, "tokens": 10, "model": {}, "tokenizer": {"name": "gpt2"}}
+
+
+def small(**fields: object) -> GPT:
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 50, "n_layer": 1, "n_head": 2, "n_embd": 8} | fields))
+
+
+def save_steps(run, *steps: int, keep: int = 0) -> GPT:
+    model = small()
+    for step in steps:
+        save(run, step, model_tensors(model), {"w": {"step": torch.tensor(float(step))}}, STATE | {"step": step}, keep)
+    return model
+
+
+def test_what_is_saved_comes_back_equal_to_the_bit(tmp_path):
+    model = save_steps(tmp_path, 7)
+    loaded = load(latest(tmp_path))
+    assert loaded.state["step"] == 7
+    assert loaded.optimizer["w"]["step"] == 7
+    assert all(torch.equal(loaded.model[name], tensor) for name, tensor in model_tensors(model).items())
+    assert "lm_head.weight" not in loaded.model, "a tied head is stored once"
+
+
+def test_latest_goes_by_the_step_and_passes_over_what_is_not_whole(tmp_path, capsys):
+    save_steps(tmp_path, 9, 10, 100)
+    assert latest(tmp_path).name == "step_00000100"
+    (tmp_path / "checkpoints" / "step_00000100" / "manifest.json").unlink()
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000010", tmp_path / "checkpoints" / ".step_00000200.tmp")
+    assert latest(tmp_path).name == "step_00000010"
+    assert "step_00000100 is not whole" in capsys.readouterr().err
+    assert latest(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_damaged_file_is_refused_by_name(file, harm, tmp_path):
+    save_steps(tmp_path, 1)
+    path = tmp_path / "checkpoints" / "step_00000001" / file
+    data = bytearray(path.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[:-1] if harm == "cut" else data)
+    if harm == "remove":
+        path.unlink()
+    with pytest.raises(UserError, match="step_00000001 is (damaged: " + file + "|not whole)"):
+        load(path.parent)
+    assert latest(tmp_path) is None
+
+
+def test_a_save_that_dies_leaves_the_earlier_checkpoints_and_no_new_one(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    for name in ("save_file", "sha256", "_sync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                save_steps(tmp_path, 2)
+        assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+        assert latest(tmp_path).name == "step_00000001"
+    save_steps(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"], "nothing stale is left"
+
+
+def test_only_the_newest_are_kept_and_a_step_can_be_saved_again(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, 4, 4, keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
+
+
+def test_a_save_behind_damaged_later_checkpoints_keeps_what_it_wrote(tmp_path):
+    save_steps(tmp_path, 40, 50)
+    for path in checkpoints(tmp_path):
+        (path / "model.safetensors").write_bytes(b"")
+    save_steps(tmp_path, 10, 20, 30, keep=2)
+    assert latest(tmp_path).name == "step_00000030"
+    assert [path.name for path in checkpoints(tmp_path)][:2] == ["step_00000020", "step_00000030"]
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    save_steps(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "step_00000001"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save(Hostile(), folder / "optimizer.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["optimizer.pt"] = checkpoint.sha256(folder / "optimizer.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="could run code"):
+        load(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_model_is_found_by_run_or_checkpoint_or_hugging_face_folder(tmp_path):
+    model = small(tie_head=False, n_kv_head=1)
+    state = STATE | {"model": vars(model.config), "step": 3}
+    save(tmp_path / "run", 3, model_tensors(model), {}, state, keep=0)
+    for spec in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000003"):
+        loaded = GPT.from_pretrained(spec)
+        assert (loaded.step, loaded.tokenizer.name, loaded.config) == (3, "gpt2", model.config)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+        assert not loaded.training
+    with pytest.raises(UserError, match="there is no model at"):
+        GPT.from_pretrained(tmp_path / "none")
+
+
+def test_settings_of_a_later_version_are_refused_by_name(tmp_path):
+    state = {"step": 1, "model": vars(small().config) | {"hyperdrive": True}, "tokenizer": {"name": "gpt2"}}
+    path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
+    with pytest.raises(UserError, match="doesn't know: hyperdrive"):
+        GPT.from_pretrained(path)
+    for name in ("n_layer", "value_embeddings"):  # not tried, it would not end
+        state = {"step": 1, "model": vars(small().config) | {name: 10**9}, "tokenizer": {"name": "gpt2"}}
+        path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
+        with pytest.raises(UserError, match="1,000,000,000 layers of"):
+            GPT.from_pretrained(path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hugging Face directories
+
+
+def test_full_disk_is_reported_as_a_full_disk(tmp_path):
+    """A write that fails inside torch.save raises the system's error, not that of PyTorch's zip writer."""
+
+    def save_on_a_small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        optimizer = {"wte.weight": {"exp_avg": torch.zeros(100_000)}}
+        with pytest.raises(UserError, match=r"step 1 could not be written to .*\[Errno 27\] File too large"):
+            save(tmp_path, 1, model_tensors(small()), optimizer, STATE, keep=0)
+        os._exit(0)
+
+    if (child := os.fork()) == 0:
+        try:
+            save_on_a_small_disk()
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert checkpoints(tmp_path) == []

@@ -1,0 +1,226 @@
+"""HellaSwag: every question once on any number of ranks, scores as a plain reader would compute them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import call, save_hellaswag
+
+import hellaswag
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
+from babygpt.training.checkpoint import model_tensors
+from babygpt.training.checkpoint import save as save_checkpoint
+from babygpt.training.distributed import Ranks
+from hellaswag import Score, evaluate, load_examples, losses, picks, render
+from model import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 0, 1, CPU)
+ROW = {
+    "activity_label": "Cooking [step]", "ctx_a": "[header] How to cook [title] Boil water.", "ctx_b": "THEN add",
+    "ctx": "How to cook. Then add", "label": 1,
+    "endings": ["salt.", "a [substep] pinch  of salt.", "nothing at all.", "everything."],
+}  # fmt: skip
+
+
+def make_model(block_size: int = 64, **fields: object) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=block_size, vocab_size=300, n_layer=2, n_head=2, n_embd=16, **fields)).eval()
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    return save_hellaswag(tmp_path / "questions.jsonl", 23)
+
+
+@torch.no_grad()
+def plain_losses(model: GPT, example: hellaswag.Example) -> list[float]:
+    """One row at a time, nothing padded, log-probabilities added up in Python."""
+    sums = []
+    for ending in example.endings:
+        row = (example.context + ending)[-(model.config.block_size + 1) :]
+        logits = model(torch.tensor([row[:-1]]))[0, :, : model.config.vocab_size].double()
+        log_probabilities = logits.log_softmax(-1)
+        start = len(row) - len(ending)
+        sums.append(-sum(log_probabilities[t - 1, row[t]].item() for t in range(start, len(row))))
+    return sums
+
+
+MODERN = {"rope": True, "qk_norm": True, "value_embeddings": 1, "unet": True, "document_mask": True, "eot_id": 299}
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN, MODERN | {"window": 6}], ids=["gpt2", "modern", "window"])
+@pytest.mark.parametrize("style", ["karpathy", "lm-eval"])
+@pytest.mark.parametrize("block_size", [64, 24])
+def test_losses_and_picks_equal_a_plain_reader(style, block_size, fields, dataset, questions, monkeypatch):
+    model = make_model(block_size, **fields)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    examples = load_examples(questions, load_tokenizer(dataset), style)
+    assert max(len(e.context) + max(map(len, e.endings)) for e in examples) > 24, "some lose context"
+    expected = torch.tensor([plain_losses(model, e) for e in examples])
+    means = expected / torch.tensor([e.lengths for e in examples])
+    for row_tokens, batch_size in ((512, 16), (256, 1), (256, 3), (32, 2)):  # in 32 no tree has room
+        monkeypatch.setattr(hellaswag, "ROW_TOKENS", row_tokens)
+        found = losses(model, examples, CPU, "float32", batch_size)
+        assert (found - expected).abs().max() < 1e-4
+        assert picks(found, examples) == (expected.argmin(1).tolist(), means.argmin(1).tolist())
+
+
+def test_rows_are_packed_full_and_of_one_shape(dataset, questions, monkeypatch):
+    examples, shapes = load_examples(questions, load_tokenizer(dataset), "karpathy"), []
+    found = list(hellaswag.trees(examples, 64))
+    rows = hellaswag.pack(found, 512)
+    assert sorted(tree.example for row in rows for tree in row) == list(range(23))
+    used = [sum(tree.size for tree in row) for row in rows]
+    assert max(used) <= 512
+    assert sum(used[:-1]) > 0.9 * 512 * len(used[:-1])
+    plain = sum(len(e.context) + len(ending) - 1 for e in examples for ending in e.endings)
+    assert sum(used) < 0.6 * plain, "a context is read once, not four times"
+    model = make_model()
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, **rest: shapes.append(idx.shape) or hidden(self, idx, **rest))
+    losses(model, examples, CPU, batch_size=1)
+    assert set(shapes) == {(1, 512)}
+
+
+def test_a_long_question_loses_context_never_its_ending(dataset):
+    tokenizer, model = load_tokenizer(dataset), make_model(16)
+    long = hellaswag.Example(list(range(200)), [[1] * 16, [2] * 10, [3], [4] * 5], 0, [16, 10, 1, 5])
+    torch.testing.assert_close(
+        losses(model, [long], CPU, "float32")[0], torch.tensor(plain_losses(model, long)).double(), atol=1e-4, rtol=0
+    )
+    too_long = hellaswag.Example([1], [[1] * 17] * 4, 0, [17] * 4)
+    with pytest.raises(UserError, match=r"17 tokens, more than the block size 16"):
+        evaluate(model, [too_long], "karpathy", ALONE)
+    assert tokenizer.eot_id == 299
+
+
+def test_every_question_is_scored_once_for_any_number_of_ranks(dataset, questions, monkeypatch):
+    model, examples = make_model(), load_examples(questions, load_tokenizer(dataset), "karpathy")
+    expected = evaluate(model, examples, "karpathy", ALONE, "float32")
+    assert expected["acc"].total == 23
+    for world in (2, 3, 4):
+        told: list[list[float]] = []
+        monkeypatch.setattr(Ranks, "sum", lambda self, values, told=told: told.append(values) or [0, 0, 23, 0])
+        for rank in range(world):
+            evaluate(model, examples, "karpathy", Ranks(rank, rank, world, CPU), "float32", batch_size=3)
+        assert [sum(column) for column in zip(*told, strict=True)] == [*(s.correct for s in expected.values()), 23, 0]
+
+
+def test_padding_of_the_vocabulary_is_not_scored(dataset, questions):
+    model = make_model()
+    examples = load_examples(questions, load_tokenizer(dataset), "karpathy")
+    before = losses(model, examples, CPU)
+    with torch.no_grad():
+        model.wte.weight[300:] = 100.0
+    assert torch.equal(losses(model, examples, CPU), before)
+
+
+def test_a_label_may_be_text(dataset, questions):
+    questions.write_text(questions.read_text().replace('"label": 1', '"label": "1"'))
+    assert load_examples(questions, load_tokenizer(dataset), "karpathy")[1].label == 1
+
+
+def test_karpathys_style_takes_the_texts_as_they_are(dataset):
+    tokenizer = load_tokenizer(dataset)
+    example = render(ROW, tokenizer, "karpathy")
+    assert tokenizer.decode(example.context) == "How to cook. Then add"
+    assert [tokenizer.decode(e) for e in example.endings] == [" " + ending for ending in ROW["endings"]]
+    assert example.lengths == [len(e) for e in example.endings]
+
+
+def test_lm_evals_style_cleans_as_the_harness_does(dataset):
+    # expected values worked out by hand from lm_eval/tasks/hellaswag/utils.py: strip, " [title]" to ". ", brackets
+    # out, two spaces to one
+    tokenizer = load_tokenizer(dataset)
+    example = render(ROW, tokenizer, "lm-eval")
+    assert tokenizer.decode(example.context) == "Cooking : How to cook. Boil water. Then add"
+    assert [tokenizer.decode(e) for e in example.endings] == [
+        " salt.", " a pinch of salt.", " nothing at all.", " everything.",
+    ]  # fmt: skip
+    assert example.lengths == [len("salt."), len("a pinch of salt."), len("nothing at all."), len("everything.")]
+
+
+def test_mean_and_sum_pick_by_their_own_measure():
+    example = hellaswag.Example([1], [[1], [1, 1], [1] * 4, [1]], 0, [1, 2, 4, 1])
+    assert picks(torch.tensor([[3.0, 5.0, 6.0, 3.5]]).double(), [example]) == ([0], [2])
+
+
+def test_a_rank_without_examples_scores_none(dataset, questions):
+    examples = load_examples(questions, load_tokenizer(dataset), "karpathy", limit=1)
+    told: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "sum", lambda self, values: told.append(values) or [0, 0, 1, 0])
+        evaluate(make_model(), examples, "karpathy", Ranks(1, 1, 2, CPU))
+    assert told == [[0, 0, 0, 0]]
+
+
+def test_a_score_names_its_method_and_its_error():
+    assert str(Score("karpathy acc_norm", 2957, 10042)) == "hellaswag karpathy acc_norm 2957/10042=0.2945 +-0.0045"
+
+
+def test_evaluation_puts_the_training_mode_back_and_keeps_no_gradient(dataset, questions):
+    model = make_model(dropout=0.5)
+    examples = load_examples(questions, load_tokenizer(dataset), "karpathy", limit=4)
+    model.train()
+    scores = [evaluate(model, examples, "karpathy", ALONE)["acc_norm"] for _ in range(3)]
+    assert model.training
+    assert len(set(scores)) == 1, "no dropout in an evaluation"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", '{"ctx": "a"}', '{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}',
+     '{"ctx": "a", "label": 0, "endings": ["a", "b"]}', '{"ctx": "a", "label": 0, "endings": ["a", "b", "c", ""]}',
+     "[]"],
+)  # fmt: skip
+def test_a_bad_line_is_named(line, dataset, questions):
+    questions.write_text(questions.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"questions.jsonl, line 24 is no HellaSwag example"):
+        load_examples(questions, load_tokenizer(dataset), "karpathy")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# fetching
+
+
+def test_a_file_of_another_content_is_not_taken_for_hellaswag(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path)
+    save_hellaswag(tmp_path / "hellaswag_val.jsonl", 3)
+    with pytest.raises(UserError, match=r"hellaswag_val.jsonl is not HellaSwag's validation set"):
+        hellaswag.fetch(None, "en")
+
+
+def test_rows_of_the_hub_become_the_authors_lines():
+    rows = [
+        {"ind": 24, "activity_label": "Roof", "ctx_a": "A man.", "ctx_b": "he", "ctx": "A man. he",
+         "endings": list("abcd"), "source_id": "activitynet~v_1", "split": "val", "split_type": "indomain",
+         "label": "3"},
+        {"ind": 1, "activity_label": "Style", "ctx_a": "x", "ctx_b": "", "ctx": "x", "endings": list("abcd"),
+         "source_id": "wikihow~1", "split": "val", "split_type": "zeroshot", "label": "0"},
+    ]  # fmt: skip
+    lines = [json.dumps(row) for row in hellaswag._original(rows)]
+    assert lines[0].startswith(
+        '{"ind": 24, "activity_label": "Roof", "ctx_a": "A man.", "ctx_b": "he", "ctx": "A man. he",'
+    )
+    assert lines[0].endswith('"label": 3, "endings": ["a", "b", "c", "d"], "source_id": "activitynet~v_1"}')
+    assert lines[1].startswith('{"ind": 1, "ctx": "x", "activity_label": "Style", "ctx_a": "x", "ctx_b": "", "split"')
+
+
+def test_the_script_prints_a_line_a_metric(dataset, questions, tmp_path, capsys):
+    model = make_model()
+    state = {"step": 1, "model": vars(model.config), "tokenizer": {"name": "tokenizer.json"}}
+    save_checkpoint(tmp_path / "run", 1, model_tensors(model), {}, state, keep=0)
+    (tmp_path / "run" / "tokenizer.json").write_bytes((dataset / "tokenizer.json").read_bytes())
+    call(hellaswag.main, tmp_path / "run", "--file", questions, "--style", "lm-eval", "--limit", 7)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r"\d+/7=.*", "", line) for line in lines] == [
+        "hellaswag lm-eval acc ",
+        "hellaswag lm-eval acc_norm ",
+    ]

@@ -1,0 +1,176 @@
+"""Hugging Face's GPT-2: the same logits and losses, weights in both directions, and tokenizers of its directories."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import call, save_hellaswag
+from support.hub_server import HubServer, downloads, python
+from tokenizers.models import BPE
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import hellaswag
+import sample
+from babygpt.data.tokenizer import byte_level_bpe, is_gpt2, load_tokenizer
+from babygpt.errors import UserError
+from babygpt.nn.huggingface import read_config
+from model import GPT, GPTConfig, from_gpt2, to_gpt2
+from tools.train_tokenizer import train_tokenizer
+
+TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
+
+
+def reference(vocab_size: int = 300, **fields: object) -> GPT2LMHeadModel:
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=4, **fields)
+    return GPT2LMHeadModel(config).eval()
+
+
+def ours_from(theirs: GPT2LMHeadModel) -> GPT:
+    return from_gpt2(theirs.state_dict(), GPTConfig(**{**vars(TINY), "vocab_size": theirs.config.vocab_size})).eval()
+
+
+@torch.no_grad()
+def test_logits_equal_transformers_gpt2():
+    theirs, idx = reference(), torch.randint(0, 300, (3, 32))
+    for parameter in theirs.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))  # biases and norms too are not what they began as
+    torch.testing.assert_close(ours_from(theirs)(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_loss_equals_transformers_where_all_logits_are_negative():
+    theirs, idx = reference(), torch.randint(0, 300, (3, 32))
+    theirs.transformer.wte.weight.abs_()
+    theirs.transformer.ln_f.weight.mul_(0.01)
+    theirs.transformer.ln_f.bias.fill_(-20.0)  # as in real GPT-2: far below the 0 of an empty row
+    assert theirs(idx).logits.max() < -1
+    loss = ours_from(theirs)(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel()
+    torch.testing.assert_close(loss, theirs(idx, labels=idx).loss, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocab_size", [256, 300])
+def test_weights_come_back_from_us_to_transformers_equal_to_the_bit(vocab_size):
+    theirs = reference(vocab_size)
+    back = to_gpt2(ours_from(theirs))
+    expected = theirs.state_dict()
+    assert set(expected) - {"lm_head.weight"} == set(back) - {"lm_head.weight"}
+    assert all(torch.equal(back[name], expected[name]) for name in back)
+    again = reference(vocab_size)
+    again.load_state_dict(back)
+
+
+def test_a_hugging_face_config_tells_the_architecture(tmp_path):
+    reference().config.save_pretrained(tmp_path)
+    assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"no GPT-2"):
+        read_config(tmp_path / "config.json")
+
+
+def test_weights_of_another_shape_or_with_tensors_missing_are_refused_by_name():
+    state = reference().state_dict()
+    with pytest.raises(UserError, match=r"wte.weight is \(300, 32\) in the weights, \(200, 32\) in the model"):
+        from_gpt2(state, GPTConfig(**{**vars(TINY), "vocab_size": 200}))
+    del state["transformer.h.1.mlp.c_fc.bias"]
+    with pytest.raises(UserError, match=r"lack h\.1\.mlp\.c_fc\.bias"):
+        from_gpt2(state, TINY)
+
+
+@torch.no_grad()
+def test_a_smaller_block_size_keeps_the_first_positions():
+    theirs, idx = reference(), torch.randint(0, 300, (2, 16))
+    ours = from_gpt2(theirs.state_dict(), GPTConfig(**{**vars(TINY), "block_size": 16})).eval()
+    torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """A local GPT-2 directory with a vocabulary of 300 entries of its own."""
+    folder = tmp_path_factory.mktemp("hf") / "foreign"
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    theirs.save_pretrained(folder)
+    texts = ["the model reads some tokens, it writes a small shard of data"] * 20
+    train_tokenizer(texts, 300, folder / "tokenizer.json", progress=False)
+    return folder
+
+
+def test_foreign_vocabulary_scores_and_samples_with_its_own_tokenizer(foreign, tmp_path, capsys):
+    """hellaswag.py and sample.py read and write text by the directory's tokenizer.json, not by GPT-2's."""
+    own = load_tokenizer(foreign)
+    assert GPT.from_pretrained(foreign).tokenizer.sha256 == own.sha256
+    theirs = GPT2LMHeadModel.from_pretrained(foreign).eval()
+    call(sample.main, foreign, "--prompt", "the model", "--temperature", 0, "--max-new-tokens", 20)
+    ids = torch.tensor([[own.eot_id, *own.encode("the model")]])
+    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=own.eot_id)[0, 1:]
+    expected = [token for token in expected.tolist() if token != own.eot_id]
+    assert capsys.readouterr().out == own.decode(expected) + "\n"
+
+    path = save_hellaswag(tmp_path / "questions.jsonl", 8)
+    call(hellaswag.main, foreign, "--file", path, "--dtype", "float32")
+    correct = 0
+    for question in map(json.loads, path.read_text().splitlines()):
+        context = own.encode(question["ctx"])
+        losses = []
+        for ending in question["endings"]:
+            ids = torch.tensor([context + own.encode(" " + ending)])
+            logits = theirs(ids).logits[0, len(context) - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(context) :]).item())
+        correct += losses.index(min(losses)) == question["label"]
+    assert f"acc_norm {correct}/8=" in capsys.readouterr().out
+
+
+def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
+    """A directory with GPT-2's tokenizer.json has the tokenizer that data sets name "gpt2"; a changed one has not."""
+    gpt2 = load_tokenizer("gpt2")
+    character = bytes_to_unicode()
+    ranks = sorted(gpt2.ranks, key=gpt2.ranks.get)
+    merges = []
+    for token in ranks[256:]:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: gpt2.ranks.get(parts[i] + parts[i + 1], len(ranks)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append(tuple("".join(character[byte] for byte in part) for part in parts))
+    vocab = {"".join(character[byte] for byte in token): rank for rank, token in enumerate(ranks)}
+    bpe = byte_level_bpe()
+    for name, found in {"same": merges, "other": [merges[1], merges[0], *merges[2:]]}.items():
+        bpe.model = BPE(vocab=vocab, merges=found)
+        bpe.add_special_tokens(["<|endoftext|>"])
+        (tmp_path / name).mkdir()
+        bpe.save(str(tmp_path / name / "tokenizer.json"))
+        assert is_gpt2(load_tokenizer(tmp_path / name)) == (name == "same")
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    theirs.save_pretrained(tmp_path / "same")
+    assert GPT.from_pretrained(tmp_path / "same").tokenizer.sha256 == gpt2.sha256
+
+
+def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
+    """Without a tokenizer.json only a vocabulary of GPT-2's size is known; one with too many entries is no match."""
+    shutil.copytree(foreign, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(UserError, match=r"bare has no tokenizer\.json, and its vocabulary of 300 is not GPT-2's"):
+        GPT.from_pretrained(tmp_path / "bare")
+    shutil.copytree(foreign, tmp_path / "large")
+    texts = ["the model reads some tokens, it writes a small shard of data"] * 20
+    train_tokenizer(texts, 301, tmp_path / "large" / "tokenizer.json", progress=False)
+    with pytest.raises(UserError, match=r"has 301 entries, but the model of .*large has only 300"):
+        GPT.from_pretrained(tmp_path / "large")
+
+
+def test_gpt2s_weights_come_from_the_hub_once(tmp_path):
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    theirs.save_pretrained(tmp_path / "hf-gpt2")
+    files = {name: tmp_path / "hf-gpt2" / name for name in ("config.json", "model.safetensors")}
+    flags = ["gpt2", "--general.mode", "sample", "--general.init-from", "gpt2", "--sampling.num-samples", "2"]
+    flags += ["--sampling.max-new-tokens", "4", "--general.device", "cpu"]
+    code = f"import sys, train; sys.argv = ['train.py', *{flags}]; train.main()"
+    with HubServer(models={"openai-community/gpt2": files}) as hub:
+        for _ in range(2):
+            done = python(code, hub, tmp_path)
+            assert done.stdout.count("Hello, I'm a language model,") == 2, done.stderr
+        assert len(downloads(hub)) == 2, "the second time they are there"
+    assert not (tmp_path / "out").exists()

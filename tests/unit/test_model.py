@@ -1,0 +1,380 @@
+"""GPT-2, exactly: held against transformers, a plain attention and published counts; and each switch by itself."""
+
+import math
+
+import pytest
+import torch
+
+from babygpt.errors import UserError
+from babygpt.nn.attention import attention, plain_attention, rotate, rotation
+from model import GPT, GPTConfig, Shared, norm, to_gpt2
+from train_config import PRESETS
+
+TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
+
+
+def tiny(**fields: object) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**vars(TINY), **fields})).eval()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9)])
+def test_the_fast_attention_equals_the_plain_one(kv_heads, T, S):
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, T, 8)
+    k, v = torch.randn(2, kv_heads, S, 8), torch.randn(2, kv_heads, S, 8)
+    torch.testing.assert_close(attention(q, k, v), plain_attention(q, k, v), atol=1e-6, rtol=1e-5)
+    mask = torch.rand(2, 1, T, S) < 0.5
+    mask[..., 0] = True
+    found, expected = attention(q, k, v, mask, 0.3), plain_attention(q, k, v, mask, 0.3)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(expected, plain_attention(q, k, v, mask))
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one():
+    model, idx = tiny(n_kv_head=2), torch.randint(0, 300, (1, 32))
+    changed = idx.clone()
+    changed[0, 20] = (idx[0, 20] + 1) % 300
+    before, after = model(idx), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20], after[:, 20])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 7, 1, 19]])
+def test_logits_with_a_cache_equal_those_without(pieces):
+    model, idx = tiny(n_kv_head=2, dropout=0.1), torch.randint(0, 300, (2, 32))
+    cache = model.make_cache(2, torch.float32)
+    parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1)[..., :300], model(idx)[..., :300], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_of_the_vocabulary_gets_no_probability_and_no_gradient():
+    model, idx = tiny(), torch.randint(0, 300, (2, 32))
+    assert model.config.padded_vocab_size == model.wte.weight.size(0) == 384
+    assert (model(idx)[..., 300:] == float("-inf")).all()
+    model(idx, idx).backward()
+    assert model.wte.weight.grad.isfinite().all()
+    assert (model.wte.weight.grad[300:] == 0).all()
+
+
+def test_the_loss_is_the_sum_over_the_targets_that_count():
+    model, idx = tiny(), torch.randint(0, 300, (2, 32))
+    targets = torch.randint(0, 300, (2, 32))
+    targets[0, 5:] = -100
+    logits = model(idx)
+    expected = sum(
+        -logits[b, t, :300].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(32) if targets[b, t] >= 0
+    )
+    torch.testing.assert_close(model(idx, targets), expected, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_a_new_model_believes_in_nothing():
+    model = GPT(GPTConfig(block_size=64, vocab_size=5000, n_layer=2, n_head=4, n_embd=128))
+    idx = torch.randint(0, 5000, (4, 64))
+    assert abs(model(idx, torch.randint(0, 5000, (4, 64))) / 256 - math.log(5000)) < 0.1
+
+
+def test_initial_weights_have_gpt2s_deviations():
+    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
+    assert abs(model.wte.weight.std() - 0.02) < 0.001
+    assert abs(model.h[3].mlp.c_fc.weight.std() - 0.02) < 0.001
+    for residual in (model.h[3].mlp.c_proj.weight, model.h[5].attn.c_proj.weight):
+        assert abs(residual.std() - 0.02 / math.sqrt(16)) < 0.0005
+    assert (model.h[0].attn.c_attn.bias == 0).all()
+    assert (model.ln_f.weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [  # transformers' counts of OpenAI's four models
+        ({}, 124_439_808),
+        ({"n_layer": 24, "n_head": 16, "n_embd": 1024}, 354_823_168),
+        ({"n_layer": 36, "n_head": 20, "n_embd": 1280}, 774_030_080),
+        ({"n_layer": 48, "n_head": 25, "n_embd": 1600}, 1_557_611_200),
+    ],
+)
+def test_parameters_are_counted_as_published(fields, parameters):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(**fields)).num_params() == parameters
+
+
+def test_operations_a_token_follow_the_formula():
+    with torch.device("meta"):
+        matrices = 12 * 12 * 768**2 + 50304 * 768
+        assert GPT(GPTConfig()).flops_per_token() == 6 * matrices + 12 * 12 * 1024 * 768 == 854_654_976
+
+
+def test_the_head_is_the_embedding_or_a_matrix_of_its_own():
+    model = tiny()
+    assert model.lm_head.weight is model.wte.weight
+    untied = tiny(tie_head=False)
+    assert untied.lm_head.weight is not untied.wte.weight
+    assert untied.num_params() - model.num_params() == 300 * 32
+
+
+def test_bias_off_leaves_no_bias_and_kv_heads_shrink_the_projection():
+    assert not [name for name, _ in tiny(bias=False).named_parameters() if name.endswith("bias")]
+    assert tiny(n_kv_head=1).h[0].attn.c_attn.weight.shape == (32 + 2 * 8, 32)
+
+
+def test_dropout_acts_in_training_alone():
+    model, idx = tiny(dropout=0.5), torch.randint(0, 300, (2, 32))
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    assert not torch.allclose(model(idx)[..., :300], model(idx)[..., :300])
+
+
+def test_more_tokens_than_the_block_size_are_refused():
+    with pytest.raises(ValueError, match="33 tokens"):
+        tiny()(torch.zeros(1, 33, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what was found since GPT-2: each switch by itself
+
+MODERN = {name: value for name, value in vars(PRESETS["modern"].model).items() if value != vars(GPTConfig())[name]}
+MODERN = {name: value for name, value in MODERN.items() if name != "vocab_size"}
+LONG_ROWS = {"document_mask": True, "eot_id": 299, "window": 9}
+
+
+def stirred(**fields: object) -> GPT:
+    """A tiny model none of whose parameters is what it began as, so that every part of it acts."""
+    model = tiny(n_layer=fields.pop("n_layer", 3), **fields)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def rows(length: int = 32, seed: int = 3) -> torch.Tensor:
+    return torch.randint(0, 299, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [*sorted({*MODERN} - {"bias", "tie_head"}), "attention_scale", "window", "document_mask"]
+)
+def test_every_switch_changes_the_logits(name):
+    value = (MODERN | {"attention_scale": 0.05, "window": 3, "document_mask": True})[name]
+    idx = rows()
+    idx[:, 7] = 299
+    plain, switched = tiny(), tiny(**{name: value, "eot_id": 299})
+    if name != "zero_init":
+        switched.load_state_dict(plain.state_dict(), strict=False)  # of what both have
+    for part, parameter in switched.named_parameters():
+        if part.endswith("_mix"):
+            parameter.add_(0.3)
+    assert not torch.allclose(plain(idx)[..., :300], switched(idx)[..., :300], atol=1e-5)
+
+
+@torch.no_grad()
+def test_rope_depends_on_distances_alone_and_leaves_half_of_the_pairs_alone():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(i: int, j: int) -> torch.Tensor:
+        turned = [rotate(x, *rotation(torch.tensor([[at]]), 16)) for x, at in ((q, i), (k, j))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(900, 880), score(20, 0), atol=1e-4, rtol=1e-4)
+    assert abs(score(20, 0) - score(3, 0)) > 1e-3
+    cos, sin = rotation(torch.tensor([[1]]), 16)
+    torch.testing.assert_close(torch.atan2(sin, cos)[0, 0, 0, [0, 3]], torch.tensor([1.0, 1 / 1024]))
+    assert (cos[..., 4:] == 1).all()
+    assert (sin[..., 4:] == 0).all()
+    assert not hasattr(tiny(rope=True), "wpe")
+
+
+@torch.no_grad()
+def test_qk_norm_makes_the_length_of_queries_and_keys_immaterial():
+    model, idx = stirred(qk_norm=True, bias=False), rows()
+    before = model(idx)
+    model.h[0].attn.c_attn.weight[:64] *= 7  # queries and keys; values stay
+    torch.testing.assert_close(model(idx), before, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(norm(torch.randn(5, 8)).norm(dim=-1), torch.full((5,), math.sqrt(8)))
+
+
+@torch.no_grad()
+def test_relu2_is_the_square_of_relu():
+    mlp, x = stirred(relu2=True).h[0].mlp, torch.randn(4, 32)
+    torch.testing.assert_close(mlp(x), mlp.c_proj(mlp.c_fc(x).clamp(min=0) ** 2))
+
+
+@torch.no_grad()
+def test_rms_norms_have_no_parameters():
+    model, x = tiny(rms_norm=True), torch.randn(2, 32)
+    assert not [name for name, _ in model.named_parameters() if "ln_" in name]
+    torch.testing.assert_close(model.ln_f(x), x / (x**2).mean(dim=-1, keepdim=True).sqrt())
+
+
+@torch.no_grad()
+def test_a_normed_embedding_has_no_scale():
+    model, idx = stirred(embedding_norm=True, rope=True, tie_head=False), rows()
+    before = model(idx)
+    model.wte.weight.mul_(9)
+    torch.testing.assert_close(model(idx), before, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_with_zero_init_a_new_model_is_exactly_undecided_and_its_blocks_pass_on_what_they_get():
+    model, idx = tiny(zero_init=True, tie_head=False, bias=False), rows()
+    assert model(idx, idx) / idx.numel() == pytest.approx(math.log(300), rel=1e-6)
+    x = model.wte(idx) + model.wpe(torch.arange(32))
+    torch.testing.assert_close(model.hidden(idx), model.ln_f(x))
+
+
+@torch.no_grad()
+def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
+    model, idx = stirred(value_embeddings=2, n_layer=5, bias=False), rows()
+    assert [block.attn.table for block in model.h] == [0, 1, -1, 0, 1]
+    for block in (*model.h[:2], *model.h[3:]):
+        block.attn.v_mix.copy_(torch.tensor([0.0, 1.0]))
+    before = model(idx)
+    model.h[0].attn.c_attn.weight[64:].normal_()  # its own values, which nobody reads any more
+    assert torch.equal(model(idx), before)
+    model.vte[1].weight[int(idx[0, 0])] += 1.0
+    assert not torch.allclose(model(idx), before)
+    rest = model.num_params() - sum(table.weight[:300].numel() + 2 * 2 for table in model.vte)
+    assert rest == tiny(n_layer=5, bias=False).num_params()
+
+
+@torch.no_grad()
+def test_an_x0_shortcut_can_begin_anew_from_the_embedding():
+    model, idx = stirred(x0_shortcut=True), rows()
+    model.h[2].x_mix.copy_(torch.tensor([0.0, 1.0]))
+    before = model(idx)
+    model.h[0].mlp.c_fc.weight.normal_()
+    model.h[1].attn.c_attn.weight.normal_()
+    assert torch.equal(model(idx), before), "the last block reads the embedding alone"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_layer", [4, 5])
+def test_a_unet_hands_outputs_over_last_to_first(n_layer):
+    model, idx = stirred(unet=True, n_layer=n_layer), rows()
+    model.skip_mix.copy_(torch.tensor([0.5, -2.0]))
+    x, seen = model.wte(idx) + model.wpe(torch.arange(32)), []
+    for i, block in enumerate(model.h):
+        if i == n_layer - 2:
+            x = x + 0.5 * seen[1]
+        if i == n_layer - 1:
+            x = x - 2.0 * seen[0]
+        x = x + block.attn(block.ln_1(x), Shared(None, None, None, None, []))
+        x = x + block.mlp(block.ln_2(x))
+        seen.append(x)
+    torch.testing.assert_close(model.hidden(idx), model.ln_f(x))
+
+
+@torch.no_grad()
+def test_a_softcap_bounds_the_logits_that_are_sampled_and_scored():
+    plain, capped, idx = stirred(), stirred(logit_softcap=2.0), rows()
+    expected = 2 * torch.tanh(plain(idx)[..., :300] / 2)
+    torch.testing.assert_close(capped(idx)[..., :300], expected, atol=1e-5, rtol=1e-5)
+    assert (capped(idx)[..., 300:] == float("-inf")).all()
+    targets = rows(seed=4)
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(capped(idx, targets), loss, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_a_document_mask_makes_documents_blind_to_each_other():
+    model = stirred(document_mask=True, eot_id=299, rope=True)
+    first, second = rows(12), rows(20, seed=9)
+    first[:, 0] = second[:, 0] = 299
+    apart = model(second)
+    torch.testing.assert_close(model(torch.cat([first, second], dim=1))[:, 12:], apart, atol=1e-4, rtol=1e-4)
+    blurred = stirred(rope=True)(torch.cat([first, second], dim=1))[:, 12:]
+    assert not torch.allclose(blurred, apart, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_window_reaches_so_many_tokens_back_and_no_further():
+    model, idx = stirred(window=5, n_layer=1), rows()
+    changed = idx.clone()
+    changed[0, 10] = (idx[0, 10] + 1) % 299
+    same = (model(idx)[0, :, :300] == model(changed)[0, :, :300]).all(dim=-1)
+    assert same.nonzero().flatten().tolist() == [i for i in range(32) if not 10 <= i < 15]
+    assert model.flops_per_token() < stirred(n_layer=1).flops_per_token()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 32, [5, 7, 1, 19]])
+@pytest.mark.parametrize("fields", [MODERN, MODERN | LONG_ROWS, LONG_ROWS], ids=["modern", "modern, long", "long"])
+def test_a_cache_changes_nothing_with_any_switch(fields, pieces):
+    model, idx = stirred(**{"n_kv_head": 2} | fields), rows()
+    idx[0, [0, 11]] = idx[1, [4, 20]] = 299  # documents begin at different places
+    cache = model.make_cache(2, torch.float32)
+    parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1)[..., :300], model(idx)[..., :300], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, MODERN, MODERN | LONG_ROWS], ids=["gpt2", "modern", "modern, long"])
+def test_sequences_of_different_lengths_in_one_cache_are_as_each_alone(fields):
+    model, idx = stirred(**fields), rows()
+    idx[:, 20] = 299
+    begins = torch.tensor([0, 9])
+    cache = model.make_cache(2, torch.float32, begins)
+    parts = [model(part, cache=cache) for part in idx.split([15, 1, 1, 15], dim=1)]
+    together = torch.cat(parts, dim=1)[..., :300]
+    torch.testing.assert_close(together[0], model(idx[:1])[0, :, :300], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[1, 9:], model(idx[1:, 9:])[0, :, :300], atol=1e-4, rtol=1e-4)
+
+
+def test_one_block_has_nobody_to_hand_anything_to():
+    model, idx = stirred(unet=True, n_layer=1), rows()
+    model(idx, idx).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_document_mask_needs_the_token_that_documents_begin_with():
+    with pytest.raises(ValueError, match="eot_id"):
+        tiny(document_mask=True)
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN, MODERN | LONG_ROWS], ids=["gpt2", "modern", "modern, long"])
+def test_a_compiler_takes_the_model_whole_and_changes_nothing(fields):
+    torch._dynamo.reset()
+    model, idx, targets = stirred(**fields), rows(), rows(seed=4)
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        run(idx, targets).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [
+    LONG_ROWS, {"window": 150, "n_kv_head": 1, "attention_scale": 0.3}, LONG_ROWS | MODERN | {"window": None},
+])  # fmt: skip
+def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatch):
+    torch._dynamo.reset()
+    idx, targets = rows(256), rows(256, seed=4)
+    idx[0, [0, 128]] = idx[1, [4, 200]] = 299
+    model, results, masks = stirred(n_head=2, block_size=256, **fields), [], []
+
+    def seen(q, k, v, mask, *rest):
+        masks.append((type(mask).__name__, mask.shape[0]))
+        return attention(q, k, v, mask, *rest)
+
+    monkeypatch.setattr("model.attention", seen)
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        loss = run(idx, targets)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # no CPU backward
+    texts = 2 if model.config.document_mask else 1
+    assert masks == [("Tensor", texts)] * 3 + [("BlockMask", texts)] * 3
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_a_modern_model_is_no_gpt2_for_hugging_face():
+    for name, value in MODERN.items():
+        if name != "tie_head":
+            with pytest.raises(UserError, match="no GPT-2"):
+                to_gpt2(tiny(**{name: value}))

@@ -1,0 +1,181 @@
+"""Sampling: the cache changes no token, padding is never drawn, and a seed decides."""
+
+import pytest
+import torch
+from support.helpers import call
+from torch._dynamo.testing import CompileCounter
+
+import sample as sample_script
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.errors import UserError
+from babygpt.nn.generation import choose, generate, read_on
+from babygpt.training.checkpoint import model_tensors, save
+from model import GPT, GPTConfig
+from sample import sample
+
+
+def make_model(**fields: object) -> GPT:
+    torch.manual_seed(0)
+    config = {"block_size": 256, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.2}
+    model = GPT(GPTConfig(**config | fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # sharper than at the start, so that one token leads clearly
+    return model.eval()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_greedy_tokens_with_a_cache_equal_those_without_over_200_tokens(kv_heads):
+    model = make_model(n_kv_head=kv_heads)
+    prompt = torch.randint(0, 300, (2, 10))
+    cached = torch.stack(list(generate(model, prompt, 200, temperature=0)), dim=1)
+    tokens = prompt
+    for _ in range(200):
+        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(cached, tokens[:, 10:])
+
+
+def test_a_token_costs_one_tokens_work(monkeypatch):
+    model = make_model()
+    lengths = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, cache: (lengths.append(idx.size(1)), hidden(idx, cache))[1])
+    list(generate(model, torch.zeros(1, 10, dtype=torch.int64), 50))
+    assert lengths == [10] + [1] * 49
+
+
+@torch.no_grad()
+def test_a_full_context_lets_its_older_half_go_and_writing_goes_on():
+    model = make_model(block_size=16)
+    prompt = torch.randint(0, 300, (1, 10))
+    context = prompt[0].tolist()
+    for token in generate(model, prompt, 60, temperature=0):
+        assert token == model(torch.tensor([context]))[0, -1].argmax()
+        context.append(token.item())
+        if len(context) > 16:
+            context = context[-8:]
+    torch.manual_seed(1)
+    prompt = torch.randint(0, 300, (1, 40))
+    first = next(generate(model, prompt, 1, temperature=0))
+    assert first == model(prompt[:, -16:])[:, -1].argmax()
+
+
+MODERN = {"rope": True, "qk_norm": True, "document_mask": True, "eot_id": 299, "window": 40, "value_embeddings": 1}
+
+
+@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
+@torch.no_grad()
+def test_several_prompts_at_once_get_what_each_gets_alone(fields, dataset):
+    model, tokenizer = make_model(block_size=64, **fields), load_tokenizer(dataset)
+    long = "the model reads the data and writes a shard"
+    while len(tokenizer.encode(long)) < 55:
+        long += " of data"
+    prompts = ["the", long, "a shard"]
+    assert len(tokenizer.encode(long)) < 64, "its context gets full, and theirs is moved on with it"
+    together = sample(model, tokenizer, prompts, 25, 0.0, None, None, 0, "float32")
+    assert together == [sample(model, tokenizer, [p], 25, 0.0, None, None, 0, "float32")[0] for p in prompts]
+    assert len(set(together)) == 3
+
+
+def test_padding_is_never_drawn_even_where_all_logits_are_negative():
+    model = make_model(block_size=16)
+    with torch.no_grad():
+        model.wte.weight.abs_()
+        model.ln_f.weight.mul_(0.01)
+        model.ln_f.bias.fill_(-5.0)
+    for temperature in (0.0, 5.0):
+        tokens = torch.cat(list(generate(model, torch.zeros(64, 1, dtype=torch.int64), 15, temperature, top_k=None)))
+        assert tokens.max() < 300
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])).expand(2000, 5)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(top_k=None, top_p=None, temperature=1.0):
+        return torch.bincount(choose(logits, temperature, top_k, top_p, generator), minlength=5) / 2000
+
+    torch.testing.assert_close(drawn(), torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), atol=0.04, rtol=0)
+    torch.testing.assert_close(drawn(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=0.04, rtol=0)
+    torch.testing.assert_close(drawn(top_p=0.8), torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85, atol=0.04, rtol=0)
+    assert drawn(top_p=0.01)[1] == drawn(top_k=1)[1] == drawn(temperature=0)[1] == 1
+    assert drawn(temperature=0.2)[1] > 0.7
+
+
+def test_a_seed_gives_the_same_texts_and_no_random_state_is_touched(dataset):
+    model, tokenizer = make_model(), load_tokenizer(dataset)
+    model.train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    texts = [sample(model, tokenizer, ["the model"] * 3, 20, 1.0, 50, None, seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) == 3
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+
+
+def test_a_text_ends_at_its_end_of_text(dataset, monkeypatch):
+    model, tokenizer = make_model(), load_tokenizer(dataset)
+    script = [[10, 11], [12, tokenizer.eot_id], [13, 14], [tokenizer.eot_id, 15], [16, 17]]
+    monkeypatch.setattr(sample_script, "generate", lambda *args: iter(torch.tensor(script)))
+    shown = []
+    texts = sample(model, tokenizer, ["the"] * 2, 5, 1.0, None, None, 0, show=shown.append)
+    assert texts == [tokenizer.decode([10, 12, 13]), tokenizer.decode([11])]
+    assert "".join(shown) == texts[0]
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    state = {"step": 1, "model": vars(make_model().config), "tokenizer": {"name": "tokenizer.json"}}
+    save(tmp_path / "run", 1, model_tensors(make_model()), {}, state, keep=0)
+    (tmp_path / "run" / "tokenizer.json").write_bytes((dataset / "tokenizer.json").read_bytes())
+    return tmp_path / "run"
+
+
+def test_a_prompt_comes_behind_an_end_of_text(dataset, monkeypatch):
+    model, tokenizer, seen = make_model(), load_tokenizer(dataset), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, cache: (seen.append(idx.tolist()), hidden(idx, cache))[1])
+    sample(model, tokenizer, ["the model"] * 2, 1, 1.0, None, None, 0)
+    assert seen == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
+
+
+def test_sampling_works_under_bfloat16(dataset):
+    model, tokenizer = make_model(), load_tokenizer(dataset)
+    assert len(sample(model, tokenizer, ["the model"] * 2, 20, 1.0, 50, 0.9, 0, dtype="bfloat16")) == 2
+
+
+def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):
+    call(sample_script.main, run, "--prompt", "the model", "--num-samples", 3, "--max-new-tokens", 5)
+    assert capsys.readouterr().out.count("the model") == 3
+    call(sample_script.main, run, "--prompt", "the model", "a shard", "--num-samples", 2, "--max-new-tokens", 5)
+    out = capsys.readouterr().out
+    assert (out.count("the model"), out.count("a shard")) == (2, 2)
+
+
+def test_without_a_prompt_it_asks_until_an_empty_line(run, capsys, monkeypatch):
+    lines = iter(["the model", "a shard", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    call(sample_script.main, run, "--max-new-tokens", 5)
+    out = capsys.readouterr().out
+    assert "the model" in out
+    assert "a shard" in out
+
+
+def test_compiled_decoding_writes_the_same_and_is_not_compiled_anew_for_every_token():
+    torch._dynamo.reset()
+    model, counter = make_model(document_mask=True, eot_id=299, window=9), CompileCounter()
+    prompts, begins = torch.randint(0, 300, (2, 10)), torch.tensor([0, 4])
+    plain = list(generate(model, prompts, 60, 1.0, generator=torch.Generator().manual_seed(0), begins=begins))
+    decode = torch.compile(read_on, dynamic=True, fullgraph=True, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    compiled = list(generate(model, prompts, 60, 1.0, generator=generator, begins=begins, decode=decode))
+    assert all(map(torch.equal, plain, compiled))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("flag", [("--top-p", 0), ("--temperature", -1), ("--num-samples", 0), ("--compile",)])
+def test_values_out_of_range_are_refused(run, flag):
+    with pytest.raises(UserError, match=flag[0]):
+        call(sample_script.main, run, "--prompt", "x", *flag)

@@ -1,0 +1,375 @@
+"""Training: the same run on any machine, stopped or not, and nothing that looks on changes it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.helpers import call, save_hellaswag
+from support.runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, flags, measured, weights
+
+import train
+from babygpt.errors import ConfigError, UserError
+from babygpt.training import checkpoint
+from babygpt.training.metrics import COLUMNS, read_log
+
+# ---------------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_a_run_learns_and_writes_its_files(unbroken):
+    rows = read_log(unbroken / "log.csv")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["tokens"] for row in rows] == [256 * step for step in range(STEPS + 1)]
+    assert (unbroken / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert [row["step"] for row in rows if row["val_loss"]] == [0, 4, 8, 12, STEPS]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
+    assert rows[-1]["loss"] is None
+    assert rows[-1]["val_bpb"]
+    assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the test run crosses the end of an epoch"
+    assert (unbroken / "plot.png").stat().st_size > 10_000
+    assert json.loads((unbroken / "config.json").read_text())["model"]["n_embd"] == 16
+    sampled = re.findall(r"^\| (\d+) \| Hello, I'm a language model,", (unbroken / "samples.txt").read_text(), re.M)
+    assert sampled == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
+    names = load_file(unbroken / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
+    assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
+
+
+def test_a_cosine_follows_the_warm_up(unbroken):
+    lr = [row["lr"] for row in read_log(unbroken / "log.csv")[:-1]]
+    assert lr[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+    assert lr[3 + 5] == pytest.approx(
+        1e-2 * (0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 5 / 11)).item()))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# stop and resume
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_behind_any_step_ends_as_if_never_stopped(step, unbroken, dataset, tmp_path):
+    out = cut_back_to(unbroken, step, tmp_path / "stopped")
+    call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+def test_resume_without_a_checkpoint_starts_from_scratch(unbroken, dataset, tmp_path):
+    call(train.main, *flags(dataset, tmp_path / "fresh", general__init_from="resume"))
+    assert_equal_to_the_bit(tmp_path / "fresh", unbroken)
+
+
+def test_a_stop_signal_saves_ends_well_and_loses_nothing(unbroken, dataset, tmp_path):
+    out = tmp_path / "stopped"
+    line = flags(dataset, out, saving__every_n_steps=1000)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *line],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for text in process.stdout:
+        if text.startswith("step      3 | loss"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped_at = int(re.search(r"stopped at step (\d+), saved", rest).group(1))
+    assert 4 <= stopped_at < STEPS
+    assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
+    call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+@pytest.mark.parametrize("told_in", range(STEPS))
+def test_whichever_step_a_stop_falls_into_nothing_is_lost(told_in, unbroken, dataset, tmp_path, monkeypatch):
+    out, step_of, calls = tmp_path / "stopped", train.train_step, []
+
+    def told(*args, stop, **named):
+        calls.append(stop)
+        return step_of(*args, stop=len(calls) == told_in + 1, **named)
+
+    monkeypatch.setattr(train, "train_step", told)
+    call(train.main, *flags(dataset, out, saving__every_n_steps=6))
+    monkeypatch.setattr(train, "train_step", step_of)
+    last = checkpoint.read_state(checkpoint.latest(out))["step"]
+    assert told_in + 1 <= last <= told_in + 2, "saved behind the step, or behind the one that was under way"
+    assert len(calls) == last
+    call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# any number of ranks, any micro-batch
+
+
+def test_a_step_is_the_same_whatever_the_micro_batch(dataset, tmp_path):
+    logs = []
+    for micro in (1, 4, 16):
+        line = flags(
+            dataset, tmp_path / str(micro), training__micro_batch_size=micro, model__dropout=0.0, training__max_steps=6,
+            optimizer__grad_clip=0.05, saving__every_n_steps=0, sampling__every_n_steps=0,
+        )  # fmt: skip
+        call(train.main, *line)
+        logs.append([row["loss"] for row in read_log(tmp_path / str(micro) / "log.csv")[:-1]])
+    assert logs[0] == pytest.approx(logs[2], rel=1e-5)
+    assert logs[1] == pytest.approx(logs[2], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# looking on changes nothing
+
+
+def test_looking_on_is_done_without_gradients_and_without_dropout(dataset, tmp_path, monkeypatch):
+    forward, seen = train.GPT.hidden, []
+
+    def watched(self, idx, cache=None, **layout):
+        seen.append((torch.is_grad_enabled(), self.training))
+        return forward(self, idx, cache, **layout)
+
+    monkeypatch.setattr(train.GPT, "hidden", watched)
+    line = flags(
+        dataset, tmp_path / "run", training__max_steps=2, evaluation__every_n_steps=1, validation__every_n_steps=1,
+        sampling__every_n_steps=1, evaluation__file=save_hellaswag(tmp_path / "questions.jsonl", 6),
+    )  # fmt: skip
+    call(train.main, *line)
+    assert seen.count((True, True)) == 2 * 4, "the micro-batches of two steps"
+    assert seen.count((False, False)) == len(seen) - 2 * 4 > 0
+
+
+def test_validation_evaluation_and_sampling_leave_training_alone(unbroken, dataset, tmp_path):
+    questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
+    line = flags(
+        dataset, tmp_path / "watched", validation__every_n_steps=1, evaluation__every_n_steps=1,
+        evaluation__file=questions, evaluation__limit=5, sampling__every_n_steps=1, model__block_size=16,
+    )  # fmt: skip
+    call(train.main, *line)
+    watched, alone = read_log(tmp_path / "watched" / "log.csv"), read_log(unbroken / "log.csv")
+    assert [(row["loss"], row["grad_norm"]) for row in watched] == [(row["loss"], row["grad_norm"]) for row in alone]
+    assert all(row["hellaswag"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in watched[1:])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            weights(tmp_path / "watched", STEPS)[0].values(), weights(unbroken, STEPS)[0].values(), strict=True
+        )
+    )
+
+
+def test_throughput_leaves_evaluation_out(dataset, tmp_path, monkeypatch):
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: (time.sleep(0.5), validate(*args))[1])
+    call(train.main, *flags(dataset, tmp_path / "slow", validation__every_n_steps=2, training__max_steps=6))
+    rows = read_log(tmp_path / "slow" / "log.csv")
+    assert max(row["step_ms"] for row in rows[:-1]) < 450
+    assert all(row["tokens_per_s"] == pytest.approx(256 / row["step_ms"] * 1e3) for row in rows[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# bad numbers
+
+
+def test_a_step_that_is_not_finite_is_not_applied_logged_or_saved(dataset, tmp_path, monkeypatch):
+    step_of = train.train_step
+    steps = []
+
+    def poisoned(model, optimizer, data, *rest, **named):
+        before = [p.detach().clone() for p in model.parameters()]
+        if len(steps) == 5:
+            with torch.no_grad():
+                model.wte.weight[0, 0] = float("inf")  # in the forward pass of this step alone
+        status = step_of(model, optimizer, data, *rest, **named)
+        if len(steps) == 5:
+            with torch.no_grad():
+                model.wte.weight[0, 0] = before[0][0, 0]
+        steps.append([torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)])
+        return status
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match=r"step 5: loss is .*, gradient norm nan"):
+        call(
+            train.main,
+            *flags(
+                dataset,
+                tmp_path / "bad",
+                validation__every_n_steps=0,
+                saving__every_n_steps=7,
+                sampling__every_n_steps=0,
+            ),
+        )
+    assert not any(steps[4]), "a good step changes all weights"
+    assert all(steps[5]), "a bad one changes none"
+    assert all(steps[6]), "nor does the one that was under way"
+    assert [row["step"] for row in read_log(tmp_path / "bad" / "log.csv")] == [0, 1, 2, 3, 4]
+    assert checkpoint.checkpoints(tmp_path / "bad") == []
+
+
+@pytest.mark.parametrize("clip", ["1.0", "0.0"])
+def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
+    """A loss that does not depend on any weight stops the run at its step, and its update is not applied."""
+    forward, applied = train.GPT.forward, []
+    step_of = train.train_step
+
+    def counted(model, *args, **named):
+        before = [p.detach().clone() for p in model.parameters()]
+        status = step_of(model, *args, **named)
+        applied.append(not all(map(torch.equal, before, model.parameters())))
+        return status
+
+    def constant(self, *args):
+        loss = forward(self, *args)
+        return loss - loss + loss.detach() if len(applied) == 3 and self.training else loss
+
+    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(train.GPT, "forward", constant)
+    with pytest.raises(UserError, match=r"step 3: the gradient norm is exactly 0, so the loss \(\d\.\d+\) does not"):
+        call(train.main, *flags(dataset, tmp_path / "zero", saving__every_n_steps=7, optimizer__grad_clip=clip))
+    assert applied[:4] == [True, True, True, False]
+    assert not any(applied[4:])
+    assert checkpoint.checkpoints(tmp_path / "zero") == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# other ways to begin, other modes
+
+
+def test_a_folder_with_a_run_is_not_overwritten(unbroken, dataset):
+    before = (unbroken / "log.csv").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a run already.*--general.init-from resume.*--general.out-dir"):
+        call(train.main, *flags(dataset, unbroken))
+    assert (unbroken / "log.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"model__n_layer": 3}, "model.n_layer: 2 there, 3 now"),
+        ({"model__block_size": 8}, "data.block_size: 16 there, 8 now"),
+        ({"general__seed": 7}, "data.seed: 1337 there, 7 now"),
+        ({"data__num_streams": 2}, "data.num_streams: 4 there, 2 now"),
+        ({"data__chunk_tokens": 50}, "data.chunk_tokens: 100 there, 50 now"),
+        ({"optimizer__name": "muon"}, "optimizer.name: adamw there, muon now"),
+    ],
+)
+def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, unbroken, dataset):
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        call(train.main, *flags(dataset, unbroken, general__init_from="resume", **change))
+
+
+def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(unbroken, dataset, tmp_path):
+    out = cut_back_to(unbroken, 2, tmp_path / "run")
+    for path in checkpoint.checkpoints(out):
+        (path / "model.safetensors").write_bytes(b"")
+    before = {name: (out / name).read_bytes() for name in ("log.csv", "samples.txt", "config.json")}
+    with pytest.raises(ConfigError, match="none of the 2 checkpoints"):
+        call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_began(unbroken, dataset, tmp_path):
+    changes = {"general__init_from": unbroken, "saving__every_n_steps": 0, "training__max_steps": 2}
+    call(train.main, *flags(dataset, tmp_path / "run", **changes))
+    first = measured(tmp_path / "run")
+    for _ in range(2):
+        call(train.main, *flags(dataset, tmp_path / "run", **changes | {"general__init_from": "resume"}))
+        assert measured(tmp_path / "run") == first
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(unbroken, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Ranks, "gather", lambda self, number: [number, number if number >= 0 else number - 1])
+    with pytest.raises(ConfigError, match="the ranks see different checkpoints"):
+        call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
+
+
+def test_a_checkpoint_from_before_a_switch_of_the_model_existed_goes_on(unbroken, dataset, tmp_path):
+    out = cut_back_to(unbroken, 6, tmp_path / "older")
+    found = checkpoint.load(checkpoint.latest(out))
+    del found.state["optimizer"]
+    for name in ("rope", "window", "document_mask", "logit_softcap"):
+        del found.state["model"][name]
+    checkpoint.save(out, 6, found.model, found.optimizer, found.state, keep=0)
+    call(train.main, *flags(dataset, out, general__init_from="resume"))
+    assert_equal_to_the_bit(out, unbroken)
+
+
+def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
+    with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
+        call(train.main, *flags(dataset, unbroken, general__init_from="resume", training__max_steps=5))
+
+
+def test_a_resume_tells_what_else_has_changed(unbroken, dataset, tmp_path, capsys):
+    out = cut_back_to(unbroken, 10, tmp_path / "stopped")
+    call(train.main, *flags(dataset, out, general__init_from="resume", optimizer__max_lr=1e-3))
+    assert "optimizer.max_lr was 0.01, is 0.001 now" in capsys.readouterr().out
+
+
+def test_weights_of_another_run_can_begin_one(unbroken, dataset, tmp_path):
+    line = flags(dataset, tmp_path / "tuned", general__init_from=unbroken, training__max_steps=1)
+    call(train.main, *line)
+    assert read_log(tmp_path / "tuned" / "log.csv")[0]["val_loss"] == read_log(unbroken / "log.csv")[-1]["val_loss"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        call(train.main, *flags(dataset, tmp_path / "file"))
+    with pytest.raises(ConfigError, match="n_embd: 16 there, 32 here"):
+        call(train.main, *flags(dataset, tmp_path / "wide", general__init_from=unbroken, model__n_embd=32))
+
+
+@pytest.mark.parametrize("mode", ["val", "eval", "sample"])
+def test_each_mode_works_alone_on_a_checkpoint_and_writes_nothing(mode, unbroken, dataset, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+    questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
+    call(train.main, *flags(dataset, unbroken, general__mode=[mode], evaluation__file=questions))
+    out = capsys.readouterr().out
+    val_loss = read_log(unbroken / "log.csv")[-1]["val_loss"]
+    assert {"val": f"validation loss {val_loss:.4f}", "eval": "hellaswag karpathy acc_norm", "sample": "Hello, I'm"}[
+        mode
+    ] in out
+    assert before == {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+
+
+def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
+    call(train.main, *flags(dataset, tmp_path / "bare", general__mode=["train"], training__max_steps=5))
+    assert not [row for row in read_log(tmp_path / "bare" / "log.csv") if row["val_loss"]]
+    assert "Hello" not in (tmp_path / "bare" / "samples.txt").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# mistakes of a person
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training__batch_tokens": 250}, "--training.batch-tokens 250: must be a multiple of micro_batch_size 4"),
+        ({"model__n_head": 3}, "--model.n-embd 16: must be a multiple of n_head 3"),
+        ({"data__dataset": "data/none"}, "there is no data set at data/none"),
+        ({"training__batch_tokens": 4096}, "an epoch has no step"),
+        ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
+        ({"training__max_stpes": 3}, "Perhaps you meant"),
+        ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
+        ({"model__eot_id": 7}, "--model.eot-id 7 is not the 299"),
+        ({"model__value_embeddings": 2}, "--model.value-embeddings 2: give at most half of n_layer 2"),
+        ({"model__block_size": 512}, "validation tokens, not one row of block_size 512"),
+        ({"general__init_from": "out/none"}, "there is no model at out/none"),
+    ],
+)
+def test_a_mistake_gets_one_message_in_time(change, words, dataset, tmp_path):
+    begin = time.perf_counter()
+    line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", **change)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert words in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "never").exists()
+    assert time.perf_counter() - begin < 6  # 3 s on a machine that does nothing else
+
+
+def test_all_mistakes_are_told_at_once(dataset, tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        call(train.main, *flags("data/none", tmp_path, model__n_head=3, sampling__top_p=2.0))
+    assert all(words in str(raised.value) for words in ("data/none", "n_head 3", "--sampling.top-p 2.0"))
