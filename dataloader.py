@@ -82,7 +82,7 @@ def _window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
         shard = tokens.shards[number]
         if isinstance(shard, np.memmap):
             offset = shard.offset + first * shard.itemsize
-            parts.append(np.fromfile(shard.filename, shard.dtype, end - first, offset=offset))
+            parts.append(np.fromfile(str(shard.filename), shard.dtype, end - first, offset=offset))
         else:
             parts.append(shard[first:end])
     return np.concatenate(parts)
@@ -136,9 +136,9 @@ class Epoch:
         """
         if not 0 <= n < self.num_rows:
             raise IndexError(f"row {n} of {self.num_rows}")
-        begin = self.begin(n)
+        begin = int(self.begin(n))
         end = begin + self.block_size + 1
-        ranges = []
+        ranges: list[tuple[int, int]] = []
         chunk = int(np.searchsorted(self.at, begin, side="right")) - 1
         while begin < end:
             stop = min(end, int(self.at[chunk + 1]))

@@ -15,6 +15,7 @@ Each task is committed whole or not at all, so the bytes follow from source and 
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from babygpt.data.shards import MANIFEST, open_dataset, verify
 from babygpt.data.sources import Source, find
 from babygpt.data.stages import MapStage, write_shards
 from babygpt.data.tokenizer import load_tokenizer
-from babygpt.data.workers import Setup, local_workers, ray_workers, warm_up
+from babygpt.data.workers import Pool, Setup, local_workers, ray_workers, warm_up
 from babygpt.data.workspace import (
     FORMAT,
     dataset_name,
@@ -56,8 +57,7 @@ def prepare(
         print(f"{folder} is complete already.")
         return manifest
     open_source(source, folder, settings)
-    if ray_address is None:
-        workers = check_room(source, settings, folder, workers, tokenizer.vocab_size)
+    count = check_room(source, settings, folder, workers, tokenizer.vocab_size) if ray_address is None else 0
     begun = {"format": FORMAT} | settings | {"revision": source.revision}
     remove_leftovers(here)
     if not files.is_remote(folder):
@@ -66,7 +66,8 @@ def prepare(
 
     # other machines need what is downloaded too
     downloads = f"{parts if ray_address else scratch}/download"
-    engine = local_workers(workers, setup) if ray_address is None else ray_workers(ray_address, setup)
+    engine: AbstractContextManager[tuple[Pool, int]]
+    engine = local_workers(count, setup) if ray_address is None else ray_workers(ray_address, setup)
     with report_failures(), engine as (pool, count):
         max_tokens, wanted = settings["max_tokens"], settings["val_tokens"]
         stage = MapStage(source, parts, downloads, scratch / "buckets", pool, max_tokens)

@@ -128,7 +128,7 @@ def _original(rows: list[dict]) -> list[dict]:
 
 def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | None = None) -> list[Example]:
     """Examples of a jsonl file as token rows; UserError names the line of a bad one."""
-    examples = []
+    examples: list[Example] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if limit is not None and len(examples) == limit:
@@ -186,7 +186,7 @@ def losses(
     all batches have the same shape, but those of trees that are longer than a row.
     """
     sums = torch.zeros(4 * len(examples), dtype=torch.float64)
-    rows, done = pack(trees(examples, model.config.block_size), ROW_TOKENS), set()
+    rows, done = pack(trees(examples, model.config.block_size), ROW_TOKENS), set[int]()
     for begin in range(0, len(rows), batch_size):
         if stop():
             break

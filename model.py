@@ -121,7 +121,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, -1, D).transpose(1, 2)  # (B, K, T, D)
         if config.qk_norm:
             q, k = norm(q).type_as(v), norm(k).type_as(v)  # autocast may have made them float32
-        if config.rope:
+        if shared.rotation is not None:
             q, k = rotate(q, *shared.rotation), rotate(k, *shared.rotation)
         if self.v_mix is not None:
             of_tokens = shared.values[self.table].view(B, T, -1, D).transpose(1, 2)
@@ -166,15 +166,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    # only of models that `from_pretrained` loaded
+    tokenizer: Tokenizer
+    source: str
+    step: int | None  # of the run; None for weights that come from elsewhere
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.document_mask and config.eot_id is None:
             raise ValueError("document_mask needs to know eot_id, the token that documents begin with")
         self.config = config
-        # of weights that `from_pretrained` loaded
-        self.tokenizer: Tokenizer | None = None
-        self.source: str | None = None
-        self.step: int | None = None  # of the run; None for weights that come from elsewhere
         self.recompute = False  # the blocks' activations in the backward pass, rather than to keep them
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
@@ -250,7 +251,8 @@ class GPT(nn.Module):
             x = norm(x)
         turns = rotation(positions, config.head_size) if config.rope else None
         shared = Shared(cache, turns, self.mask(idx, positions, cache, mask), x, [table(idx) for table in self.vte])
-        handed_over, half = [], config.n_layer // 2
+        handed_over: list[torch.Tensor] = []
+        half = config.n_layer // 2
         for i, block in enumerate(self.h):
             if config.unet and i >= config.n_layer - half:
                 x = x + self.skip_mix[i - config.n_layer + half] * handed_over.pop()
@@ -276,8 +278,10 @@ class GPT(nn.Module):
         window = min(config.window or config.block_size, config.block_size)
         if not (config.document_mask or window < config.block_size or padded):
             return given
-        starts = idx == config.eot_id if config.document_mask else torch.zeros_like(idx[:1], dtype=torch.bool)
-        documents = starts.cumsum(dim=1)  # (B, T), or (1, T) where all is one document
+        if config.document_mask and config.eot_id is not None:
+            documents = (idx == config.eot_id).cumsum(dim=1)  # (B, T)
+        else:
+            documents = torch.zeros_like(idx[:1])  # (1, T): all is one document
 
         def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             near = (q >= k) & (q - k < window)
@@ -297,7 +301,7 @@ class GPT(nn.Module):
             positions = key_positions[:, start:]
             if start:
                 documents = documents + cache.documents[:, start - 1 : start]
-            if padded:
+            if cache.begins is not None:
                 documents = documents.masked_fill(positions < cache.begins[:, None], -1)
             cache.documents[:, start:end] = documents
             key_documents = cache.documents[:, :end]  # (B, S)
@@ -427,7 +431,7 @@ def _from_huggingface(folder: Path) -> GPT:
     """A model from a directory with Hugging Face's GPT-2 weights and their tokenizer."""
     config = GPTConfig(**huggingface.read_config(folder / "config.json"))
     model = from_gpt2(huggingface.read_weights(folder / checkpoint.MODEL), config)
-    model.tokenizer, model.source = _tokenizer_of(folder, config.vocab_size), str(folder)
+    model.tokenizer, model.source, model.step = _tokenizer_of(folder, config.vocab_size), str(folder), None
     return model
 
 

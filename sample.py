@@ -9,7 +9,7 @@ The prompt is put behind an end-of-text token, as every document of the training
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -105,7 +105,10 @@ def main() -> None:
             if compile and ranks.device.type != "cuda":
                 raise UserError("--compile makes sampling faster on CUDA alone: leave it out.")
             loaded = GPT.from_pretrained(model, ranks.device)
-            settings = (max_new_tokens, temperature, top_k, top_p, seed, dtype, compile)
+            settings = {
+                "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                "seed": seed, "dtype": dtype, "compiled": compile,
+            }  # fmt: skip
             if prompt:
                 return show_samples(loaded, [p for p in prompt for _ in range(num_samples)], settings)
             while text := _ask():
@@ -114,12 +117,12 @@ def main() -> None:
     tyro.cli(command, prog="sample.py", description=__doc__)
 
 
-def show_samples(model: GPT, prompts: list[str], settings: tuple) -> None:
+def show_samples(model: GPT, prompts: list[str], settings: dict[str, Any]) -> None:
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
     show(prompts[0])
-    texts = sample(model, model.tokenizer, prompts, *settings, show=show)
+    texts = sample(model, model.tokenizer, prompts, **settings, show=show)
     print()
     for prompt, text in zip(prompts[1:], texts[1:], strict=True):
         print(f"\n---\n\n{prompt}{text}")

@@ -12,11 +12,11 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
@@ -33,7 +33,7 @@ from babygpt.training import checkpoint
 from babygpt.training.device import Mark, autocast, is_out_of_memory, untested_torch_warning, uses_bfloat16
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.guard import Gate, check_numbers, check_replicas, checksum
-from babygpt.training.metrics import Log, Pending, Samples, console_line
+from babygpt.training.metrics import Log, NullLog, NullSamples, Pending, Row, Samples, console_line
 from babygpt.training.optim import Optimizers, load_optimizer_state, make_optimizers, optimizer_state, set_rates
 from babygpt.training.plots import plot
 from babygpt.training.run_dir import FINISHED, STOPPED, check_identity, latest_checkpoint, lock_run_dir, record_launch
@@ -61,7 +61,7 @@ from train_config import (
 
 
 def train_step(
-    model: torch.nn.Module, optimizers: Optimizers, data: Step, config: Config, ranks: Ranks, seed: int,
+    model: nn.Module, optimizers: Optimizers, data: Step, config: Config, ranks: Ranks, seed: int,
     gate: Gate, stop: bool, compare: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """One update from all micro-batches of a step, unless the gate holds it back. Returns the status, (5 + 2 W,)
@@ -73,7 +73,7 @@ def train_step(
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(data.micro_batches):
         idx, targets = inputs_and_targets(batch, ranks.device)
-        if ranks.world_size > 1:  # read in the forward pass: gradients are averaged in the last backward alone
+        if isinstance(model, DistributedDataParallel):  # read in the forward pass: averages in the last backward alone
             model.require_backward_grad_sync = i == len(data.micro_batches) - 1
         with autocast(ranks.device, config.training.dtype):
             loss = model(idx, targets)
@@ -100,7 +100,7 @@ def train_step(
     status[1], status[2], status[3] = norm, z, held
 
     for optimizer in optimizers:
-        optimizer.found_inf = held
+        optimizer.found_inf = held  # type: ignore[attr-defined]  # what PyTorch's fused kernels read
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return status
@@ -135,7 +135,7 @@ def identity(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenize
 
 def restore_or_initialize(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer, ranks: Ranks) -> Start:
     """The weights and the place to begin at, as --general.init-from says; writes config.json."""
-    out, init_from = Path(config.general.out_dir), config.general.init_from
+    out, init_from = config.general.out_dir, config.general.init_from
     found = None
     if init_from == "resume":
         found = latest_checkpoint(out, ranks)
@@ -250,12 +250,12 @@ class Run:
     order: Order
     start: Start
     raw_model: GPT
-    model: torch.nn.Module
+    model: nn.Module
     optimizers: Optimizers
     examples: list[Example]
-    log: Log | None = None
-    samples: Samples | None = None
-    bar: tqdm | None = None
+    log: Log
+    samples: Samples
+    bar: tqdm
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
@@ -265,13 +265,13 @@ class Run:
 
     def plot(self) -> None:
         if self.ranks.is_main:
-            out = Path(self.config.general.out_dir)
+            out = self.config.general.out_dir
             plot([out], out / "plot.png")
 
 
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     """Everything from the settings to the first step: order, examples, weights, optimizer, log."""
-    device, out = ranks.device, Path(config.general.out_dir)
+    device, out = ranks.device, config.general.out_dir
     tokenizer = load_tokenizer(dataset.tokenizer)
     if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
         raise ConfigError(f"{dataset.tokenizer} is not the tokenizer that {dataset.folder} was made with.")
@@ -290,7 +290,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     if start.optimizer:
         load_optimizer_state(optimizers, raw_model, start.optimizer)
     compiled = config.training.compile == "on" or (config.training.compile == "auto" and device.type == "cuda")
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    model: nn.Module = torch.compile(raw_model, dynamic=False) if compiled else raw_model  # type: ignore[assignment]
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -303,12 +303,13 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         ranks.print(warning)
     if dataset.manifest is None:
         ranks.print(f"warning: {dataset.folder} has no dataset.json: its tokens are taken for GPT-2's, unverified")
-    run = Run(config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizers, examples)
-    if ranks.is_main:
-        run.log = Log(out / "log.csv", start.step)
-        run.samples = Samples(out / "samples.txt", start.step)
-        run.bar = tqdm(total=config.training.max_steps, initial=start.step, unit="step", disable=None)
-    return run
+    log = Log(out / "log.csv", start.step) if ranks.is_main else NullLog()
+    samples = Samples(out / "samples.txt", start.step) if ranks.is_main else NullSamples()
+    silent = None if ranks.is_main else True  # None: where stderr is no terminal
+    bar = tqdm(total=config.training.max_steps, initial=start.step, unit="step", disable=silent)
+    return Run(
+        config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizers, examples, log, samples, bar
+    )
 
 
 def finish(run: Run, pending: Pending) -> bool:
@@ -329,10 +330,9 @@ def finish(run: Run, pending: Pending) -> bool:
     row |= pending.speed(
         run.config.training.batch_tokens, run.raw_model.flops_per_token() if bfloat16 else None, run.ranks
     )
-    if run.ranks.is_main:
-        run.log.write(row)
-        with spoken():
-            run.bar.update()
+    run.log.write(row)
+    with spoken():
+        run.bar.update()
     if SCORES & row.keys():
         run.plot()
     every = run.config.logging.every_n_steps
@@ -348,7 +348,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
     """The loop: before update k the scenes that are due look at the weights after k updates. At step `until` it stops
     as if it was told to."""
     config, ranks, raw_model = run.config, run.ranks, run.raw_model
-    out, max_steps, o = Path(config.general.out_dir), config.training.max_steps, config.optimizer
+    out, max_steps, o = config.general.out_dir, config.training.max_steps, config.optimizer
     tokens, position, compared = run.start.tokens, run.start.position, config.training.compare_ranks_every_n_steps
     loader = DataLoader(
         run.order, position, config.training.batch_tokens // config.model.block_size,
@@ -361,7 +361,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
 
     for step in range(run.start.step, max_steps + 1):
         last, ranks.doing = step == max_steps, f"what comes before step {step}"
-        row = {"step": step, "tokens": tokens, "epoch": position.epoch}
+        row: Row = {"step": step, "tokens": tokens, "epoch": position.epoch}
         due = due_tasks(config, step, run.start.step)
         if pending and (due or last or stopping):
             signals.nothing_to_lose = False
@@ -390,8 +390,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
             # --- sample
             if "sampling" in due:
                 texts = write_samples(raw_model, run.tokenizer, config, step, ranks, signals.told)
-                if ranks.is_main:
-                    run.samples.write(step, texts)
+                run.samples.write(step, texts)
                 run.say(f"step {step:>6} | {texts[0]}")
         except Stopped:  # the scenes wait for the resume
             stopping, due = True, {"saving"}
@@ -456,7 +455,7 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
     model = ranks.main_first(lambda: GPT.from_pretrained(spec, ranks.device))
     tokenizer = model.tokenizer
     ranks.print(f"{model.source}: {model.num_params():,} parameters")
-    if "val" in config.general.mode:
+    if dataset is not None:  # as "val" is in the mode
         if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
             raise ConfigError(f"{dataset.folder} was made with another tokenizer than the model of {spec}.")
         loss, bpb = validate(model, dataset, tokenizer, config, ranks)
@@ -473,16 +472,14 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
 def main() -> None:
     _, config = parse(sys.argv[1:])
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
-    out, general, s = Path(config.general.out_dir), config.general, config.saving
-    training = "train" in general.mode
-    with (
-        StopSignals() if training else nullcontext() as signals,
-        process_group(general.device, general.timeout_minutes) as ranks,
-    ):
-        if not training:
+    out, general, saving = config.general.out_dir, config.general, config.saving
+    if "train" not in general.mode:
+        with process_group(general.device, general.timeout_minutes) as ranks:
             return assess(config, dataset, ranks)
+    assert dataset is not None, "resolve opens the data set of a training"
+    with StopSignals() as signals, process_group(general.device, general.timeout_minutes) as ranks:
         try:
-            with lock_run_dir(out, ranks), checkpoint.Saver(out, s.keep, s.keep_every) as saver:
+            with lock_run_dir(out, ranks), checkpoint.Saver(out, saving.keep, saving.keep_every) as saver:
                 signals.marker = out / STOPPED
                 train(set_up(config, dataset, ranks), signals, saver)  # no name holds the model when the ranks part
         except OSError as error:  # of the log, the samples, the picture; a checkpoint's is told by itself

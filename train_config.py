@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.errors import ConfigError, UserError
@@ -28,7 +28,7 @@ class General:
 
     mode: tuple[Mode, ...] = ("train", "val", "eval", "sample")  # any subset; without train, a checkpoint is read
     init_from: str = "scratch"  # scratch, resume (scratch where there is no checkpoint), gpt2[-medium ...], or a path
-    out_dir: str | None = None  # folder of the run [out/PRESET]
+    out_dir: Path = Path("out/gpt2")  # folder of the run [out/PRESET]
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
     timeout_minutes: float = 30.0  # how long ranks wait for one that is silent, or for rank 0's downloads
@@ -144,7 +144,7 @@ class Config:
 # presets
 
 
-def variant(base: Config, **sections: dict[str, object]) -> Config:
+def variant(base: Config, **sections: dict[str, Any]) -> Config:
     """A config with some fields changed: variant(base, training={"max_steps": 10})."""
     return replace(base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()})
 
@@ -272,12 +272,13 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"there is no preset {name!r}.{hint} Known: {', '.join(PRESETS)}.")
     description = f"Trains, validates, evaluates and samples a GPT. Presets: {', '.join(PRESETS)}. These are {name}'s."
+    preset = PRESETS[name]
+    if preset.general.out_dir == General.out_dir:
+        preset = variant(preset, general={"out_dir": Path("out") / name})
     config = tyro.cli(
-        Config, default=PRESETS[name], args=rest, prog=f"train.py {name}", description=description,
+        Config, default=preset, args=rest, prog=f"train.py {name}", description=description,
         console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",  # of many ranks one tells a mistake
     )  # fmt: skip
-    if config.general.out_dir is None:
-        config = variant(config, general={"out_dir": f"out/{name}"})
     return name, config
 
 
@@ -404,7 +405,7 @@ def check(config: Config, world_size: int) -> list[str]:
 
 
 def to_json(config: Config) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # str: of a Path
 
 
 TASK_MODES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
@@ -435,14 +436,10 @@ def settings_text(config: Config) -> str:
 def from_json(values: dict) -> Config:
     """The config that `to_json` told; UserError where this version doesn't know a field of it."""
     try:
-        return Config(
-            **{
-                section.name: section.type(
-                    **{name: tuple(v) if isinstance(v, list) else v for name, v in values[section.name].items()}
-                )
-                for section in dataclasses.fields(Config)
-            }
-        )
+        sections = {field.name: dict(values[field.name]) for field in dataclasses.fields(Config)}
+        general = sections["general"]
+        general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
+        return variant(Config(), **sections)
     except (TypeError, KeyError) as error:
         raise UserError(f"these settings are of another version ({error}).") from None
 

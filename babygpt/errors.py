@@ -36,6 +36,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise  # a message: Python prints it
         code = end.code or 0
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if code and os.environ.get("LOCAL_RANK", "0") != "0":

@@ -195,8 +195,8 @@ def remove(path: str | Path) -> None:
     """Deletes a file or a folder with all that is in it; nothing where there is none."""
     if is_remote(path):
         with _told(path), suppress(FileNotFoundError):
-            system, path = _system(path)
-            system.rm(escape(path), recursive=True)  # it takes patterns
+            system, there = _system(path)
+            system.rm(escape(there), recursive=True)  # it takes patterns
     elif os.path.isdir(path):
         shutil.rmtree(os.path.realpath(path))  # of a link, what is there
         if os.path.islink(path):

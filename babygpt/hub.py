@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from babygpt import files
 from babygpt.errors import UserError
@@ -64,7 +65,7 @@ def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16), fi
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    http_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub's stands on
+    http_error: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub's stands on
     for wait in (*waits, None):
         try:
             return ask()

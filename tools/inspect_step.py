@@ -67,7 +67,9 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
 def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks: int, chars: int) -> Iterator[str]:
     """A line for each part of each row, one for every chunk and shard that it touches."""
     tokenizer, ends_of_text = load_tokenizer(dataset.tokenizer), {}
-    names = [Path(shard.filename).name if len(shard) else "" for shard in order.tokens.shards]
+    names = [
+        Path(str(s.filename)).name if isinstance(s, np.memmap) else "" for s in order.tokens.shards
+    ]  # "": no tokens
     width = max(map(len, names))
     yield f"{'row':>9} {'rank':>4} {'stream':>6}  {'shard':<{width}} {'token':>11} {'tokens':>6} {'document':>8}  text"
     for n in rows:

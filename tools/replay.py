@@ -70,7 +70,7 @@ def segments(run: Path) -> list[Segment]:
         checkpoint.verify(path)
         if not checkpoint.read_state(path).get("launches"):
             raise UserError(f"{path} was made before runs kept what an audit needs.")
-    pairs = [*pairwise(found)]
+    pairs: list[tuple[Path | None, Path]] = [*pairwise(found)]
     if found and checkpoint.read_state(found[0])["launches"][0]["config"]["general"]["init_from"] == "scratch":
         pairs.insert(0, (None, found[0]))
     if not pairs:
@@ -127,6 +127,7 @@ def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
             logging={"every_n_steps": 0},
         )  # fmt: skip
         config, dataset = resolve(config, ranks.world_size)
+        assert dataset is not None, "resolve opens the data set of a training"
         with checkpoint.Saver(out, 0, 0) as saver:
             run = set_up(config, dataset, ranks)
             train(run, StopSignals(), saver, until=steps.stop)
@@ -227,11 +228,9 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
         finally:
             if ranks.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
-    complaints = ranks.sum([len(complaints)])[0]  # of rank 0, which alone compares
-    ranks.print(
-        f"{run} " + ("is NOT what it says" if complaints else "is what it says") + f", by {len(chosen)} samples"
-    )
-    return not complaints
+    count = ranks.sum([len(complaints)])[0]  # of rank 0, which alone compares
+    ranks.print(f"{run} " + ("is NOT what it says" if count else "is what it says") + f", by {len(chosen)} samples")
+    return not count
 
 
 def main() -> None:

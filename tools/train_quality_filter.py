@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def frequencies(ids: Sequence[np.ndarray], vocab_size: int):
 
     rows = [np.concatenate([document, pairs_of(document) + np.uint32(vocab_size)]) for document in ids]
     sizes = [len(row) for row in rows]
-    values = np.repeat(np.float32([1 / len(document) for document in ids]), sizes)
+    values = np.repeat(np.array([1 / len(document) for document in ids], np.float32), sizes)
     columns = np.concatenate(rows).astype(np.int32)
     shape = (len(rows), vocab_size + (1 << PAIR_BITS))
     matrix = csr_matrix((values, columns, np.cumsum([0, *sizes])), shape=shape)
@@ -216,6 +217,8 @@ def main() -> None:
             text_column: The column or key that holds a document's text.
             max_documents: Documents of each side at the most, chosen by hash.
         """
+        if find_spec("sklearn") is None:
+            raise UserError("python -m tools.train_quality_filter needs scikit-learn: pip install scikit-learn")
         if max_documents < LEAST_DOCUMENTS:
             raise UserError(f"--max-documents {max_documents} is under {LEAST_DOCUMENTS}, the least to learn from.")
         sources = {flag: _find(paths, flag, text_column) for flag, paths in (("--good", good), ("--other", other))}
@@ -223,8 +226,8 @@ def main() -> None:
         if shared:
             raise UserError(f"--good and --other both name {min(shared)}: a document can't be both. Give it to one.")
         encoder = load_tokenizer(tokenizer)
-        samples = (_sample(source, max_documents) for source in sources.values())
-        model = train_quality_filter(*samples, encoder, out)
+        good_sample, other_sample = (_sample(source, max_documents) for source in sources.values())
+        model = train_quality_filter(good_sample, other_sample, encoder, out)
         print(f"{out}: for {model.tokenizer} (sha256 {model.tokenizer_sha256[:12]}), sha256 {model.sha256[:12]}")
         print(report(model.figures))
 

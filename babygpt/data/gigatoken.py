@@ -5,7 +5,9 @@ Unicode versions of the libraries differ are left to the tokenizer, so that the 
 """
 
 import operator
+from abc import ABC, abstractmethod
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -30,11 +32,20 @@ def splits_alike(text: bytes) -> bool:
     return not any(first in text and any(map(text.__contains__, wholes)) for first, wholes in UNICODE_17.items())
 
 
-class BatchEncoder:
+class BatchEncoder(ABC):
     """Encodes whole data sets: by gigatoken, once it was found to do it alike."""
 
-    fast = None  # gigatoken's tokenizer, where it is used
+    fast: Any = None  # gigatoken's tokenizer, where it is used
     encoded = 0  # bytes that it has encoded; it never forgets a word
+
+    @property
+    @abstractmethod
+    def _gigatoken(self) -> Any:
+        """gigatoken's tokenizer, cached; any exception if it can't take this one."""
+
+    @abstractmethod
+    def _plain_ids(self, text: bytes) -> np.ndarray:
+        """Ids of one text by the slower library, (n,) uint32."""
 
     def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
         """From here on batches are encoded by gigatoken, if it encodes the first `sample_bytes` of these texts as

@@ -87,7 +87,7 @@ def pairs_of(ids: np.ndarray) -> np.ndarray:
     """The bucket of each pair of neighbours, (n - 1,) uint32 below 2^18, of (n,) uint32 ids: the highest bits of a
     linear hash modulo 2^32."""
     ids = ids.astype(np.uint32, copy=False)
-    mixed = ids[:-1] * np.uint32(0x9E3779B1) + ids[1:] * np.uint32(0x85EBCA6B)
+    mixed: np.ndarray = ids[:-1] * np.uint32(0x9E3779B1) + ids[1:] * np.uint32(0x85EBCA6B)
     return mixed >> np.uint32(32 - PAIR_BITS)
 
 

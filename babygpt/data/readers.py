@@ -104,14 +104,15 @@ def read(task: Task) -> Iterator[Batch]:
     rows = _read_stream(task) if task.kind == "stream" else _read_files(task)
     while batch := list(islice(rows, BATCH)):
         texts, *numbers = zip(*batch, strict=True)
-        numbers = zip(task.columns[1:], (np.array(values, np.float64) for values in numbers), strict=True)
-        yield Batch(list(texts), dict(numbers))
+        arrays = (np.array(values, np.float64) for values in numbers)
+        yield Batch(list(texts), dict(zip(task.columns[1:], arrays, strict=True)))
 
 
 def _read_parquet(task: Task) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    assert task.part is not None, "a parquet task has row groups"
     path, where = task.paths[0], f"row groups {task.part[0]} to {task.part[1] - 1}"
     groups, columns = range(*task.part), list(task.columns)
     try:

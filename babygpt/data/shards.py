@@ -58,7 +58,7 @@ def write_shard(path: str | Path, num_tokens: int, vocab_size: int, pieces: Iter
             if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
                 # before astype, which would wrap a large id into a valid one in silence
                 raise ValueError(f"{path}: token {int(piece.max())} outside the vocabulary of {vocab_size:,}")
-            data = np.ascontiguousarray(piece, dtype=dtype)
+            data = np.ascontiguousarray(piece, dtype=dtype).data
             file.write(data)
             digest.update(data)
             written += len(data)
@@ -316,7 +316,7 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
     problems = [problem for problems, _ in found for problem in problems]
     totals = {"shards": len(shards), "tokens": sum(shard["tokens"] for shard in shards)}
     totals["documents"] = sum(documents for _, documents in found)
-    counted = dict.fromkeys(SPLITS, 0)
+    counted: Counter[str | None] = Counter(dict.fromkeys(SPLITS, 0))
     for shard in dataset.manifest["shards"]:
         counted[_split_of(shard["file"])] += shard["tokens"]
     if counted != dataset.manifest["counts"]["tokens"]:

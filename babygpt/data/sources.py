@@ -95,7 +95,8 @@ class LocalFiles(Source):
 
     def open(self, revision: str | None = None) -> None:
         """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
-        digest, sizes, self.batches = hashlib.sha256(), [], []
+        digest, self.batches = hashlib.sha256(), []
+        sizes: list[int] = []
         for path in self.paths:
             try:
                 size = files.size(path)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import takewhile
 from pathlib import Path
 
@@ -11,17 +11,16 @@ from babygpt.data.plan import CODES, Plan, load_index, plan
 from babygpt.data.readers import Task
 from babygpt.data.shards import shard_name
 from babygpt.data.sources import Source
-from babygpt.data.workers import map_task, write_task
+from babygpt.data.workers import Pool, map_task, write_task
 from babygpt.data.workspace import dataset_name
+from babygpt.errors import UserError
 from babygpt.files import write_json
 
 
 class MapStage:
     """Runs the map tasks of a source in a pool, in source order, fetching units ahead as far as the source allows."""
 
-    def __init__(
-        self, source: Source, parts: str, downloads: str, buckets: Path, pool: Executor, max_tokens: int | None
-    ):
+    def __init__(self, source: Source, parts: str, downloads: str, buckets: Path, pool: Pool, max_tokens: int | None):
         from tqdm import tqdm
 
         self.source, self.parts, self.pool, self.max_tokens = source, parts, pool, max_tokens
@@ -56,6 +55,8 @@ class MapStage:
                     tokens = load_index(stem)["tokens"]
                     self.found += int(tokens.sum())
                     self.done(unit, stem, len(tokens), int(tokens.sum()))
+                elif task is None:
+                    raise UserError(f"{stem}.npz is gone, which {unit:05d}.json says is there. Delete {self.parts}.")
                 else:
                     self.running[self.pool.submit(map_task, task, stem)] = unit, stem
         while self.running:
@@ -64,10 +65,12 @@ class MapStage:
         return self.stems
 
     def fetch(self, unit: int) -> list[Task | None]:
-        if f"{unit:05d}.json" in self.there:  # all its tasks are done: the file need not be here again
+        """The tasks of a unit; None for those of a unit whose tasks are all done: its file need not be here again."""
+        tasks: list[Task | None]
+        if f"{unit:05d}.json" in self.there:
             tasks = [None] * json.loads(files.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
-            tasks = self.source.fetch(unit, self.downloads)
+            tasks = [*self.source.fetch(unit, self.downloads)]
         self.tasks[unit] = self.left[unit] = len(tasks)
         self.close_if_done(unit)  # a file may have no rows
         return tasks
@@ -107,14 +110,14 @@ class MapStage:
         return kept >= self.max_tokens
 
 
-def write_shards(
-    placed: Plan, folder: str, pool: Executor, ahead: int, shard_tokens: int, vocab_size: int
-) -> list[dict]:
+def write_shards(placed: Plan, folder: str, pool: Pool, ahead: int, shard_tokens: int, vocab_size: int) -> list[dict]:
     """Writes all shards that aren't there yet, `ahead` at once; returns their rows of the manifest."""
     from tqdm import tqdm
 
     there, recorded = set(files.names(folder)), set(files.names(f"{folder}/parts"))
-    rows, running, number = [], set(), 0
+    rows: list[dict] = []
+    running: set[Future] = set()
+    number = 0
     bar = tqdm(total=sum(-(-count // shard_tokens) for count in placed.tokens.values()), desc="write", unit="shard")
 
     def reap() -> None:

@@ -75,7 +75,9 @@ class GPT2Tokenizer(BatchEncoder):
         return gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="r50k").backend
 
     def _plain_ids(self, text: bytes) -> np.ndarray:
-        text = text.decode()
+        return self._ids_of(text.decode())
+
+    def _ids_of(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:
@@ -116,13 +118,14 @@ class FileTokenizer(BatchEncoder):
             raise UserError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}") from None
         self.bpe.no_truncation()
         self.bpe.no_padding()
-        self.vocab_size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
-        self.eot = next((name for name in END_OF_TEXT_NAMES if self.bpe.token_to_id(name) is not None), None)
-        if self.eot is None:
+        vocabulary = self.bpe.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        found = [name for name in END_OF_TEXT_NAMES if name in vocabulary]
+        if not found:
             raise UserError(
                 f"{path} has no end-of-text token: none of {', '.join(END_OF_TEXT_NAMES)} is in its vocabulary."
             )
-        self.eot_id = self.bpe.token_to_id(self.eot)
+        self.eot, self.eot_id = found[0], vocabulary[found[0]]
         self.bpe.encode_special_tokens = True  # a literal "<|endoftext|>" in a text stays text
 
     def __reduce__(self):
@@ -207,7 +210,7 @@ def is_gpt2(tokenizer: Tokenizer) -> bool:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = {byte: chr(byte) for byte in printable}
     characters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
-    ranks = load_tokenizer("gpt2").ranks
+    ranks = GPT2Tokenizer().ranks
     vocabulary = {"".join(map(characters.__getitem__, token)): rank for token, rank in ranks.items()}
     merged = [token for token, rank in vocabulary.items() if rank >= 256]  # by rank: the merge that makes it
     merges = ["".join(pair).replace(" ", "") for pair in settings["model"].get("merges", [])]  # pairs, or "a b"

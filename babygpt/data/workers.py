@@ -7,8 +7,10 @@ A worker is told everything by its task and the Setup: it shares nothing with th
 not depend on which of them did it.
 """
 
+import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -46,6 +49,15 @@ class Setup:
     tokenizer: Tokenizer
     filters: Filters = field(default_factory=Filters)
     quality: QualityModel | None = None  # with filters.min_quality
+
+
+class Pool(Protocol):
+    """What does tasks: the processes of this machine, or a Ray cluster."""
+
+    def submit(self, function: Callable, /, *arguments: Any) -> Future: ...
+
+
+_setup: Setup  # of this process, once `set_up` was called
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -75,7 +87,7 @@ def map_task(task: Task, stem: str) -> tuple[int, int, str | None]:
                 decision[kept[~good]] = FILTERED["min_quality"]
                 kept, ids = kept[good], list(compress(ids, good))
             if ids:
-                file.write(np.concatenate([part for document in ids for part in (eot, document)]).astype(dtype))
+                file.write(np.concatenate([part for document in ids for part in (eot, document)]).astype(dtype).data)
             length = np.zeros(len(batch.texts), np.uint32)
             length[kept] = [1 + len(document) for document in ids]
             lengths.append(length)
@@ -120,7 +132,7 @@ def write_task(
             together = 4 * (last - first) > b - a  # close enough for one reading
             whole = _read_tokens(stem, dtype, a, b) if together else None
             for begin, end in ranges.tolist():
-                yield whole[begin - a : end - a] if together else _read_tokens(stem, dtype, begin, end)
+                yield _read_tokens(stem, dtype, begin, end) if whole is None else whole[begin - a : end - a]
 
     sha256 = write_shard(path, num_tokens, vocab_size, tokens())
     write_json(record, {"documents": documents, "sha256": sha256})
@@ -174,7 +186,9 @@ def set_up(setup: Setup) -> None:
 
 def _end_with_parent() -> None:
     """A killed parent can't end its workers, and they would wait for work for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -189,8 +203,8 @@ class RayPool:
         self.ray, self.key, self.setup = ray, uuid.uuid4().hex, [ray.put(setup)]  # in a list it is fetched when needed
         self.remote = ray.remote(num_cpus=1, max_retries=3)(_on_ray)
 
-    def submit(self, function: Callable, *arguments) -> Future:
-        done = Future()
+    def submit(self, function: Callable, /, *arguments: Any) -> Future:
+        done: Future = Future()
 
         def finish(of_ray: Future) -> None:
             error = of_ray.exception()
@@ -217,7 +231,7 @@ def ray_workers(address: str, setup: Setup) -> Iterator[tuple[RayPool, int]]:
     try:
         if host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"there is no Ray cluster at --address {address} ({error}). Start one: ray start --head, and on the other "

@@ -53,7 +53,8 @@ def pack(found: Iterable[Tree], row_tokens: int) -> list[list[Tree]]:
     """Trees in rows of at most `row_tokens` tokens (a larger tree has a row of its own): into each row goes the largest
     one left that has room, as long as there is one."""
     left = sorted(found, key=lambda tree: tree.size)
-    sizes, rows = [tree.size for tree in left], []
+    sizes = [tree.size for tree in left]
+    rows: list[list[Tree]] = []
     while left:
         rows.append([])
         room, largest = row_tokens, len(left) - 1

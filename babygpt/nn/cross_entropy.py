@@ -55,9 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = logits[j : j + slice_rows]
                 part_loss, d = _loss_and_gradient(part, targets[i + j : i + j + len(part)], vocab_size, softcap, learns)
                 loss = loss + part_loss  # in place, torch 2.11's compiler makes every gradient zero
-                if learns:
+                if d is not None:
                     part.copy_(d)  # the gradient takes the logits' place
-            if learns:
+            if dx is not None and dweight is not None:
                 dx[i : i + chunk_rows] = logits @ weight_
                 of_chunk = logits.mT @ x_[i : i + chunk_rows]  # (V, C)
                 dweight = dweight.copy_(of_chunk) if i == 0 else dweight.add_(of_chunk)

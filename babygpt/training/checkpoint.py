@@ -141,7 +141,9 @@ class Saver:
 
     def __init__(self, run: Path, keep: int, keep_every: int):
         self.settings = (keep, keep_every)
-        self.run, self.thread, self.error = run, None, None
+        self.run = run
+        self.thread: Thread | None = None
+        self.error: UserError | None = None
 
     def save(self, step: int, model: dict, optimizer: dict, state: dict) -> None:
         """Begins to save. After an error nothing more is saved, and `wait` raises it."""
@@ -165,15 +167,15 @@ class Saver:
         if self.error is not None:
             raise self.error
 
-    def _write(self, *what: object) -> None:
+    def _write(self, step: int, model: dict, optimizer: dict, state: dict) -> None:
         try:
-            save(self.run, *what, *self.settings)
-            if launches := what[-1].get("launches"):
+            save(self.run, step, model, optimizer, state, *self.settings)
+            if launches := state.get("launches"):
                 write_json(self.run / "config.json", launches[-1]["config"])  # of who saved last
         except UserError as error:
             self.error = error
         except BaseException as error:
-            self.error = UserError(f"the checkpoint of step {what[0]:,} could not be written: {error!r}")
+            self.error = UserError(f"the checkpoint of step {step:,} could not be written: {error!r}")
 
     def _join(self) -> None:
         if self.thread is not None:
@@ -215,7 +217,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's folder is named for."""
-    return int(NAME.fullmatch(path.name)[1])
+    return int(re.sub(r"\D", "", path.name))
 
 
 def latest(run: str | Path) -> Path | None:

@@ -45,7 +45,7 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # twice as fast as float32 on a CPU with these instructions, several times slower without
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    cpu: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
@@ -110,6 +110,6 @@ class Mark:
 
     def ms_since(self, earlier: "Mark") -> float:
         """Milliseconds of the device between two marks; the later one must have been waited for."""
-        if self.event is not None:
+        if self.event is not None and earlier.event is not None:
             return earlier.event.elapsed_time(self.event)
         return (self.time - earlier.time) * 1e3

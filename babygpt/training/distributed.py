@@ -57,10 +57,10 @@ class Ranks:
 
     def watch(self, model: DistributedDataParallel) -> None:
         """From now on `bad_gradient` notes where a gradient of the rank isn't finite, which their mean doesn't tell."""
-        self.bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
+        bad_gradient = self.bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
 
         def note_and_reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            self.bad_gradient |= ~bucket.buffer().sum().isfinite()
+            bad_gradient.logical_or_(~bucket.buffer().sum().isfinite())
             return allreduce_hook(group, bucket)
 
         model.register_comm_hook(dist.group.WORLD, note_and_reduce)

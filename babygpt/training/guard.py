@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import torch
 
@@ -18,7 +19,7 @@ class Gate:
 
     WINDOW = 64
 
-    def __init__(self, device: torch.device, skip_spikes: float | None = None, losses: list[float] = ()):
+    def __init__(self, device: torch.device, skip_spikes: float | None = None, losses: Sequence[float] = ()):
         """`losses`: the last ones of the run so far, at most WINDOW."""
         self.skip_spikes = math.inf if skip_spikes is None else skip_spikes
         self.halted = torch.zeros((), device=device)
@@ -48,7 +49,8 @@ def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
     A power of two would not see the bits above it.
     """
-    return (sum(t.detach().view(torch.int32).sum() for t in tensors) % 16_777_213).float()
+    sums = [tensor.detach().view(torch.int32).sum() for tensor in tensors]
+    return (torch.stack(sums).sum() % 16_777_213).float()
 
 
 def check_numbers(step: int, loss: float, norm: float, not_finite: list[float]) -> None:

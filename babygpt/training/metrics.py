@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ COLUMNS = (
     "mfu", "step_ms", "memory_mib",
 )  # fmt: skip
 INTEGERS = ("step", "tokens", "epoch")
+Row = dict[str, Any]  # by column: an int for INTEGERS, else a float, or None where it wasn't measured
 
 
 class Log:
@@ -37,7 +39,7 @@ class Log:
         self.file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115, it stays open as long as the run
         self.writer = csv.writer(self.file, lineterminator="\n")
 
-    def write(self, row: dict[str, float | int | None]) -> None:
+    def write(self, row: Row) -> None:
         self.writer.writerow(_cells(row))
         self.file.flush()
 
@@ -49,22 +51,38 @@ class Log:
         self.file.close()
 
 
-def _cells(row: dict) -> list:
+class NullLog(Log):
+    """The log of a rank that keeps none."""
+
+    def __init__(self):
+        pass
+
+    def write(self, row: Row) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _cells(row: Row) -> list:
     return [row.get(column) for column in COLUMNS]  # the writer leaves None empty, and gives floats all their digits
 
 
-def read_log(path: Path, before: float = math.inf) -> list[dict[str, float | int | None]]:
+def read_log(path: Path, before: float = math.inf) -> list[Row]:
     """The rows of a log of steps `before` this one, empty cells as None. A last line that a kill cut short is left
     out."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and tuple(lines[0].split(",")) != COLUMNS:
         raise UserError(f"{path} is no log of BabyGPT: its columns are {lines[0]!r:.300}.")
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines[1:], 2):
         try:
             cells = zip(COLUMNS, next(csv.reader([line])), strict=True)
-            row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
+            row: Row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
             if row["step"] < before:
                 rows.append(row)
         except (ValueError, csv.Error):
@@ -74,7 +92,7 @@ def read_log(path: Path, before: float = math.inf) -> list[dict[str, float | int
     return rows
 
 
-def column(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     """Steps and values where a column was measured."""
     pairs = [(row["step"], row[name]) for row in rows if row[name] is not None and math.isfinite(row[name])]
     return [step for step, _ in pairs], [value for _, value in pairs]
@@ -99,11 +117,21 @@ class Samples:
                 file.write(f"| {step} | {cell} |\n")
 
 
+class NullSamples(Samples):
+    """The samples of a rank that keeps none."""
+
+    def __init__(self):
+        pass
+
+    def write(self, step: int, texts: list[str]) -> None:
+        pass
+
+
 @dataclass
 class Pending:
     """A step that is on its way: its row of the log, and what the host will read of it a step later."""
 
-    row: dict
+    row: Row
     status: torch.Tensor  # on the host, complete once `end` has been waited for
     begin: Mark
     end: Mark
@@ -120,7 +148,7 @@ class Pending:
         return found
 
 
-def console_line(row: dict) -> str:
+def console_line(row: Row) -> str:
     """A step's row of the log, for the console."""
     mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     return (

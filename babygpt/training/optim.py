@@ -73,10 +73,11 @@ class Muon(torch.optim.Optimizer):
                  momentum: float = 0.95, cautious: bool = False):  # fmt: skip
         defaults = {"lr": 0.0, "max_lr": max_lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(list(splits), defaults)
-        self.splits, self.cautious, self.found_inf = splits, cautious, None
+        self.splits, self.cautious = splits, cautious
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         (group,) = self.param_groups
         momentum, shapes = group["momentum"], defaultdict(list)  # matrices of a shape are done together
         for p in group["params"]:
@@ -128,7 +129,8 @@ def muon(
     splits = {
         p: _heights_of_qkv(p) if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
     }
-    embeddings, heads = ("wte.", "wpe.", "vte."), ("lm_head.",)
+    embeddings: tuple[str, ...] = ("wte.", "wpe.", "vte.")
+    heads: tuple[str, ...] = ("lm_head.",)
     if "lm_head.weight" not in named:  # a tied head is the embedding
         embeddings, heads = ("wpe.", "vte."), ("wte.",)
     groups = [

@@ -6,7 +6,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from babygpt.training.metrics import column, read_log
 
@@ -27,7 +27,7 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.alpha": 0.25, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
     })  # fmt: skip
-    figure, axes = plt.subplot_mosaic([["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]], figsize=(11, 6.2))
+    figure, axes = plt.subplot_mosaic([["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]], figsize=(11, 6.2))  # type: ignore[list-item]
     titles = {
         "loss": "loss (nats a token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
         "norm": "gradient norm", "speed": "tokens / s",
@@ -38,18 +38,19 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
     for (path, rows), colour in zip(logs.items(), COLOURS * len(logs), strict=False):
         tokens_at = {row["step"]: row["tokens"] for row in rows}
 
-        def line(axis: str, name: str, rows=rows, tokens_at=tokens_at, **style: object) -> list[float]:
+        def line(axis: str, name: str, rows=rows, tokens_at=tokens_at, **style: Any) -> tuple[list, list[float]]:
             steps, values = column(rows, name)
-            axes[axis].plot([tokens_at[s] for s in steps] if x == "tokens" else steps, values, **style)
-            return values
+            places = [tokens_at[s] for s in steps] if x == "tokens" else steps
+            axes[axis].plot(places, values, **style)
+            return places, values
 
         name = path.name
         line("loss", "loss", color=colour, alpha=0.35, linewidth=0.8, label=f"{name}: training")
         marker = {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(column(rows, "val_loss")[0]) < 60 else {}
-        val = line("loss", "val_loss", color=colour, label=f"{name}: validation", **marker)
+        places, val = line("loss", "val_loss", color=colour, label=f"{name}: validation", **marker)
         if val:
             axes["loss"].annotate(
-                f"{val[-1]:.3f}", (axes["loss"].lines[-1].get_xdata()[-1], val[-1]), textcoords="offset points",
+                f"{val[-1]:.3f}", (places[-1], val[-1]), textcoords="offset points",
                 xytext=(4, 7), color=colour, ha="right",
                 bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "edgecolor": "none"},
             )  # fmt: skip

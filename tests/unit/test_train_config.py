@@ -1,6 +1,7 @@
 """Settings: presets are what they say, flags change one field, mistakes are told."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def parameters(name: str, vocab_size: int = 50257) -> int:
 def test_the_default_is_gpt2_124m_on_10_billion_tokens():
     name, config = parse([])
     assert name == "gpt2"
-    assert config == variant(Config(), general={"out_dir": "out/gpt2"})
+    assert config == variant(Config(), general={"out_dir": Path("out/gpt2")})
     assert parameters("gpt2") == 124_439_808
     assert config.training.max_steps * config.training.batch_tokens == pytest.approx(10e9, rel=1e-4)
     o = config.optimizer
@@ -49,10 +50,10 @@ def test_a_flag_changes_its_field_alone():
     expected = variant(
         PRESETS["smollgpt"],
         model={"dropout": 0.2, "bias": False},
-        general={"mode": ("val", "eval"), "out_dir": "out/smollgpt"},
+        general={"mode": ("val", "eval"), "out_dir": Path("out/smollgpt")},
     )
     assert config == expected
-    assert parse(["demo"])[1].general.out_dir == "out/demo"
+    assert parse(["demo"])[1].general.out_dir == Path("out/demo")
 
 
 def test_help_shows_every_field_with_its_comment(capsys):
