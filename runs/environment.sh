@@ -1,30 +1,35 @@
-# Sourced by the other scripts, from the repository's root: makes .venv and installs the given requirements files
-# into it, once for each state of the files.
+# Sourced by the other scripts, from the repository's root.
+#
+#   environment FILE ...    makes the virtual environment $VENV (.venv), installs the requirements files into it, each
+#                           once for each state of the file, and puts it first on PATH
 
 environment() {
-    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then  # none yet, half made, or its Python is gone
-        rm -rf .venv
+    local venv=${VENV:-.venv} file stamp
+    if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then  # none yet, half made, or its Python is gone
+        rm -rf "$venv"
         local python=${PYTHON:-python3}
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "error: BabyGPT needs Python 3.11 or newer, $python is $("$python" --version 2>&1)." \
                 "Name another: PYTHON=python3.12 bash $0" >&2
             exit 2
         fi
-        echo "making .venv"
-        "$python" -m venv .venv || {
-            rm -rf .venv
-            echo "error: no environment could be made. On Debian and Ubuntu: apt-get install python3-venv" >&2
+        echo "making $venv"
+        "$python" -m venv "$venv" || {
+            rm -rf "$venv"
+            echo "error: no virtual environment could be made. On Debian and Ubuntu: apt-get install python3-venv" >&2
             exit 2
         }
     fi
-    local file stamp
     for file in "$@"; do
-        stamp=.venv/installed-$(cksum < "$file" | tr ' ' '-')
+        stamp=$venv/installed-$(cksum < "$file" | tr ' ' '-')
         if [ ! -e "$stamp" ]; then
             echo "installing $file (the first time takes a few minutes)"
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+            if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"; then
+                echo "error: not everything in $file could be installed; pip names the package above" >&2
+                exit 2
+            fi
             touch "$stamp"
         fi
     done
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/$venv/bin:$PATH"
 }

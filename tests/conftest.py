@@ -34,3 +34,10 @@ def unbroken(dataset, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     call(train.main, *flags(dataset, out))
     return out
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Runs in this process draw no plot.png, which would take most of their time, unless the test is marked `draws`."""
+    if "draws" not in request.keywords:
+        monkeypatch.setattr(train, "plot", lambda runs, out: None)

@@ -1,69 +1,109 @@
-"""The structure: no import cycles, nothing happens at import, files stay readable in one sitting."""
+"""The layout: who may import whom, nothing happens at import, and every file can be read in one sitting.
+
+import-linter checks the rules inside `babygpt` and `tools` (pyproject.toml); this file those of the top level.
+"""
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for pattern in ("*.py", "babygpt/**/*.py") for path in ROOT.glob(pattern) if path.name[0] != "_")
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+TOP_LEVEL = ("dataloader", "fineweb", "hellaswag", "model", "sample", "train", "train_config")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for pattern in ("*.py", "babygpt/**/*.py", "tools/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if path.name != "__init__.py"
+}
 
 
-def imports(name: str) -> set[str]:
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def imports(module: ast.Module) -> set[str]:
+    """Everything that a file imports, wherever in it, by full name."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & set(MODULES)
+    return found
 
 
-def test_no_import_goes_in_a_circle():
-    order: list[str] = []
+def packages(module: ast.Module) -> set[str]:
+    return {name.split(".")[0] for name in imports(module)}
 
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"{' -> '.join((*path, name))}"
-        for other in imports(name):
-            visit(other, (*path, name))
-        order.append(name)
 
-    for name in MODULES:
-        visit(name, ())
+def test_top_level_has_the_seven_scripts_and_no_other_file():
+    """What a person runs, reads and edits is at the top level; everything else is in a package."""
+    assert sorted(name for name in FILES if "." not in name) == sorted(TOP_LEVEL)
+
+
+def test_imports_have_no_cycle():
+    """No file imports itself, directly or through others."""
+    graph = {name: {other for other in imports(tree(name)) if other in FILES} for name in FILES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_top_level_never_imports_tools_or_fineweb(name):
+    """The scripts stand on babygpt and on each other, not on the occasional commands or the data script."""
+    assert not packages(tree(name)) & {"tools", "fineweb", "benchmarks", "tests"}
+
+
+def test_train_is_imported_by_commands_and_tests_only():
+    """train.py is a script: only the tools may import it, and no other script or library."""
+    importers = {name for name in FILES if "train" in packages(tree(name))}
+    assert {name.split(".")[0] for name in importers} <= {"tools"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("babygpt.")])
+def test_babygpt_receives_plain_values(name):
+    """The package knows neither the top level nor its configuration and order classes, not even as annotations."""
+    assert not packages(tree(name)) & {*TOP_LEVEL, "tools"}
+    names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(tree(name))}
+    assert not names & {"GPTConfig", "ModernConfig", "Config", "Order"}
 
 
 def test_importing_does_nothing(tmp_path):
+    """Importing every file parses no arguments, prints nothing, writes nothing and starts no thread."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']\n"
-    code += "".join(f"import {name}\n" for name in MODULES)
+    code += "".join(f"import {name}\n" for name in FILES)
     code += "import threading, multiprocessing; assert threading.active_count() == 1\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_file_is_read_in_one_sitting(name):
-    text = MODULES[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 500
-    assert ast.get_docstring(ast.parse(text)), "a file says what it is for"
+@pytest.mark.parametrize("name", FILES)
+def test_file_is_short_and_says_what_it_is_for(name):
+    """At most 500 lines, with a docstring."""
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 500
+    assert ast.get_docstring(tree(name))
 
 
-def test_the_training_loop_fits_on_two_screens():
-    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
-    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+def test_training_loop_fits_on_two_screens():
+    """The loop of train.py has at most 100 lines."""
+    train = next(node for node in tree("train").body if isinstance(node, ast.FunctionDef) and node.name == "train")
     (loop,) = [node for node in train.body if isinstance(node, ast.For)]
+    assert loop.end_lineno is not None
     assert loop.end_lineno - loop.lineno + 1 <= 100
 
 
-def test_public_functions_and_classes_say_what_they_are_for():
-    """All but what its name and signature say whole: main, forward, and the parts of the model."""
-    silent = []
-    for name in MODULES:
-        for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body:
+def test_long_public_functions_and_classes_have_docstrings():
+    """All but `main` and the parts of the model, whose names say it."""
+    silent = set()
+    for name in FILES:
+        for node in tree(name).body:
             public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
             if public and node.name != "main" and not ast.get_docstring(node) and node.end_lineno - node.lineno > 12:
-                silent.append(f"{name}.{node.name}")
-    assert set(silent) <= {"model.CausalSelfAttention", "model.MLP", "model.Block", "model.GPT"}
+                silent.add(f"{name}.{node.name}")
+    assert silent <= {"model.CausalSelfAttention", "model.MLP", "model.Block", "model.GPT"}

@@ -358,15 +358,13 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"general__init_from": "out/none"}, "there is no model at out/none"),
     ],
 )
-def test_a_mistake_gets_one_message_in_time(change, words, dataset, tmp_path):
-    begin = time.perf_counter()
+def test_a_mistake_gets_one_message(change, words, dataset, tmp_path):
     line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", **change)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert words in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "never").exists()
-    assert time.perf_counter() - begin < 6  # 3 s on a machine that does nothing else
 
 
 def test_all_mistakes_are_told_at_once(dataset, tmp_path):

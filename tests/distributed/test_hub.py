@@ -194,10 +194,8 @@ def test_what_the_hub_has_not_is_told_in_one_message(arguments, words, prepare):
 
 
 def test_without_a_network_the_offline_ways_are_named_at_once(prepare):
-    begin = time.perf_counter()
     done = prepare("fineweb-edu-10BT", endpoint="http://127.0.0.1:9")
     assert done.returncode == 2
     assert "python fineweb.py stdlib" in done.stderr
     assert "python fineweb.py files --input" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.perf_counter() - begin < 6
