@@ -38,10 +38,10 @@ case $tier in
         python -m pytest tests/distributed tests/faults  # one after another: they start processes of their own
         ;;
     slow)
+        export VENV=.venv-slow  # an environment of its own: these packages choose versions of others
         environment "${quick[@]}" tests/requirements.txt tests/requirements-slow.txt
         python -m pytest tests/slow "$@"
-        # another PyTorch, in an environment of its own; its default build comes with CUDA, 5 GB
-        export VENV=.venv-torch-2.11
+        export VENV=.venv-torch-2.11  # PyTorch's default build comes with CUDA: 5 GB
         requirements=$(mktemp)
         sed 's/^torch==.*/torch==2.11.*/' requirements.txt > "$requirements"
         environment "$requirements" tests/requirements-quick.txt

@@ -198,4 +198,5 @@ def test_without_a_network_the_offline_ways_are_named_at_once(prepare):
     assert done.returncode == 2
     assert "python fineweb.py stdlib" in done.stderr
     assert "python fineweb.py files --input" in done.stderr
+    assert "trying again" not in done.stderr
     assert "Traceback" not in done.stderr

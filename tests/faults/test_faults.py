@@ -123,7 +123,7 @@ def test_a_run_goes_on_where_nobody_reads_what_it_prints(dataset, tmp_path):
 
 def test_other_words_are_heard_where_some_are_lost(dataset, tmp_path):
     """stdout on a full disk, or closed, or of few letters."""
-    command = [sys.executable, str(ROOT / "tests" / "faulty_train.py")]
+    command = [sys.executable, str(ROOT / "tests/support/faulty_train.py")]
     environment = os.environ | {"FAULT": "nan 0 3", "TORCHELASTIC_RESTART_COUNT": "0", "PYTHONIOENCODING": "latin-1"}
     line = flags(dataset, tmp_path / "full", sampling__prompt="żółw")
     with open("/dev/full", "w") as full:
@@ -413,7 +413,7 @@ def alone(line: list[str], ranks: tuple[int, ...], fault: str = "rows 0 0") -> l
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "faulty_train.py"), *line],
+            [sys.executable, str(ROOT / "tests/support/faulty_train.py"), *line],
             env=environment | {"FAULT": fault, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )
