@@ -120,7 +120,7 @@ def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
         config = variant(
             from_json(launch["config"]),
             general={
-                "out_dir": str(out), "init_from": "resume", "device": ranks.device.type,
+                "out_dir": out, "init_from": "resume", "device": ranks.device.type,
                 "mode": tuple(mode for mode in launch["config"]["general"]["mode"] if mode != "sample"),
             },
             saving={"every_n_steps": steps.stop, "keep": 0},
