@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.helpers import call
-from support.runs import STEPS, assert_equal_to_the_bit, cut_back_to, flags, rows_of, torchrun, weights
+from support.runs import STEPS, assert_equal_to_the_bit, cut_back_to, flags, forked_ranks, rows_of, torchrun, weights
 
 import train
 from babygpt.errors import leave
@@ -19,9 +19,9 @@ from babygpt.training.optim import (
 
 
 def test_two_ranks_stopped_across_an_epochs_end_go_on_equal_to_the_bit(dataset, tmp_path):
-    torchrun(2, *flags(dataset, tmp_path / "unbroken"))
+    forked_ranks(2, *flags(dataset, tmp_path / "unbroken"))
     out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
-    torchrun(2, *flags(dataset, out, general__init_from="resume"))
+    forked_ranks(2, *flags(dataset, out, general__init_from="resume"))
     assert_equal_to_the_bit(out, tmp_path / "unbroken")
 
 
@@ -33,9 +33,9 @@ def test_a_modern_run_is_the_same_stopped_and_shared_out(world, dataset, tmp_pat
         "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_scale": 0.3,
         "optimizer__momentum_warmup_steps": 10, "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
     }  # fmt: skip
-    torchrun(world, *flags(dataset, tmp_path / "unbroken", "modern", **modern))
+    forked_ranks(world, *flags(dataset, tmp_path / "unbroken", "modern", **modern))
     out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
-    torchrun(world, *flags(dataset, out, "modern", general__init_from="resume", **modern))
+    forked_ranks(world, *flags(dataset, out, "modern", general__init_from="resume", **modern))
     assert_equal_to_the_bit(out, tmp_path / "unbroken")
     rows = read_log(out / "log.csv")
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
@@ -51,7 +51,7 @@ def test_a_modern_step_is_the_same_for_any_number_of_ranks(dataset, tmp_path):
         "sampling__every_n_steps": 0,
     }
     for world in (1, 2, 4):
-        torchrun(world, *flags(dataset, tmp_path / str(world), "modern", **changes))
+        forked_ranks(world, *flags(dataset, tmp_path / str(world), "modern", **changes))
     one, two, four = (read_log(tmp_path / world / "log.csv") for world in ("1", "2", "4"))
     for other in (two, four):
         for a, b in zip(one[:-1], other[:-1], strict=True):
@@ -65,7 +65,7 @@ def traced(dataset: Path, out: Path, world: int, micro: int) -> tuple[list[list]
         dataset, out, training__micro_batch_size=micro, model__dropout=0.0, saving__every_n_steps=0,
         sampling__every_n_steps=0,
     )  # fmt: skip
-    torchrun(world, *line, fault="rows 0 0")
+    forked_ranks(world, *line, fault="rows 0 0")
     return rows_of(out), [
         row[key]
         for row in read_log(out / "log.csv")
@@ -86,7 +86,7 @@ def test_rows_and_losses_are_the_same_for_any_number_of_ranks_and_any_micro_batc
 def test_ranks_average_their_gradients(dataset, tmp_path):
     line = {"model__dropout": 0.0, "training__max_steps": 6, "saving__every_n_steps": 0, "sampling__every_n_steps": 0}
     call(train.main, *flags(dataset, tmp_path / "one", **line))
-    torchrun(2, *flags(dataset, tmp_path / "two", **line))
+    forked_ranks(2, *flags(dataset, tmp_path / "two", **line))
     one, two = (read_log(tmp_path / name / "log.csv") for name in ("one", "two"))
     for key in ("loss", "grad_norm", "val_loss"):
         assert [row[key] for row in two if row[key]] == pytest.approx([row[key] for row in one if row[key]], rel=1e-5)
@@ -123,7 +123,9 @@ def test_ranks_share_out_the_orthogonalising_and_step_alike(tmp_path):
     for world_size in (1, 2, 4):
         folder = tmp_path / str(world_size)
         folder.mkdir()
-        torch.multiprocessing.spawn(share_the_work, (world_size, str(folder)), world_size)
+        torch.multiprocessing.start_processes(
+            share_the_work, (world_size, str(folder)), world_size, start_method="fork"
+        )
         ranks = [torch.load(folder / f"{world_size}-{rank}.pt") for rank in range(world_size)]
         for rank in ranks[1:]:
             assert all(map(torch.equal, rank["parameters"], ranks[0]["parameters"])), "the same on every rank"

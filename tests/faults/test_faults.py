@@ -17,7 +17,17 @@ import pytest
 import torch
 from support.fuzzing import Kinds, fuzz
 from support.helpers import call, save_hellaswag
-from support.runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun
+from support.runs import (
+    ROOT,
+    STEPS,
+    assert_equal_to_the_bit,
+    cut_back_to,
+    ends_at,
+    flags,
+    forked_ranks,
+    rows_of,
+    torchrun,
+)
 
 import train
 from babygpt.errors import ConfigError, UserError
@@ -90,11 +100,11 @@ def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost
 
 def test_a_signal_to_one_of_two_ranks_in_the_middle_of_a_scene_stops_both(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", validation__every_n_steps=6, sampling__every_n_steps=0)
-    torchrun(2, *line, fault="scene 1 3")
+    forked_ranks(2, *line, fault="scene 1 3")
     assert checkpoint.step_of(latest(tmp_path / "run")) == 6
     assert (tmp_path / "run" / STOPPED).exists()
-    torchrun(2, *line, "--general.init-from", "resume")
-    torchrun(2, *flags(dataset, tmp_path / "unbroken", validation__every_n_steps=6, sampling__every_n_steps=0))
+    forked_ranks(2, *line, "--general.init-from", "resume")
+    forked_ranks(2, *flags(dataset, tmp_path / "unbroken", validation__every_n_steps=6, sampling__every_n_steps=0))
     assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
 
 
@@ -423,7 +433,7 @@ def alone(line: list[str], ranks: tuple[int, ...], fault: str = "rows 0 0") -> l
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(dataset, tmp_path):
     """Though the address of the killed rank is in torchrun's store still when the other ones join again."""
-    torchrun(2, *flags(dataset, tmp_path / "unbroken"))
+    forked_ranks(2, *flags(dataset, tmp_path / "unbroken"))
     line = flags(dataset, tmp_path / "run", general__init_from="resume", general__timeout_minutes=0.3)
     torchrun(2, *line, fault="kill 1 5", restarts=3)
     assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
@@ -432,12 +442,12 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(datas
 def test_a_run_goes_on_with_another_number_of_ranks(dataset, tmp_path):
     """1, 2, 4 and 1, three steps or four each: as one rank does alone."""
     changes = {"model__dropout": 0.0, "sampling__every_n_steps": 0}
-    torchrun(1, *flags(dataset, tmp_path / "unbroken", **changes), fault="rows 0 0")
+    forked_ranks(1, *flags(dataset, tmp_path / "unbroken", **changes), fault="rows 0 0")
     for world in (1, 2, 4):
         line = flags(dataset, tmp_path / "run", **changes, general__init_from="resume")
-        torchrun(world, *line, fault=f"stop {world - 1} 2")
+        forked_ranks(world, *line, fault=f"stop {world - 1} 2")
         assert not (tmp_path / "run" / FINISHED).exists()
-    torchrun(1, *line, fault="rows 0 0")
+    forked_ranks(1, *line, fault="rows 0 0")
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "unbroken")
     for one, other in zip(*(read_log(tmp_path / run / "log.csv") for run in ("run", "unbroken")), strict=True):
         for key in ("loss", "val_loss", "grad_norm"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import call, save_hellaswag
-from support.runs import STEPS, cut_back_to, flags, torchrun
+from support.runs import STEPS, cut_back_to, flags, forked_ranks, torchrun
 
 import train
 from babygpt.training import checkpoint
@@ -63,8 +63,8 @@ def test_a_run_whose_settings_changed_on_the_way_comes_out_equal_too(dataset, tm
         sampling__every_n_steps=0,
         model__dropout=0.0,
     )
-    torchrun(2, *line, fault="stop 1 8")
-    torchrun(2, *line, "--optimizer.max-lr", 0.02, "--validation.every-n-steps", 5)
+    forked_ranks(2, *line, fault="stop 1 8")
+    forked_ranks(2, *line, "--optimizer.max-lr", 0.02, "--validation.every-n-steps", 5)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [6, 11, 12, STEPS]
     shutil.rmtree(run / "checkpoints" / "step_00000011")
     audited = torchrun(2, run, "--device", "cpu", script="tools.replay", check=False)

@@ -1,16 +1,21 @@
 """Small runs of train.py, and what two of them are held against each other by."""
 
+import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import fineweb
+import train
+from babygpt.errors import run
 from babygpt.training import checkpoint
 from babygpt.training.metrics import read_log
 from support.helpers import call, save_jsonl
@@ -62,6 +67,37 @@ def torchrun(
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def forked_ranks(world: int, *arguments: object, fault: str = "") -> None:
+    """The same run as `torchrun`, by processes forked from this one, which has imported everything: seconds faster."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group |= {"TORCHELASTIC_RESTART_COUNT": 0, "FAULT": fault}
+    with tempfile.TemporaryFile() as output:
+        children = []
+        for rank in range(world):
+            if (child := os.fork()) == 0:
+                try:
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                    os.environ |= {
+                        name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()
+                    }
+                    if fault:
+                        importlib.import_module("support.faulty_train")  # replaces train.train_step
+                    call(lambda: run(train.main), *arguments)
+                    os._exit(0)
+                except SystemExit as end:
+                    print(end.code, file=sys.stderr)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        output.seek(0)
+        assert codes == [0] * world, output.read().decode()[-3000:]
 
 
 def rows_of(out: Path) -> list[list]:
