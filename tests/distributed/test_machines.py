@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import ROOT, STEPS, assert_equal_to_the_bit, flags, torchrun
+from support.runs import ROOT, STEPS, assert_equal_to_the_bit, flags, forked_ranks
 
 from babygpt.training.metrics import read_log
 
@@ -113,7 +113,7 @@ def ends_well(processes: list[subprocess.Popen], log: Path) -> None:
 @pytest.fixture(scope="module")
 def on_one_machine(dataset, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "machine"
-    torchrun(2, *flags(dataset, run))
+    forked_ranks(2, *flags(dataset, run))
     return run
 
 
@@ -135,7 +135,7 @@ def slow(dataset: Path, run: Path) -> list:
 @pytest.fixture(scope="module")
 def slow_on_one_machine(dataset, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "slow"
-    torchrun(2, *slow(dataset, run))
+    forked_ranks(2, *slow(dataset, run))
     return run
 
 
