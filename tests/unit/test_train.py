@@ -14,7 +14,7 @@ from support.helpers import call, save_hellaswag
 from support.runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, flags, measured, weights
 
 import train
-from babygpt.errors import ConfigError, UserError
+from babygpt.errors import ConfigError, UserError, run
 from babygpt.training import checkpoint
 from babygpt.training.metrics import COLUMNS, read_log
 
@@ -358,13 +358,23 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"general__init_from": "out/none"}, "there is no model at out/none"),
     ],
 )
-def test_a_mistake_gets_one_message(change, words, dataset, tmp_path):
-    line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", **change)]
+def test_user_errors_are_one_message(change, words, dataset, tmp_path, capsys):
+    """Exit code 2, a message, no traceback, and nothing is left of the run."""
+    with pytest.raises(SystemExit) as end:
+        call(lambda: run(train.main), *flags(dataset, tmp_path / "never", **change))
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert words in err + out
+    assert "Traceback" not in err
+    assert not (tmp_path / "never").exists()
+
+
+def test_user_error_ends_the_script_with_exit_code_2(dataset, tmp_path):
+    """The same as a command."""
+    line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", model__n_head=3)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert words in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "never").exists()
+    assert done.stderr.strip() == "error: --model.n-embd 16: must be a multiple of n_head 3."
 
 
 def test_all_mistakes_are_told_at_once(dataset, tmp_path):
