@@ -24,7 +24,7 @@ MISTAKES = [
     (2, "gradients never averaged over ranks", "distributed/test_ranks.py -k average_their_gradients",
      [("train.py", "grad_sync = i == len(data.micro_batches) - 1", "grad_sync = False")]),
     (3, "the sync flag set after the forward", "distributed/test_ranks.py -k average_their_gradients",
-     [("train.py", "        if ranks.world_size > 1:  # read", "        if False:  # read"),
+     [("train.py", "        if isinstance(model, DistributedDataParallel):  # read", "        if False:  # read"),
       ("train.py", "            loss = model(idx, targets)\n",
        "            loss = model(idx, targets)\n        if ranks.world_size > 1:\n"
        "            model.require_backward_grad_sync = i == len(data.micro_batches) - 1\n")]),
