@@ -61,8 +61,9 @@ MISTAKES = [
     (10, "a target beyond the end of the data", "unit/test_dataloader.py -k every_token_once",
      [("dataloader.py", "max(0, int(self.at[-1]) - 1) //", "max(0, int(self.at[-1])) //")]),
     (11, "rows drawn with replacement", "unit/test_dataloader.py -k every_token_once",
-     [("dataloader.py", "        ranges = []\n", "        begin = hash(n) % 7 * self.block_size\n"
-       "        end = begin + self.block_size + 1\n        ranges = []\n")]),
+     [("dataloader.py", "        ranges: list[tuple[int, int]] = []\n",
+       "        begin = hash(n) % 7 * self.block_size\n        end = begin + self.block_size + 1\n"
+       "        ranges: list[tuple[int, int]] = []\n")]),
     (11, "a resume that replays the last batch", "unit/test_train.py -k stopped_behind_any_step",
      [("train.py", "config.training.batch_tokens, data.end", "config.training.batch_tokens, data.start")]),
     (11, "optimizer missing from a resume", "unit/test_train.py -k stopped_behind_any_step",
