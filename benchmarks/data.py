@@ -22,16 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-from table import show  # noqa: E402
+
+from benchmarks.table import show  # noqa: E402
+
+if TYPE_CHECKING:
+    import tiktoken
 
 WAYS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
 
@@ -40,15 +46,14 @@ WAYS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
 # the ways, each in a process of its own
 
 
-def _encoding():
-    from babygpt.data.tokenizer import load_tokenizer
-
-    return load_tokenizer("gpt2").encoding
+encoding: "tiktoken.Encoding"  # of a process in which _start has run
 
 
-def _start():
+def _start() -> None:
+    from babygpt.data.tokenizer import GPT2Tokenizer
+
     global encoding
-    encoding = _encoding()
+    encoding = GPT2Tokenizer().encoding
 
 
 def _one_document(row: dict) -> np.ndarray:
@@ -59,7 +64,7 @@ def _one_document(row: dict) -> np.ndarray:
 
 
 def _flat(texts: list[str]) -> np.ndarray:
-    ids = []
+    ids: list[int] = []
     for text in texts:
         ids.append(50256)
         ids += encoding.encode_ordinary(text)
@@ -110,14 +115,14 @@ def nanogpt(files: list[str], out: Path, processes: int) -> None:
 def tiktoken_best(files: list[str], out: Path, processes: int) -> None:
     import pyarrow.parquet as pq
 
-    def batches():
+    def batches() -> Iterator[list[str]]:
         for file in files:
             for rows in pq.ParquetFile(file).iter_batches(256, columns=["text"]):
                 yield rows.column(0).to_pylist()
 
     with multiprocessing.Pool(processes, _start) as pool, open(out / "train.bin", "wb") as file:
         for ids in pool.imap(_flat, batches()):
-            file.write(ids)
+            file.write(ids.data)
 
 
 def ours(files: list[str], out: Path, processes: int) -> None:
@@ -176,15 +181,14 @@ def measure(way: str, files: list[str], processes: int, watched: bool = False) -
 
 def stages(files: list[str]) -> dict[str, float]:
     """Seconds of each stage of fineweb.py on one process that has imported all, by clocks put around its functions."""
-    from babygpt import files
     from babygpt.data import filters, readers, shards, workers
     from babygpt.data.plan import plan
     from babygpt.data.tokenizer import load_tokenizer
 
     spent = dict.fromkeys(("read", "filter", "encode", "hash", "commit"), 0.0)
 
-    def clocked(name: str, call):
-        def clock(*arguments, **named):
+    def clocked(name: str, call: Callable) -> Callable:
+        def clock(*arguments: Any, **named: Any) -> Any:
             begin = time.perf_counter()
             try:
                 return call(*arguments, **named)
@@ -193,20 +197,20 @@ def stages(files: list[str]) -> dict[str, float]:
 
         return clock
 
-    def read(task):
+    def read(task: readers.Task) -> Iterator[readers.Batch]:
         batches = readers.read(task)
         while (batch := clocked("read", next)(batches, None)) is not None:
             yield batch
 
     tokenizer = load_tokenizer("gpt2")
-    tokenizer.encode_batch = clocked("encode", tokenizer.encode_batch)
     workers.set_up(workers.Setup(tokenizer))
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(workers, "read", read),
+        mock.patch.object(tokenizer, "encode_batch", clocked("encode", tokenizer.encode_batch)),
         mock.patch.object(filters.Filters, "judge", clocked("filter", filters.Filters.judge)),
         mock.patch.object(workers, "fingerprint", clocked("hash", workers.fingerprint)),
-        mock.patch.object(files.os, "fsync", clocked("commit", os.fsync)),
+        mock.patch.object(os, "fsync", clocked("commit", os.fsync)),
     ):
         tasks, begin = [task for file in files for task in readers.parquet_tasks(file, ("text",))], time.perf_counter()
         stems = [f"{folder}/{i:05d}" for i in range(len(tasks))]
@@ -275,7 +279,7 @@ def compare(files: list[str], options: argparse.Namespace) -> None:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for processes in options.processes:
-        found = {way: [] for way in options.ways}
+        found: dict[str, list[float]] = {way: [] for way in options.ways}
         for _ in range(options.runs):
             for way in options.ways:
                 found[way].append(measure(way, files, processes))

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from unittest import mock
@@ -32,12 +33,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
-from table import show  # noqa: E402
 
 import fineweb  # noqa: E402
 from babygpt.data import readers, workers  # noqa: E402
 from babygpt.data.shards import HEADER_BYTES, MANIFEST, open_dataset, verify  # noqa: E402
 from babygpt.errors import UserError  # noqa: E402
+from benchmarks.table import show  # noqa: E402
 
 
 def write_pages(folder: Path) -> int:
@@ -91,7 +92,8 @@ def kills(wanted: int, count: int, rng: random.Random) -> str:
         calm = contents(Path(place) / "calm" / "set")
         counts = json.loads(calm[MANIFEST])["counts"]["documents"]
         assert counts["kept"] == documents, counts
-        killed, finished, wrong, found = 0, 0, 0, Counter()
+        killed, finished, wrong = 0, 0, 0
+        found: Counter[str] = Counter()
         folder = Path(place) / "killed" / "set"
         while killed < wanted or folder.exists():
             pid = start(pages, folder, count)
@@ -136,7 +138,7 @@ def damages(wanted: int, rng: random.Random) -> list[str]:
         assert refusal(folder, deep=True) is None
         shards = sorted(folder.glob("*.bin"))
 
-        def try_out(what: str, times: int, damage, deep: bool) -> None:
+        def try_out(what: str, times: int, damage: Callable[[Path, bytes], None], deep: bool) -> None:
             named = 0
             for _ in range(times):
                 shard = rng.choice(shards)
@@ -152,7 +154,7 @@ def damages(wanted: int, rng: random.Random) -> list[str]:
         def longer(shard: Path, sound: bytes) -> None:
             shard.write_bytes(sound + rng.randbytes(rng.randint(1, 5000)))
 
-        def flip(first: int, last: int | None):
+        def flip(first: int, last: int | None) -> Callable[[Path, bytes], None]:
             def damage(shard: Path, sound: bytes) -> None:
                 at = rng.randrange(first, last or len(sound))
                 shard.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << rng.randrange(8)]) + sound[at + 1 :])

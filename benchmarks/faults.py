@@ -33,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,6 @@ import torch  # noqa: E402
 from support.fuzzing import Kinds, fuzz, small_dataset  # noqa: E402
 from support.helpers import call, save_hellaswag  # noqa: E402
 from support.runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
-from table import show  # noqa: E402
 
 import train  # noqa: E402
 from babygpt.errors import UserError  # noqa: E402
@@ -50,6 +50,7 @@ from babygpt.training import checkpoint  # noqa: E402
 from babygpt.training.metrics import read_log  # noqa: E402
 from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
 from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
+from benchmarks.table import show  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 Row = tuple[str, str, str]  # what was tried, how often, what came of it
@@ -71,7 +72,7 @@ def forked(work: Callable[[], None]) -> int:
             work()
             code = 0
         except SystemExit as end:
-            code = end.code or 0
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)  # as Python exits
         finally:
             os._exit(code)
     return pid
@@ -111,7 +112,7 @@ def kills(folder: Path, count: int, rng: random.Random) -> list[Row]:
     for _ in range(count):
         reader, writer = os.pipe()
 
-        def save_on(first=step, writer=writer) -> None:
+        def save_on(first: int = step, writer: int = writer) -> None:
             for step in range(first, first + 1000):  # the first of them again, for it may be there
                 save_step(run, step)
                 os.write(writer, step.to_bytes(8, "little"))
@@ -121,7 +122,7 @@ def kills(folder: Path, count: int, rng: random.Random) -> list[Row]:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(writer)
-        told = b"".join(iter(lambda reader=reader: os.read(reader, 65536), b""))
+        told = b"".join(iter(partial(os.read, reader, 65536), b""))
         os.close(reader)
         complete = int.from_bytes(told[-8:], "little") if told else step
         during += any((run / "checkpoints").glob(".step_*"))
@@ -145,7 +146,7 @@ def writes(folder: Path) -> list[Row]:
             run, at = folder / f"{again}-{at}", at + 1
             for step in (1, 2):
                 save_step(run, step)
-            ended = ends_at(at, lambda run=run, again=again: save_step(run, 2 if again else 3))
+            ended = ends_at(at, partial(save_step, run, 2 if again else 3))
             found = checkpoint.latest(run)
             lost += found is None or not is_whole(found) or checkpoint.step_of(found) < 2
         rows.append((
@@ -175,11 +176,11 @@ def saving(folder: Path) -> list[Row]:
         begin = time.perf_counter()
         torch.save({"model": weights, "optimizer": state}, folder / "plain.pt")
         plain.append(time.perf_counter() - begin)
-    held, whole, plain = map(statistics.median, (held, whole, plain))
     return [(
         f"a save of 124M, {size / 2**30:.1f} GiB with the optimizer", "3",
-        f"holds up training for {held:.2f} s and is on the disk after {whole:.1f}; torch.save alone, without fsync, "
-        f"would hold it up for {plain:.1f}",
+        f"holds up training for {statistics.median(held):.2f} s and is on the disk after "
+        f"{statistics.median(whole):.1f}; torch.save alone, without fsync, would hold it up for "
+        f"{statistics.median(plain):.1f}",
     )]  # fmt: skip
 
 
@@ -255,12 +256,12 @@ def crashes(folder: Path, dataset: Path, count: int, rng: random.Random) -> list
     changes = eventful(folder)
     whole = folder / "whole"
     begin = time.perf_counter()
-    quietly(train.main, *flags(dataset, whole, **changes))
+    quietly(train.main, *flags(dataset, whole, "gpt2", **changes))
     duration, killed = time.perf_counter() - begin, 0
     for i in range(count):
-        line = flags(dataset, folder / str(i), general__init_from="resume", **changes)
+        line = flags(dataset, folder / str(i), "gpt2", general__init_from="resume", **changes)
         for tries in itertools.count():
-            pid = forked(lambda line=line: call(train.main, *line))
+            pid = forked(partial(call, train.main, *line))
             killer = threading.Timer(rng.uniform(0, duration / 2 * 1.2**tries), os.kill, (pid, signal.SIGKILL))
             killer.start()
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -287,13 +288,16 @@ def stops(folder: Path, dataset: Path, count: int, rng: random.Random, world: in
 
     for run in (whole, timed):
         begin = time.perf_counter()
-        os.waitpid(start(flags(dataset, run, **changes)), 0)
+        os.waitpid(start(flags(dataset, run, "gpt2", **changes)), 0)
         duration = time.perf_counter() - begin
-    delays, codes, lost, at = [], set(), 0, set()
+    delays: list[float] = []
+    codes: set[int] = set()
+    at: set[int] = set()
+    lost = 0
     for i in range(count):
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
-        line = flags(dataset, run, general__init_from="resume", **changes)
+        line = flags(dataset, run, "gpt2", general__init_from="resume", **changes)
         pid = start(line)
         time.sleep(duration * (i + rng.random()) / count)
         rows = read_log(run / "log.csv") if (run / "log.csv").exists() else []
@@ -342,8 +346,8 @@ def ranks(folder: Path, dataset: Path) -> list[Row]:
     changes = {
         "model__dropout": 0.0, "sampling__every_n_steps": 0, "training__max_steps": 30, "training__micro_batch_size": 2,
     }  # fmt: skip
-    torchrun(1, *flags(dataset, folder / "whole", **changes), fault="rows 0 0")
-    line = flags(dataset, folder / "run", **changes, general__init_from="resume")
+    torchrun(1, *flags(dataset, folder / "whole", "gpt2", **changes), fault="rows 0 0")
+    line = flags(dataset, folder / "run", "gpt2", **changes, general__init_from="resume")
     for world in (1, 2, 4, 8):
         torchrun(world, *line, fault=f"stop {world - 1} 2")
     torchrun(1, *line, fault="rows 0 0")

@@ -23,15 +23,16 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from table import show  # noqa: E402
 
 from babygpt.data.shards import HEADER_BYTES, MAGIC_UINT16, VERSION_UINT16, open_dataset, shard_name  # noqa: E402
+from benchmarks.table import show  # noqa: E402
 from dataloader import DataLoader, Order, Position  # noqa: E402
 
 EOT, T, STREAMS, SEED, SHARD = 50256, 1024, 64, 1337, 100_000_000
@@ -42,7 +43,7 @@ STEP_TOKENS, STEPS, COMPUTE_S = 65_536, 300, 0.020
 # data sets
 
 
-def write(folder: Path, sizes: list[int], fill: Callable[[object, int], None]) -> Path:
+def write(folder: Path, sizes: list[int], fill: Callable[[BinaryIO, int], None]) -> Path:
     """Shards of these many tokens without a manifest; `fill(file, tokens)` writes what stands behind the header."""
     folder.mkdir()
     for number, size in enumerate(sizes, 1):
@@ -54,7 +55,7 @@ def write(folder: Path, sizes: list[int], fill: Callable[[object, int], None]) -
     return folder
 
 
-def sparse(file, size: int) -> None:
+def sparse(file: BinaryIO, size: int) -> None:
     """Zeros that take no disk, but for the ends of text."""
     rng, eot = np.random.default_rng(file.fileno() + size), np.uint16(EOT).tobytes()
     at = np.cumsum(rng.exponential(10_000, size // 5000 + 10).astype(np.int64) + 1)
@@ -64,7 +65,7 @@ def sparse(file, size: int) -> None:
         os.pwrite(file.fileno(), eot, place)
 
 
-def dense(file, size: int) -> None:
+def dense(file: BinaryIO, size: int) -> None:
     """Random tokens in documents of about 1,000."""
     rng = np.random.default_rng(size)
     ids = rng.integers(0, EOT, size, np.uint16)
@@ -98,7 +99,7 @@ def planned(folder: Path) -> dict:
     return json.loads(subprocess.check_output([sys.executable, __file__, "--plan", str(folder)]))
 
 
-def passes(order: Order, read: Callable[[int], None], batch: int) -> float:
+def passes(order: Order, read: Callable[[int], object], batch: int) -> float:
     """Tokens a second of `read(n)`, which reads the `batch` rows from row n on: the median of three passes."""
     speeds = []
     for _ in range(3):

@@ -30,10 +30,9 @@ from xxhash import xxh3_64_intdigest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from table import show  # noqa: E402
-
-from babygpt.data.shards import open_dataset  # noqa: E402
+from babygpt.data.shards import MANIFEST, open_dataset  # noqa: E402
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
+from benchmarks.table import show  # noqa: E402
 
 FULL = {"vocab_size": 4096, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "steps": 350, "rows": 16}
 QUICK = {"vocab_size": 512, "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16, "steps": 6, "rows": 16}
@@ -48,6 +47,20 @@ def command(script: str, *arguments: object) -> str:
     if done.returncode:
         sys.exit(f"error: {script} {' '.join(map(str, arguments))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
+
+
+def search(pattern: str, output: str) -> re.Match[str]:
+    """The first match of `pattern` in a script's output."""
+    if (found := re.search(pattern, output)) is None:
+        sys.exit(f"error: the output has no match of {pattern!r}:\n{output[-2000:]}")
+    return found
+
+
+def counts_of(folder: Path) -> dict[str, dict[str, int]]:
+    """The counts in a data set's manifest."""
+    if (manifest := open_dataset(folder).manifest) is None:
+        sys.exit(f"error: {folder} has no {MANIFEST}.")
+    return manifest["counts"]
 
 
 def split(files: list[Path], good: str, folder: Path, quick: bool) -> dict[str, bool]:
@@ -65,7 +78,7 @@ def split(files: list[Path], good: str, folder: Path, quick: bool) -> dict[str, 
     for name, mask in {"held-out": held_out, "good": is_good & ~held_out, "other": ~is_good}.items():
         pq.write_table(first.filter(pa.array(mask)), folder / f"{name}.parquet")
     never = set(first["text"].to_pylist())
-    pool = {}
+    pool: dict[str, bool] = {}
     for file in files[1:]:
         table, is_good = read(file)
         pool |= dict(zip(table["text"].to_pylist(), is_good.tolist(), strict=True))
@@ -140,19 +153,19 @@ def main() -> None:
                     "--training.max-steps", size["steps"], "--optimizer.max-lr", 2e-3,
                     "--optimizer.warmup-steps", size["steps"] // 10,
                 )  # fmt: skip
-                parameters = re.search(r"([\d,]+) parameters", told)[1]
+                parameters = search(r"([\d,]+) parameters", told)[1]
                 told = command("train.py", "gpt2", *run, "--general.mode", "val", "--data.dataset", measured_on)
-                loss, bits = re.search(r"validation loss ([\d.]+) \| ([\d.]+) bits a byte", told).groups()
+                loss, bits = search(r"validation loss ([\d.]+) \| ([\d.]+) bits a byte", told).groups()
                 good, of_tokens, documents = shares(dataset, pool)
-                tokens = open_dataset(dataset).manifest["counts"]["tokens"]["train"]
+                tokens = counts_of(dataset)["tokens"]["train"]
                 rows.append(
                     f"| {name} | {seed} | {documents:,} | {tokens:,} | {good:.1%} | {of_tokens:.1%} | {loss} | {bits} |"
                 )
                 print(rows[-1], file=sys.stderr, flush=True)
 
-        counts = open_dataset(sets["filtered"]).manifest["counts"]["documents"]
-        held_out = open_dataset(measured_on).manifest["counts"]
-        auc = re.search("AUC [0-9.]+", learnt)[0]
+        counts = counts_of(sets["filtered"])["documents"]
+        held_out = counts_of(measured_on)
+        auc = search("AUC [0-9.]+", learnt)[0]
         lines = [
             f"`python benchmarks/quality.py --good '{options.good}' --min-quality {options.min_quality}"
             f"{' --quick' if options.quick else ''}`",

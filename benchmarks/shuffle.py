@@ -91,7 +91,7 @@ def prepare(documents: list[tuple[str, str]], folder: Path) -> tuple[Dataset, li
     return dataset, list(first.items())
 
 
-def train(dataset: Dataset, out: Path, steps: int, *order: str) -> list[dict]:
+def train(dataset: Dataset, out: Path, steps: int, *order: object) -> list[dict]:
     """The log of a run."""
     line = [
         "gpt2", "--general.mode", "train", "val", "--general.device", "cpu", "--general.out-dir", out,
@@ -140,12 +140,12 @@ def picture(losses: dict[str, np.ndarray], first: list[tuple[str, int]], out: Pa
     axis.set_xlim(0, steps)
     ends = [*(begin for _, begin in first[1:]), steps * BATCH_TOKENS]
     for i, ((source, begin), end) in enumerate(zip(first, ends, strict=True)):
-        begin, end = begin / BATCH_TOKENS, min(end / BATCH_TOKENS, steps)
-        if begin >= steps:
+        left, right = begin / BATCH_TOKENS, min(end / BATCH_TOKENS, steps)
+        if left >= steps:
             break
-        axis.axvspan(begin, end, color="black", alpha=0.05 * (i % 2), linewidth=0)
+        axis.axvspan(left, right, color="black", alpha=0.05 * (i % 2), linewidth=0)
         name = source.split("/")[-1][:24]
-        axis.text((begin + end) / 2, axis.get_ylim()[1], name, rotation=90, ha="center", va="top", fontsize=9)
+        axis.text((left + right) / 2, axis.get_ylim()[1], name, rotation=90, ha="center", va="top", fontsize=9)
     axis.set_xlabel(f"step of {BATCH_TOKENS:,} tokens; the bands are the sources that the unshuffled run (red) reads")
     axis.set_ylabel("training loss (nats a token)")
     axis.set_title("Documents sorted by source: the shuffle takes the sources' ups and downs out of the training loss")

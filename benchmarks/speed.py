@@ -27,8 +27,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,7 +38,6 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from table import show  # noqa: E402
 
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
 from babygpt.errors import leave  # noqa: E402
@@ -50,6 +51,7 @@ from babygpt.training.optim import (  # noqa: E402
     muon,
     set_rates,
 )
+from benchmarks.table import show  # noqa: E402
 from dataloader import Position, Step  # noqa: E402
 from hellaswag import load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -58,7 +60,7 @@ from train_config import PRESETS, Config, variant  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_size": 50257}
+SMALL: dict[str, object] = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_size": 50257}
 PROMPT, NEW = 32, 128
 
 
@@ -95,7 +97,9 @@ def step_ours(preset: str, dtype: str, compiled: bool) -> dict:
     torch.manual_seed(0)
     raw_model = GPT(config.model).to(DEVICE)
     optimizers = make_optimizers(raw_model, asdict(config.optimizer))
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    model: torch.nn.Module = raw_model
+    if compiled:
+        model = cast(torch.nn.Module, torch.compile(raw_model, dynamic=False))  # typed as returning a function
     rows = torch.randint(0, 50257, (training.micro_batch_size, config.model.block_size + 1))
     rows = rows.pin_memory() if CUDA else rows
     gate = Gate(DEVICE)
@@ -191,7 +195,8 @@ def sample_nanogpt(texts: int, dtype: str) -> dict:
 def sample_transformers(texts: int, dtype: str) -> dict:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config()).to(DEVICE, getattr(torch, dtype)).eval()
+    model: Any = GPT2LMHeadModel(GPT2Config())  # mypy rejects calls of its to() and generate()
+    model.to(DEVICE, getattr(torch, dtype)).eval()
     idx = prompt(texts)
     settings = {"do_sample": True, "top_k": 50, "use_cache": True, "min_new_tokens": NEW, "max_new_tokens": NEW}
 
@@ -288,41 +293,41 @@ def muon_step(world_size: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------
 # measuring
 
-Way = Callable[[argparse.Namespace], dict]
+Way = Callable[[], dict[str, Any]]
 
 
 def ways(options: argparse.Namespace) -> dict[str, dict[str, Way]]:
     """The ways of each stage by name; the first of a stage is what the others are held against."""
     theirs = bool(options.nanogpt)
     both = "bfloat16" if uses_bfloat16(DEVICE, "auto") else "float32"
-    steps = {
-        "nanoGPT, float32, eager": lambda _: step_nanogpt(False, False),
-        "nanoGPT, bfloat16, eager": lambda _: step_nanogpt(True, False),
-        "nanoGPT, bfloat16, compiled": lambda _: step_nanogpt(True, True),
-        "gpt2, float32": lambda _: step_ours("gpt2", "float32", False),
-        f"gpt2, {both}": lambda _: step_ours("gpt2", "auto", False),
-        f"modern, {both}": lambda _: step_ours("modern", "auto", False),
+    steps: dict[str, Way] = {
+        "nanoGPT, float32, eager": partial(step_nanogpt, False, False),
+        "nanoGPT, bfloat16, eager": partial(step_nanogpt, True, False),
+        "nanoGPT, bfloat16, compiled": partial(step_nanogpt, True, True),
+        "gpt2, float32": partial(step_ours, "gpt2", "float32", False),
+        f"gpt2, {both}": partial(step_ours, "gpt2", "auto", False),
+        f"modern, {both}": partial(step_ours, "modern", "auto", False),
     }
     if CUDA:
         steps |= {
-            f"gpt2, {both}, compiled": lambda _: step_ours("gpt2", "auto", True),
-            f"modern, {both}, compiled": lambda _: step_ours("modern", "auto", True),
+            f"gpt2, {both}, compiled": partial(step_ours, "gpt2", "auto", True),
+            f"modern, {both}, compiled": partial(step_ours, "modern", "auto", True),
         }
-    samples = {}
+    samples: dict[str, Way] = {}
     for texts in (1, 8):
         for dtype in dict.fromkeys(("float32", both)):
             samples |= {
-                f"nanoGPT, {texts} texts, {dtype}": lambda _, a=texts, b=dtype: sample_nanogpt(a, b),
-                f"transformers, {texts} texts, {dtype}": lambda _, a=texts, b=dtype: sample_transformers(a, b),
-                f"ours, {texts} texts, {dtype}": lambda _, a=texts, b=dtype: sample_ours(a, b),
+                f"nanoGPT, {texts} texts, {dtype}": partial(sample_nanogpt, texts, dtype),
+                f"transformers, {texts} texts, {dtype}": partial(sample_transformers, texts, dtype),
+                f"ours, {texts} texts, {dtype}": partial(sample_ours, texts, dtype),
             }
             if CUDA:
-                samples[f"ours, {texts} texts, {dtype}, compiled"] = lambda _, a=texts, b=dtype: sample_ours(a, b, True)
-    scores = {}
+                samples[f"ours, {texts} texts, {dtype}, compiled"] = partial(sample_ours, texts, dtype, True)
+    scores: dict[str, Way] = {}
     for dtype in dict.fromkeys(("float32", both)):
-        scores[f"build-nanogpt's way, {dtype}"] = lambda o, d=dtype: hellaswag_one_by_one(d, o)
-        scores[f"ours, {dtype}"] = lambda o, d=dtype: hellaswag_ours(d, o)
-    muons = {f"{world_size} ranks": lambda _, w=world_size: muon_step(w) for world_size in (1, 2, 4)}
+        scores[f"build-nanogpt's way, {dtype}"] = partial(hellaswag_one_by_one, dtype, options)
+        scores[f"ours, {dtype}"] = partial(hellaswag_ours, dtype, options)
+    muons: dict[str, Way] = {f"{world_size} ranks": partial(muon_step, world_size) for world_size in (1, 2, 4)}
     found = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muons}
     return {
         stage: {name: way for name, way in of.items() if theirs or not name.startswith("nanoGPT")}
@@ -344,12 +349,15 @@ def only(stage: str, name: str, options: argparse.Namespace) -> None:
     if options.nanogpt:
         import importlib.util
 
-        spec = importlib.util.spec_from_file_location("model_of_nanogpt", Path(options.nanogpt) / "model.py")
+        path = Path(options.nanogpt) / "model.py"
+        spec = importlib.util.spec_from_file_location("model_of_nanogpt", path)
+        if spec is None or spec.loader is None:
+            sys.exit(f"error: {path} can't be imported.")
         sys.modules["model_of_nanogpt"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     torch.set_num_threads(options.threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    found = ways(options)[stage][name](options)
+    found = ways(options)[stage][name]()
     found["memory_mib"] = peak_memory_mib(DEVICE) - (0 if CUDA else before)  # without Python and its libraries
     print(json.dumps(found))
 
@@ -401,7 +409,8 @@ def main() -> None:
     parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        return only(*options.way, options)
+        stage, name = options.way
+        return only(stage, name, options)
 
     hardware = torch.cuda.get_device_name() if CUDA else f"{options.threads} cores, {platform.machine()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
