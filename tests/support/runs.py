@@ -148,7 +148,7 @@ def ends_at(nth: int, work: Callable[[], object]) -> bool:
             return call
 
         saving = ("babygpt.training.checkpoint.save_file", "torch.save")
-        for name in ("os.rename", "os.fsync", "os.rmdir", "os.unlink", *saving):
+        for name in ("os.rename", "os.replace", "os.fsync", "os.rmdir", "os.unlink", *saving):
             module, function = name.rsplit(".", 1)
             setattr(sys.modules[module], function, or_end(getattr(sys.modules[module], function)))
         work()
