@@ -197,13 +197,13 @@ class Order:
             )
 
     def summary(self, batch_tokens: int, max_steps: int) -> str:
-        """How many chunks, steps an epoch and epochs a run of `max_steps` has, in a few lines."""
+        """Summarize chunks, steps per epoch, and epochs of a run of `max_steps`."""
         steps = self.rows_per_epoch // (batch_tokens // self.block_size)
         unread = len(self.tokens) - steps * batch_tokens
         lines = [
-            f"{batch_tokens:,} tokens a step; {len(self.tokens):,} tokens in {len(self.cuts):,} chunks of about "
+            f"{batch_tokens:,} tokens per step; {len(self.tokens):,} tokens in {len(self.cuts):,} chunks of about "
             f"{self.chunk_tokens:,}",
-            f"{steps:,} steps an epoch ({unread:,} tokens unread in each), {max_steps / steps:.2f} epochs in "
+            f"{steps:,} steps per epoch ({unread:,} tokens of each are not read), {max_steps / steps:.2f} epochs in "
             f"{max_steps:,} steps",
         ]
         if self.forced_cuts:

@@ -159,7 +159,7 @@ def main() -> None:
             min_chars: Leave out documents with fewer characters.
             min_score: Leave out documents whose column `score` is lower (FineWeb-Edu's, 0 to 5).
             min_language_score: The same for the column `language_score` (FineWeb's and FineWeb-2's, 0 to 1).
-            quality: A classifier of good documents that quality.py has trained, for --min-quality.
+            quality: A quality filter that tools.train_quality_filter has trained, for --min-quality.
             min_quality: Leave out documents that it gives less, 0 to 1.
             workers: Processes [one a core, as memory allows]. The bytes written don't depend on it.
             engine: Where the work is done: processes of this machine, or a Ray cluster (pip install ray).

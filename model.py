@@ -166,7 +166,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    # only of models that `from_pretrained` loaded
+    # set by `from_pretrained` only
     tokenizer: Tokenizer
     source: str
     step: int | None  # of the run; None for weights that come from elsewhere
@@ -430,8 +430,14 @@ def _from_hub(name: str) -> GPT:
 def _from_huggingface(folder: Path) -> GPT:
     """A model from a directory with Hugging Face's GPT-2 weights and their tokenizer."""
     config = GPTConfig(**huggingface.read_config(folder / "config.json"))
-    model = from_gpt2(huggingface.read_weights(folder / checkpoint.MODEL), config)
-    model.tokenizer, model.source, model.step = _tokenizer_of(folder, config.vocab_size), str(folder), None
+    tokenizer = _tokenizer_of(folder, config.vocab_size)
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    tensors = huggingface.read_weights(folder / checkpoint.MODEL)
+    for name, tensor in tensors.items():
+        if name.endswith(("wte.weight", "lm_head.weight")):
+            tensors[name] = tensor[: config.vocab_size]  # no token has the rows from there on: they are padding
+    model = from_gpt2(tensors, config)
+    model.tokenizer, model.source, model.step = tokenizer, str(folder), None
     return model
 
 

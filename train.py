@@ -9,7 +9,6 @@ A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpo
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
+from babygpt import files
 from babygpt.console import spoken
 from babygpt.data.shards import Dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +28,6 @@ from babygpt.errors import ConfigError, UserError
 from babygpt.errors import run as run_script
 from babygpt.evaluation.packing import Example
 from babygpt.evaluation.validation import mean_loss
-from babygpt.files import write_json
 from babygpt.training import checkpoint
 from babygpt.training.device import Mark, autocast, is_out_of_memory, untested_torch_warning, uses_bfloat16
 from babygpt.training.distributed import Ranks, process_group
@@ -73,7 +72,7 @@ def train_step(
     loss_sum = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(data.micro_batches):
         idx, targets = inputs_and_targets(batch, ranks.device)
-        if isinstance(model, DistributedDataParallel):  # read in the forward pass: averages in the last backward alone
+        if isinstance(model, DistributedDataParallel):  # read in the forward pass: all-reduce in the last backward
             model.require_backward_grad_sync = i == len(data.micro_batches) - 1
         with autocast(ranks.device, config.training.dtype):
             loss = model(idx, targets)
@@ -167,9 +166,9 @@ def restore_or_initialize(config: Config, dataset: Dataset, order: Order, tokeni
     if ranks.is_main:
         (out / FINISHED).unlink(missing_ok=True)
         if found is None:  # else it stays the last checkpoint's until the next one
-            write_json(out / "config.json", settings)
+            files.write_json(out / "config.json", settings)
         if tokenizer.name != "gpt2":
-            shutil.copyfile(tokenizer.file, out / tokenizer.name)
+            files.write(out / tokenizer.name, tokenizer.data)
     return start
 
 
@@ -204,7 +203,11 @@ def validate(
 
     Where `stop()` on any rank, all raise Stopped.
     """
-    rows = (model.config.block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size)
+    block_size = model.config.block_size
+    if (count := len(dataset.val)) <= block_size:
+        missing = f"not one row of block_size {block_size:,}. Prepare it with more --val-tokens."
+        raise ConfigError(f"{dataset.folder} has {count:,} validation tokens, {missing}")
+    rows = (block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     return mean_loss(model, validation_batches(dataset.val, *rows), token_bytes, ranks, config.training.dtype, stop)
 
@@ -241,7 +244,7 @@ SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 @dataclass
 class Run:
     """All that the scenes share. `raw_model` is what is saved, validated, evaluated and sampled; `model` is the
-    same weights, compiled and wrapped for training. Log, samples and bar are rank 0's."""
+    same weights, compiled and wrapped for training."""
 
     config: Config
     dataset: Dataset
@@ -279,7 +282,8 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         dataset.train, dataset.eot_id, config.model.block_size, config.data.num_streams, config.general.seed,
         config.data.chunk_tokens,
     )  # fmt: skip
-    order.check(config.training.batch_tokens // config.model.block_size)
+    rows_per_step = config.training.batch_tokens // config.model.block_size
+    order.check(rows_per_step)
     evaluating = "eval" in config.general.mode and config.evaluation.every_n_steps > 0
     examples = hellaswag_examples(config, config.model.block_size, tokenizer, ranks) if evaluating else []
 
@@ -297,7 +301,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         ranks.watch(model)
 
     ranks.print(settings_text(config))
-    ranks.print(f"{raw_model.num_params():,} parameters on {ranks.world_size} x {device.type}")
+    micro_batches = rows_per_step // (config.training.micro_batch_size * ranks.world_size)
+    where = f"{ranks.world_size} x {device.type}, {micro_batches} micro-batches per rank and step"
+    ranks.print(f"{raw_model.num_params():,} parameters on {where}")
     ranks.print(order.summary(config.training.batch_tokens, config.training.max_steps))
     if warning := untested_torch_warning():
         ranks.print(warning)
@@ -305,11 +311,10 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         ranks.print(f"warning: {dataset.folder} has no dataset.json: its tokens are taken for GPT-2's, unverified")
     log = Log(out / "log.csv", start.step) if ranks.is_main else NullLog()
     samples = Samples(out / "samples.txt", start.step) if ranks.is_main else NullSamples()
-    silent = None if ranks.is_main else True  # None: where stderr is no terminal
+    silent = None if ranks.is_main else True  # None: only if stderr is a terminal
     bar = tqdm(total=config.training.max_steps, initial=start.step, unit="step", disable=silent)
-    return Run(
-        config, dataset, ranks, tokenizer, order, start, raw_model, model, optimizers, examples, log, samples, bar
-    )
+    models = (raw_model, model, optimizers)
+    return Run(config, dataset, ranks, tokenizer, order, start, *models, examples, log, samples, bar)
 
 
 def finish(run: Run, pending: Pending) -> bool:
@@ -455,7 +460,7 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
     model = ranks.main_first(lambda: GPT.from_pretrained(spec, ranks.device))
     tokenizer = model.tokenizer
     ranks.print(f"{model.source}: {model.num_params():,} parameters")
-    if dataset is not None:  # as "val" is in the mode
+    if dataset is not None:  # "val" is in the mode
         if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
             raise ConfigError(f"{dataset.folder} was made with another tokenizer than the model of {spec}.")
         loss, bpb = validate(model, dataset, tokenizer, config, ranks)
@@ -476,7 +481,7 @@ def main() -> None:
     if "train" not in general.mode:
         with process_group(general.device, general.timeout_minutes) as ranks:
             return assess(config, dataset, ranks)
-    assert dataset is not None, "resolve opens the data set of a training"
+    assert dataset is not None, "resolve() opens the data set if the mode includes train"
     with StopSignals() as signals, process_group(general.device, general.timeout_minutes) as ranks:
         try:
             with lock_run_dir(out, ranks), checkpoint.Saver(out, saving.keep, saving.keep_every) as saver:

@@ -19,6 +19,7 @@ from babygpt.data.shards import Dataset, open_dataset
 from babygpt.errors import ConfigError, UserError
 from model import GPTConfig
 
+OUT_PRESET = Path("out/gpt2")  # stands for out/PRESET, whatever the preset is
 Mode = Literal["train", "val", "eval", "sample"]
 
 
@@ -28,7 +29,7 @@ class General:
 
     mode: tuple[Mode, ...] = ("train", "val", "eval", "sample")  # any subset; without train, a checkpoint is read
     init_from: str = "scratch"  # scratch, resume (scratch where there is no checkpoint), gpt2[-medium ...], or a path
-    out_dir: Path = Path("out/gpt2")  # folder of the run [out/PRESET]
+    out_dir: Path = OUT_PRESET  # directory of the run [out/PRESET]
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
     timeout_minutes: float = 30.0  # how long ranks wait for one that is silent, or for rank 0's downloads
@@ -273,7 +274,7 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
         raise ConfigError(f"there is no preset {name!r}.{hint} Known: {', '.join(PRESETS)}.")
     description = f"Trains, validates, evaluates and samples a GPT. Presets: {', '.join(PRESETS)}. These are {name}'s."
     preset = PRESETS[name]
-    if preset.general.out_dir == General.out_dir:
+    if preset.general.out_dir == OUT_PRESET:
         preset = variant(preset, general={"out_dir": Path("out") / name})
     config = tyro.cli(
         Config, default=preset, args=rest, prog=f"train.py {name}", description=description,
@@ -405,7 +406,7 @@ def check(config: Config, world_size: int) -> list[str]:
 
 
 def to_json(config: Config) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # str: of a Path
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # str: for Path
 
 
 TASK_MODES = {"validation": "val", "evaluation": "eval", "sampling": "sample", "saving": "train"}  # section: mode
@@ -425,7 +426,7 @@ def due_tasks(config: Config, step: int, start: int) -> set[str]:
 
 
 def settings_text(config: Config) -> str:
-    """The resolved settings, a line a section."""
+    """The resolved settings, one line per section."""
     sections = to_json(config).items()
     return "\n".join(
         f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items())
@@ -440,7 +441,7 @@ def from_json(values: dict) -> Config:
         general = sections["general"]
         general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
         return variant(Config(), **sections)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"these settings are of another version ({error}).") from None
 
 
@@ -455,7 +456,7 @@ def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
-    """What is another setting now than in a run's `config.json`, a line each, but for those of `general`."""
+    """List the settings that differ from a run's config.json, one line each, except those of `general`."""
     return [
         f"  {name} was {earlier}, is {value} now"
         for name, earlier, value in differences(read_config(path), to_json(config))

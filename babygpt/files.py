@@ -91,7 +91,7 @@ def create(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write(path: str | Path, data: bytes) -> None:
-    """Writes a file, here or at a URL, whole or not at all."""
+    """Write a file atomically, locally or at a URL."""
     with create(path) as file:
         file.write(data)
 
@@ -102,7 +102,7 @@ def write_json(path: str | Path, content: dict) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """The sha256 of a file of this machine, in hexadecimal digits."""
+    """Return the SHA-256 of a local file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -18,7 +18,7 @@ elif [ $# -gt 0 ]; then
     echo "usage: bash runs/demo.sh [--quick]" >&2
     exit 2
 fi
-environment requirements.txt
+environment .venv requirements.txt
 
 echo; echo "--- 1. a vocabulary of 4,096 entries, learnt from Python's standard library"
 [ -e data/demo-tokenizer.json ] || python -m tools.train_tokenizer stdlib --vocab-size 4096 --out data/demo-tokenizer.json

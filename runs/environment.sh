@@ -1,10 +1,11 @@
 # Sourced by the other scripts, from the repository's root.
 #
-#   environment FILE ...    makes the virtual environment $VENV (.venv), installs the requirements files into it, each
-#                           once for each state of the file, and puts it first on PATH
+#   environment DIRECTORY FILE ...    makes a virtual environment in the repository, installs the requirements files
+#                                     into it, each once for each state of the file, and puts it first on PATH
 
 environment() {
-    local venv=${VENV:-.venv} file stamp
+    local venv=$PWD/$1 file stamp
+    shift
     if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then  # none yet, half made, or its Python is gone
         rm -rf "$venv"
         local python=${PYTHON:-python3}
@@ -25,11 +26,11 @@ environment() {
         if [ ! -e "$stamp" ]; then
             echo "installing $file (the first time takes a few minutes)"
             if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"; then
-                echo "error: not everything in $file could be installed; pip names the package above" >&2
+                echo "error: pip could not install $file. Its message above names the package." >&2
                 exit 2
             fi
             touch "$stamp"
         fi
     done
-    export PATH="$PWD/$venv/bin:$PATH"
+    export PATH="$venv/bin:$PATH"
 }

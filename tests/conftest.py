@@ -37,7 +37,6 @@ def unbroken(dataset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_plots(request, monkeypatch):
-    """Runs in this process draw no plot.png, which would take most of their time, unless the test is marked `draws`."""
-    if "draws" not in request.keywords:
-        monkeypatch.setattr(train, "plot", lambda runs, out: None)
+def no_plots(monkeypatch):
+    """Runs of a test draw no plot.png, which would take most of their time; `unbroken` draws one."""
+    monkeypatch.setattr(train, "plot", lambda runs, out: None)

@@ -105,11 +105,11 @@ MISTAKES = [
      [("babygpt/nn/cross_entropy.py", "loss = loss + part_loss", "loss += part_loss")]),
 ]  # fmt: skip
 
-ONLY_ON = {25: "2.11."}  # versions of PyTorch that a mistake shows on; on others no test can see it
+ONLY_ON = {25: "2.11."}  # PyTorch versions on which a mistake is visible
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
-    """What a copy does without: at the root data, runs and environments."""
+    """Names that are not copied: caches, and at the root data, runs and environments."""
     root = [name for name in names if name in (".git", "data", "out") or name.startswith(".venv")]
     return {"__pycache__", *(root if Path(folder) == ROOT else [])}
 

@@ -1,6 +1,8 @@
 """Compare how many tokens several tokenizers make of a text.
 
-python -m tools.compare_tokenizers gpt2 data/books-bpe.json --input 'books/*.txt'
+    python -m tools.compare_tokenizers gpt2 data/books-bpe.json --input 'books/*.txt'
+
+The output is a Markdown table with bytes per token and tokens per word.
 """
 
 from collections.abc import Iterable

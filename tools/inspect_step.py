@@ -1,6 +1,10 @@
 """Print the rows that an optimizer step of a run read, and their text.
 
-python -m tools.inspect_step out/gpt2 --step 1234
+    python -m tools.inspect_step out/gpt2 --step 1234
+
+A row has T + 1 tokens, the last one as a target only. A row that crosses the end of a chunk or a shard has a line for
+each part: its shard, its first token counted from 0 in the shard, the number of tokens, and its document: how many
+documents of the shard have begun up to there. Document 0 continues from the shard before.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,9 @@
 """Draw one or several runs, from their log.csv alone.
 
-python -m tools.plot out/gpt2                          # writes out/gpt2/plot.png
-python -m tools.plot out/gpt2 out/modern --out compare.png --x tokens
+    python -m tools.plot out/gpt2                          # writes out/gpt2/plot.png
+    python -m tools.plot out/gpt2 out/modern --out compare.png --x tokens
+
+The picture has losses, HellaSwag, learning rate, gradient norm and speed.
 """
 
 from pathlib import Path

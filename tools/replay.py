@@ -127,7 +127,7 @@ def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
             logging={"every_n_steps": 0},
         )  # fmt: skip
         config, dataset = resolve(config, ranks.world_size)
-        assert dataset is not None, "resolve opens the data set of a training"
+        assert dataset is not None, "resolve() opens the data set if the mode includes train"
         with checkpoint.Saver(out, 0, 0) as saver:
             run = set_up(config, dataset, ranks)
             train(run, StopSignals(), saver, until=steps.stop)

@@ -3,6 +3,8 @@
     python -m tools.train_quality_filter --good wikipedia-pl/ books.jsonl.gz --other pages.jsonl.gz \\
         --tokenizer data/pl.json --out data/pl-quality.safetensors
     python fineweb.py fineweb2-pl --tokenizer data/pl.json --quality data/pl-quality.safetensors --min-quality 0.5
+
+One document in ten is held out, and the filter's scores on those are printed. Needs scikit-learn.
 """
 
 import json

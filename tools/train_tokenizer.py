@@ -1,8 +1,10 @@
-"""Train a byte-level BPE tokenizer.
+"""Train a byte-level BPE tokenizer with GPT-2's pre-tokenizer.
 
-python -m tools.train_tokenizer stdlib --vocab-size 4096 --out data/stdlib-bpe.json
-python -m tools.train_tokenizer --input 'books/*.txt' --vocab-size 32768 --out data/books-bpe.json
-python fineweb.py files --input 'books/*.txt' --tokenizer data/books-bpe.json --out-dir data/books
+    python -m tools.train_tokenizer stdlib --vocab-size 4096 --out data/stdlib-bpe.json
+    python -m tools.train_tokenizer --input 'books/*.txt' --vocab-size 32768 --out data/books-bpe.json
+    python fineweb.py files --input 'books/*.txt' --tokenizer data/books-bpe.json --out-dir data/books
+
+The same text gives the same tokenizer, byte for byte.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Encoding of whole data sets by the library `gigatoken`, ten times faster than tiktoken and `tokenizers`.
 
-It is used where it is installed and encodes a sample of each task as the tokenizer itself does. Texts in which the
-Unicode versions of the libraries differ are left to the tokenizer, so that the ids never depend on which one did it.
+gigatoken is used if it is installed and encodes a sample of each task exactly as the tokenizer does. Texts that Unicode
+versions split differently go to the tokenizer itself, so the ids do not depend on the encoder.
 """
 
 import operator
@@ -41,11 +41,11 @@ class BatchEncoder(ABC):
     @property
     @abstractmethod
     def _gigatoken(self) -> Any:
-        """gigatoken's tokenizer, cached; any exception if it can't take this one."""
+        """gigatoken's version of this tokenizer, cached. Raises any exception if gigatoken does not support it."""
 
     @abstractmethod
     def _plain_ids(self, text: bytes) -> np.ndarray:
-        """Ids of one text by the slower library, (n,) uint32."""
+        """Encode one text with the tokenizer's own library, (n,) uint32."""
 
     def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
         """From here on batches are encoded by gigatoken, if it encodes the first `sample_bytes` of these texts as

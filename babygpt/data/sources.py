@@ -194,8 +194,8 @@ class HubFiles(Source):
             ),
             f"{self.repo}/{self.prefix}",
         )
-        files = sorted((f for f in tree if f.path.endswith(".parquet")), key=lambda f: f.path)
-        self.units = [Unit(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in files]
+        parquet_files = sorted((f for f in tree if f.path.endswith(".parquet")), key=lambda f: f.path)
+        self.units = [Unit(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in parquet_files]
         if not self.units:
             raise UserError(f"{self.repo} has no parquet files under {self.prefix}.")
 

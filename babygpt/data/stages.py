@@ -1,4 +1,4 @@
-"""The stages of a preparation that a pool of processes does: tokenize (a task at a time) and write (a shard a task)."""
+"""The stages of data preparation that run in a process pool: tokenize, and write, one shard per task."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ class MapStage:
                     self.found += int(tokens.sum())
                     self.done(unit, stem, len(tokens), int(tokens.sum()))
                 elif task is None:
-                    raise UserError(f"{stem}.npz is gone, which {unit:05d}.json says is there. Delete {self.parts}.")
+                    raise UserError(f"{stem}.npz is missing, but {unit:05d}.json lists it. Delete {self.parts}.")
                 else:
                     self.running[self.pool.submit(map_task, task, stem)] = unit, stem
         while self.running:
@@ -65,7 +65,7 @@ class MapStage:
         return self.stems
 
     def fetch(self, unit: int) -> list[Task | None]:
-        """The tasks of a unit; None for those of a unit whose tasks are all done: its file need not be here again."""
+        """Return the tasks of a unit, or None for each if all are done: then its file is not needed again."""
         tasks: list[Task | None]
         if f"{unit:05d}.json" in self.there:
             tasks = [None] * json.loads(files.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]

@@ -54,7 +54,7 @@ class GPT2Tokenizer(BatchEncoder):
 
     @cached_property
     def ranks(self) -> dict[bytes, int]:
-        """The id of every token but EOT by its bytes."""
+        """Map each token's bytes to its id, EOT excluded."""
         return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self.data.splitlines())}
 
     @cached_property
@@ -198,22 +198,27 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer is GPT-2's, byte for byte, under whatever name: then it has GPT-2's sha256 as "gpt2"."""
+    """Return whether a tokenizer encodes exactly as GPT-2's: callers then use "gpt2", so that both have one sha256."""
     if isinstance(tokenizer, GPT2Tokenizer):
         return True
     settings = json.loads(tokenizer.bpe.to_str())
-    pre_tokenizer = settings["pre_tokenizer"] or {}
-    plain = settings["normalizer"] is None and (pre_tokenizer.get("type"), pre_tokenizer.get("add_prefix_space")) == (
-        "ByteLevel", False
-    )  # fmt: skip
-    # the byte-level alphabet writes each byte as one character: printable ones as themselves, the others from 256 on
+    pre_tokenizer, model = settings["pre_tokenizer"] or {}, settings["model"]
+    same = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    plain = (
+        settings["normalizer"] is None
+        and same.items() <= pre_tokenizer.items()
+        and model["type"] == "BPE"
+        and not any(model.get(name) for name in unset)
+    )
+    # the byte-level alphabet maps printable bytes to themselves, the others to U+0100 and up
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = {byte: chr(byte) for byte in printable}
     characters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
     ranks = GPT2Tokenizer().ranks
     vocabulary = {"".join(map(characters.__getitem__, token)): rank for token, rank in ranks.items()}
-    merged = [token for token, rank in vocabulary.items() if rank >= 256]  # by rank: the merge that makes it
-    merges = ["".join(pair).replace(" ", "") for pair in settings["model"].get("merges", [])]  # pairs, or "a b"
+    merged = [token for token, rank in vocabulary.items() if rank >= 256]  # sorted by rank, the order of the merges
+    merges = ["".join(pair).replace(" ", "") for pair in model.get("merges", [])]  # pairs, or "a b"
     vocabulary |= {END_OF_TEXT: GPT2Tokenizer.eot_id}
     return plain and merges == merged and tokenizer.bpe.get_vocab(with_added_tokens=True) == vocabulary
 

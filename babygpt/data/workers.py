@@ -52,7 +52,7 @@ class Setup:
 
 
 class Pool(Protocol):
-    """What does tasks: the processes of this machine, or a Ray cluster."""
+    """Runs tasks: a pool of local processes, or a Ray cluster."""
 
     def submit(self, function: Callable, /, *arguments: Any) -> Future: ...
 

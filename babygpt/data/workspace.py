@@ -1,4 +1,4 @@
-"""The folder that a preparation works in: its lock, its settings, what a killed run left, and when it is finished."""
+"""The working directory of a preparation: lock, settings, leftovers of a killed run, completion."""
 
 import errno
 import fcntl

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORED
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
@@ -39,8 +38,4 @@ def mean_loss(
     nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
     if stops:
         raise Stopped
-    if count == 0:
-        raise ConfigError(
-            "the validation split has not one row of block_size tokens. Prepare it with more --val-tokens."
-        )
     return nats / count, nats / math.log(2) / text_bytes

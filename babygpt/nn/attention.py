@@ -1,4 +1,4 @@
-"""Attention, plain and fused, its KV cache, and rotary positions.
+"""Attention, plain and fused, its KV cache, and rotary embeddings.
 
 Shapes: B batch, T time, H heads, K key/value heads, D head size; S is the time of keys and values, T or more with a
 cache.

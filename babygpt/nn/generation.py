@@ -1,4 +1,4 @@
-"""The decoding loop: prompts are read once, then each token costs one token's work.
+"""The decoding loop: one prefill, then one decode step per token.
 
 >>> for token in generate(model, prompts, max_new_tokens=50): ...
 """
@@ -13,7 +13,7 @@ from babygpt.nn.attention import KVCache
 
 
 class Decoder(Protocol):
-    """What decoding needs of a model; model.GPT is one."""
+    """The interface that decoding needs; model.GPT implements it."""
 
     config: Any  # with block_size
     wte: nn.Embedding

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 weights: its config.json, and its tensors from and to ours."""
+"""Read and write Hugging Face's GPT-2 format."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,18 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 def read_config(config_json: Path) -> dict:
     """The fields of the architecture in a `config.json` of Hugging Face's GPT-2; UserError if ours differs from it."""
-    values = json.loads(config_json.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(config_json.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config_json} is not JSON: {error}") from None
     if values.get("model_type") != "gpt2" or values.get("activation_function", "gelu_new") != "gelu_new":
         raise UserError(f"{config_json} is no GPT-2: model_type is {values.get('model_type')!r}.")
-    return {
-        "block_size": values["n_positions"], "vocab_size": values["vocab_size"], "n_layer": values["n_layer"],
-        "n_head": values["n_head"], "n_embd": values["n_embd"], "tie_head": values.get("tie_word_embeddings", True),
-    }  # fmt: skip
+    names = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head"}
+    names |= {"n_embd": "n_embd"}
+    if missing := [theirs for theirs in names.values() if not isinstance(values.get(theirs), int)]:
+        raise UserError(f"{config_json} lacks {', '.join(missing)}.")
+    fields = {ours: values[theirs] for ours, theirs in names.items()}
+    return fields | {"tie_head": values.get("tie_word_embeddings", True)}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -29,7 +34,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it to fetch it again.") from None
+        raise UserError(f"{path} is corrupted ({error}). Copy or download it again.") from None
 
 
 def load_tensors(

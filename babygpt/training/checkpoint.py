@@ -113,7 +113,7 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
 
 
 def _save_tensors(tensors: dict, path: Path) -> None:
-    """torch.save, by a file object: so what is wrong with the disk is known, and not only to PyTorch's own writer."""
+    """Save through a file object, so that a disk error is raised as OSError, not as one of PyTorch's zip writer."""
     with open(path, "wb") as file:
         try:
             torch.save(tensors, file)
@@ -217,7 +217,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's folder is named for."""
-    return int(re.sub(r"\D", "", path.name))
+    match = NAME.fullmatch(path.name)
+    assert match is not None, f"{path} is not the directory of a checkpoint"
+    return int(match[1])
 
 
 def latest(run: str | Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""The device: which one, its number formats, its peak, its memory and its clock."""
+"""The device: selection, dtypes, peak FLOP/s, memory, timing."""
 
 import re
 import resource
@@ -18,7 +18,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
 }  # fmt: skip
 
-TESTED_TORCH = ("2.11", "2.13")  # the tests run on these: the pin of requirements.txt, and by hand the other
+TESTED_TORCH = ("2.11", "2.13")  # CI tests the pin of requirements.txt, `runs/test.sh --slow` 2.11
 
 
 def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
@@ -57,14 +57,13 @@ def autocast(device: torch.device, dtype: str):
 def untested_torch_warning() -> str | None:
     """A warning if the tests have not been run on this version of PyTorch, else None.
 
-    Versions differ in what their compilers make of the same code: 2.11 turned an in-place sum in the loss into
-    gradients of zero.
+    torch.compile of PyTorch 2.11 turned an in-place sum in the loss into zero gradients.
     """
     if torch.__version__.startswith(tuple(f"{version}." for version in TESTED_TORCH)):
         return None
     return (
         f"warning: BabyGPT has not been tested on PyTorch {torch.__version__}, only on {', '.join(TESTED_TORCH)}. "
-        "Run `bash runs/test.sh`, or install the version in requirements.txt."
+        "Run `python -m pytest tests/unit`, or install the version in requirements.txt."
     )
 
 
@@ -89,7 +88,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory of the device or the host was too small, in the words of PyTorch or a library of the device."""
+    """Return whether the error says that device or host memory ran out."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or re.search("can't allocate memory|ALLOC_FAILED", str(error)) is not None
 

@@ -1,4 +1,4 @@
-"""Ranks: which process this is, what ranks send each other, and how they meet and part.
+"""Ranks: identity, collectives, and start and shutdown of the process group.
 
 >>> with process_group("auto") as ranks:
 ...     ranks.print(f"{ranks.world_size} ranks on {ranks.device}")

@@ -1,4 +1,4 @@
-"""Whether an update may be applied: loss spikes, numbers that are not finite, ranks that drift apart."""
+"""Checks of an update: loss spikes, non-finite values, replicas that differ."""
 
 import math
 import statistics
@@ -12,9 +12,9 @@ from babygpt.errors import ConfigError
 class Gate:
     """Tells, on the device, whether an update is held back; the host need not wait for the numbers.
 
-    All are, from the first loss or gradient norm on that isn't finite, or norm that is exactly zero. With
-    `skip_spikes`, so is one whose loss lies more than so many standard deviations above the mean of the last `WINDOW`.
-    Among those it counts as just that high: a rise that lasts is not held back for ever.
+    All updates are skipped from the first one whose loss or gradient norm is non-finite, or whose gradient norm is
+    exactly 0. With `skip_spikes`, so is an update whose loss is more than that many standard deviations above the mean
+    of the last WINDOW losses; among those it counts as just that high, so a lasting rise is not skipped forever.
     """
 
     WINDOW = 64
@@ -54,7 +54,7 @@ def checksum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def check_numbers(step: int, loss: float, norm: float, not_finite: list[float]) -> None:
-    """ConfigError if a step's loss or gradient norm is not finite, or the norm is 0; `not_finite` has a flag a rank."""
+    """ConfigError if a step's loss or norm is not finite, or the norm is 0; `not_finite` has one flag per rank."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         where = [rank for rank, flag in enumerate(not_finite) if flag]
         raise ConfigError(  # the status is the same on every rank
@@ -65,14 +65,15 @@ def check_numbers(step: int, loss: float, norm: float, not_finite: list[float]) 
         )
     if norm == 0:
         raise ConfigError(
-            f"step {step}: the gradient norm is exactly 0, so the loss ({loss:.4f}) does not depend on any weight. The "
-            "update was not applied. Run `bash runs/test.sh`: the model, or a kernel of this PyTorch version "
-            f"({torch.__version__}), computes wrong gradients; --training.compile off may avoid it."
+            f"step {step}: the gradient norm is exactly 0 at a loss of {loss:.4f}. The update was not applied. Either "
+            "the model predicts every target with probability 1, or its loss does not depend on any weight: then the "
+            f"model, or a kernel of PyTorch {torch.__version__}, is wrong. Run `python -m pytest tests/unit`, or try "
+            "--training.compile off."
         )
 
 
 def check_replicas(step: int, sums: list[float], every: int) -> None:
-    """ConfigError if the checksums of the ranks' weights differ; they were compared every so many steps before."""
+    """ConfigError if the checksums of the ranks' weights differ; they are compared every `every` steps."""
     if differing := [rank for rank, value in enumerate(sums) if value != statistics.mode(sums)]:
         good = max(0, step - every)
         raise ConfigError(

@@ -52,7 +52,7 @@ class Log:
 
 
 class NullLog(Log):
-    """The log of a rank that keeps none."""
+    """A log that discards its rows, for ranks other than 0."""
 
     def __init__(self):
         pass
@@ -68,7 +68,7 @@ class NullLog(Log):
 
 
 def _cells(row: Row) -> list:
-    return [row.get(column) for column in COLUMNS]  # the writer leaves None empty, and gives floats all their digits
+    return [row.get(column) for column in COLUMNS]  # csv writes None as an empty cell and floats by repr: exact
 
 
 def read_log(path: Path, before: float = math.inf) -> list[Row]:
@@ -118,7 +118,7 @@ class Samples:
 
 
 class NullSamples(Samples):
-    """The samples of a rank that keeps none."""
+    """Samples that are discarded, for ranks other than 0."""
 
     def __init__(self):
         pass

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, Muon, the gate that holds an update back, and the learning rate of a step.
+"""Parameter groups, AdamW, Muon, and the learning rate of a step.
 
 >>> optimizers = adamw(model, max_lr=6e-4, weight_decay=0.1)
 >>> optimizers = muon(model, max_lr=0.04, embedding_lr=0.6, head_lr=0.008, scalar_lr=0.04)
@@ -146,7 +146,7 @@ def muon(
 
 
 def _heights_of_qkv(c_attn: nn.Parameter) -> list[int]:
-    """The heights of queries, keys and values in (C + 2 K D, C): grouped heads make keys and values lower."""
+    """Rows of queries, keys and values in c_attn.weight, (C + 2 K D, C); grouped heads have fewer of the latter two."""
     keys = (c_attn.size(0) - c_attn.size(1)) // 2
     return [c_attn.size(1), keys, keys]
 

@@ -1,4 +1,4 @@
-"""The run directory: its lock, its markers, what made it, and what a resumed run may not change."""
+"""The run directory: lock, markers, provenance, and the settings that a resumed run must keep."""
 
 import fcntl
 import functools
@@ -47,6 +47,8 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
             file.close()
             return lock()
         (out / STOPPED).unlink(missing_ok=True)
+        for stale in out.glob("*.tmp"):  # of a process that was killed
+            stale.unlink()
         return file
 
     file = ranks.main_first(lock)
@@ -66,7 +68,7 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
     if len(steps := set(ranks.gather(checkpoint.step_of(found) if found else -1))) > 1:
         raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, steps))}): share it.")
     if found is None and checkpoint.checkpoints(out):
-        raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is sound.")
+        raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is intact.")
     return found
 
 
@@ -87,7 +89,7 @@ def check_identity(found: Path, state: dict, now: dict[str, dict]) -> None:
 
 
 def record_launch(launches: list[dict], step: int, settings: dict, ranks: Ranks) -> None:
-    """Notes that a run is trained from `step` on with these settings, unless they and the machine are the last ones."""
+    """Record that training continues at `step` with these settings and machine, unless nothing has changed."""
     launch = {"config": settings, "made_by": made_by(ranks)}
     if not launches or launches[-1] | launch != launches[-1]:
         launches.append({"step": step} | launch)

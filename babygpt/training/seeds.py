@@ -1,4 +1,4 @@
-"""Seeds: randomness follows from (seed, step, rank), so no random state need be saved."""
+"""Seeds: randomness follows from (seed, step, rank), so no RNG state needs saving."""
 
 import hashlib
 

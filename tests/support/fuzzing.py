@@ -1,6 +1,6 @@
 """Malformed input by the thousand: every kind is made from something sound, and only a UserError may come of it.
 
-python tests/support/fuzzing.py 10000            # prints a table; tests/test_faults.py runs a few hundred
+python tests/support/fuzzing.py 10000            # prints a table; tests/faults/test_faults.py runs a few hundred
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def torchrun(
 
 
 def forked_ranks(world: int, *arguments: object, fault: str = "") -> None:
-    """The same run as `torchrun`, by processes forked from this one, which has imported everything: seconds faster."""
+    """The same run as `torchrun`, by processes forked from this one, which has imported everything: seconds faster.
+
+    With an accelerator PyTorch allows no backward pass in a forked process, and torchrun starts the run.
+    """
+    if torch.accelerator.is_available():
+        torchrun(world, *arguments, fault=fault)
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -83,6 +90,7 @@ def forked_ranks(world: int, *arguments: object, fault: str = "") -> None:
                 try:
                     os.dup2(output.fileno(), 1)
                     os.dup2(output.fileno(), 2)
+                    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
                     os.environ |= {
                         name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()
                     }
@@ -90,9 +98,10 @@ def forked_ranks(world: int, *arguments: object, fault: str = "") -> None:
                         importlib.import_module("support.faulty_train")  # replaces train.train_step
                     call(lambda: run(train.main), *arguments)
                     os._exit(0)
-                except SystemExit as end:
-                    print(end.code, file=sys.stderr)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
+                    sys.stderr.flush()
                     os._exit(1)
             children.append(child)
         codes = [os.waitpid(child, 0)[1] for child in children]

@@ -9,6 +9,7 @@ import torch
 from support.helpers import call, save_hellaswag
 from support.hub_server import HubServer, downloads, python
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -99,7 +100,7 @@ def foreign(tmp_path_factory) -> Path:
     return folder
 
 
-def test_foreign_vocabulary_scores_and_samples_with_its_own_tokenizer(foreign, tmp_path, capsys):
+def test_foreign_vocabulary_uses_its_own_tokenizer(foreign, tmp_path, capsys):
     """hellaswag.py and sample.py read and write text by the directory's tokenizer.json, not by GPT-2's."""
     own = load_tokenizer(foreign)
     assert GPT.from_pretrained(foreign).tokenizer.sha256 == own.sha256
@@ -138,8 +139,10 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
         merges.append(tuple("".join(character[byte] for byte in part) for part in parts))
     vocab = {"".join(character[byte] for byte in token): rank for rank, token in enumerate(ranks)}
     bpe = byte_level_bpe()
-    for name, found in {"same": merges, "other": [merges[1], merges[0], *merges[2:]]}.items():
-        bpe.model = BPE(vocab=vocab, merges=found)
+    swapped = [merges[1], merges[0], *merges[2:]]
+    for name, found in {"same": merges, "other merges": swapped, "dropout": merges, "no regex": merges}.items():
+        bpe.model = BPE(vocab=vocab, merges=found, dropout=0.5 if name == "dropout" else None)
+        bpe.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=name != "no regex")
         bpe.add_special_tokens(["<|endoftext|>"])
         (tmp_path / name).mkdir()
         bpe.save(str(tmp_path / name / "tokenizer.json"))
@@ -174,3 +177,24 @@ def test_gpt2s_weights_come_from_the_hub_once(tmp_path):
             assert done.stdout.count("Hello, I'm a language model,") == 2, done.stderr
         assert len(downloads(hub)) == 2, "the second time they are there"
     assert not (tmp_path / "out").exists()
+
+
+def test_padded_vocabulary_rows_are_never_sampled(foreign, tmp_path):
+    """Rows of the tables that the tokenizer has no token for are padding: they get no probability."""
+    shutil.copytree(foreign, tmp_path / "padded")
+    theirs = GPT2LMHeadModel.from_pretrained(foreign)
+    theirs.resize_token_embeddings(384, mean_resizing=False)
+    theirs.save_pretrained(tmp_path / "padded")
+    model = GPT.from_pretrained(tmp_path / "padded")
+    assert model.config.vocab_size == 300
+    idx = torch.randint(0, 300, (2, 9))
+    torch.testing.assert_close(model(idx), GPT.from_pretrained(foreign)(idx))
+
+
+def test_corrupted_config_is_refused(foreign, tmp_path):
+    """A config.json that is not JSON, or lacks a size, is a message that names the file."""
+    shutil.copytree(foreign, tmp_path / "bad")
+    for text, words in (("{", "config.json is not JSON"), ('{"model_type": "gpt2"}', "config.json lacks n_positions")):
+        (tmp_path / "bad" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            GPT.from_pretrained(tmp_path / "bad")

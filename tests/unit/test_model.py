@@ -1,4 +1,4 @@
-"""GPT-2, exactly: held against transformers, a plain attention and published counts; and each switch by itself."""
+"""GPT-2, exactly: compared with a plain attention and published counts; and each switch by itself."""
 
 import math
 

@@ -1,6 +1,6 @@
 """The layout: who may import whom, nothing happens at import, and every file can be read in one sitting.
 
-import-linter checks the rules inside `babygpt` and `tools` (pyproject.toml); this file those of the top level.
+import-linter checks the rules inside `babygpt` and `tools` (pyproject.toml); this file checks the top level.
 """
 
 import ast
@@ -10,6 +10,7 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import mistakes
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_imports_have_no_cycle():
 
 @pytest.mark.parametrize("name", TOP_LEVEL)
 def test_top_level_never_imports_tools_or_fineweb(name):
-    """The scripts stand on babygpt and on each other, not on the occasional commands or the data script."""
+    """The scripts import babygpt and each other, never the occasional commands or the data script."""
     assert not packages(tree(name)) & {"tools", "fineweb", "benchmarks", "tests"}
 
 
@@ -107,3 +108,10 @@ def test_long_public_functions_and_classes_have_docstrings():
             if public and node.name != "main" and not ast.get_docstring(node) and node.end_lineno - node.lineno > 12:
                 silent.add(f"{name}.{node.name}")
     assert silent <= {"model.CausalSelfAttention", "model.MLP", "model.Block", "model.GPT"}
+
+
+def test_mistakes_still_apply():
+    """Every place that tests/mistakes.py replaces is still in its file."""
+    for _, name, _, changes in mistakes.MISTAKES:
+        for file, ours, _ in changes:
+            assert ours in (ROOT / file).read_text(encoding="utf-8"), f"{name}: {file}"

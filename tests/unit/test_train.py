@@ -227,7 +227,7 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", counted)
     monkeypatch.setattr(train.GPT, "forward", constant)
-    with pytest.raises(UserError, match=r"step 3: the gradient norm is exactly 0, so the loss \(\d\.\d+\) does not"):
+    with pytest.raises(UserError, match=r"step 3: the gradient norm is exactly 0 at a loss of \d\.\d+\."):
         call(train.main, *flags(dataset, tmp_path / "zero", saving__every_n_steps=7, optimizer__grad_clip=clip))
     assert applied[:4] == [True, True, True, False]
     assert not any(applied[4:])
@@ -370,7 +370,7 @@ def test_user_errors_are_one_message(change, words, dataset, tmp_path, capsys):
 
 
 def test_user_error_ends_the_script_with_exit_code_2(dataset, tmp_path):
-    """The same as a command."""
+    """The script exits with code 2 and prints one message."""
     line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", model__n_head=3)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
