@@ -94,11 +94,7 @@ def main() -> None:
     import tyro
 
     def command(run: tyro.conf.Positional[Path], /, *, step: int, ranks: int = 1, chars: int = 200) -> None:
-        """Prints the rows that an optimizer step of a run reads: T + 1 tokens each, the last one a target alone.
-
-        A row that goes over the end of a chunk or a shard has a line for each part: its shard, its first token
-        counted from 0 in the shard, how many tokens, and its document: how many documents of the shard have begun
-        up to there, 0 being what goes on from the shard before.
+        """Print the rows that an optimizer step of a run reads.
 
         Args:
             run: The run's folder (out/NAME), whose data lie where they were.
