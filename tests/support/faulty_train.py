@@ -86,6 +86,8 @@ def faulty_step(model, optimizers, data, config, ranks, *rest, **named):
 
 
 train.train_step = faulty_step
+if KIND not in ("gone", "locked", "full"):  # there the picture is a file that cannot be written
+    train.plot = lambda runs, out: None  # elsewhere it would take most of the time
 
 if __name__ == "__main__":
     if KIND == "kill" and os.environ["RANK"] == RANK and not FIRST_TRY:
