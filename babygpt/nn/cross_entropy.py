@@ -12,9 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # a target that doesn't count (PyTorch's ignore_index)
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of logits that are there at once
-SLICE_BYTES = 2 << 20  # of those that a CPU turns into probabilities at once: what its cache holds
+IGNORED = -100  # a target that does not count (PyTorch's ignore_index)
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of logits that exist at the same time
+COMPILED_CUDA_CHUNK_BYTES = 2 << 30  # larger products are faster, and compiled code makes no float32 copies
+SLICE_BYTES = 2 << 20  # of float32 logits that a CPU turns into probabilities at once: what its cache holds
+
+
+def chunk_rows(rows: int, row_bytes: int, device_type: str, compiled: bool) -> int:
+    """How many of `rows` rows of logits are computed at once.
+
+    When compiled for CUDA, a multiple of 128, the tile of a matrix product, that divides `rows` if possible: a compiler
+    unrolls the loop over chunks, and a last chunk of another size would need kernels of its own.
+    """
+    if not (compiled and device_type == "cuda"):
+        return math.ceil(rows / math.ceil(rows * row_bytes / CHUNK_BYTES.get(device_type, 128 << 20)))
+    most = max(128, COMPILED_CUDA_CHUNK_BYTES // row_bytes // 128 * 128)
+    if rows <= most:
+        return rows
+    divisors = (n for n in range(most, most // 4, -128) if rows % n == 0)
+    return next(divisors, most)
 
 
 def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -43,14 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_, weight_ = x.detach().to(dtype), weight.detach().to(dtype)
         loss = torch.zeros((), device=x.device)
         dx, dweight = (torch.empty_like(x), torch.empty_like(weight)) if learns else (None, None)
-        chunks = math.ceil(N * V * dtype.itemsize / CHUNK_BYTES.get(device, 128 << 20))
-        chunk_rows = math.ceil(N / chunks)
-        sliced = device == "cpu" and not torch.compiler.is_compiling()  # a compiler makes one pass of it anyway
-        slice_rows = max(1, SLICE_BYTES // (V * 4)) if sliced else chunk_rows
-        buffer = x_.new_empty(chunk_rows, V)
-        for i in range(0, N, chunk_rows):
-            logits = buffer[: min(chunk_rows, N - i)]  # (n, V)
-            torch.mm(x_[i : i + chunk_rows], weight_.mT, out=logits)
+        compiled = torch.compiler.is_compiling()
+        chunk = chunk_rows(N, V * dtype.itemsize, device, compiled)
+        sliced = device == "cpu" and not compiled  # a compiler makes one pass of it anyway
+        slice_rows = max(1, SLICE_BYTES // (V * 4)) if sliced else chunk
+        buffer = x_.new_empty(chunk, V)
+        for i in range(0, N, chunk):
+            logits = buffer[: min(chunk, N - i)]  # (n, V)
+            torch.mm(x_[i : i + chunk], weight_.mT, out=logits)
             for j in range(0, len(logits), slice_rows):
                 part = logits[j : j + slice_rows]
                 part_loss, d = _loss_and_gradient(part, targets[i + j : i + j + len(part)], vocab_size, softcap, learns)
@@ -58,8 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d is not None:
                     part.copy_(d)  # the gradient takes the logits' place
             if dx is not None and dweight is not None:
-                dx[i : i + chunk_rows] = logits @ weight_
-                of_chunk = logits.mT @ x_[i : i + chunk_rows]  # (V, C)
+                dx[i : i + chunk] = logits @ weight_
+                of_chunk = logits.mT @ x_[i : i + chunk]  # (V, C)
                 dweight = dweight.copy_(of_chunk) if i == 0 else dweight.add_(of_chunk)
         if learns:
             ctx.save_for_backward(dx, dweight)
@@ -82,9 +98,13 @@ def _loss_and_gradient(
     loss = F.cross_entropy(z, targets, ignore_index=IGNORED, reduction="sum")
     if not learns:
         return loss, None
-    counted = (targets >= 0).float()[:, None]
-    d = F.softmax(z, dim=-1).mul_(counted)  # probabilities, less one at the target
-    d.scatter_add_(1, targets[:, None].clamp(min=0), -counted)
+    probabilities = F.softmax(z, dim=-1)
+    if torch.compiler.is_compiling():  # pointwise, so that it is fused; a scatter would write float32 to memory first
+        one_hot = torch.arange(z.size(1), device=z.device) == targets[:, None]
+        d = (probabilities - one_hot.float()) * (targets >= 0)[:, None]
+    else:
+        counted = (targets >= 0).float()[:, None]
+        d = probabilities.mul_(counted).scatter_add_(1, targets[:, None].clamp(min=0), -counted)
     if softcap is not None:
         d.mul_(1 - (capped / softcap).square())  # the slope of tanh
     return loss, d

@@ -95,6 +95,24 @@ def test_the_whole_logits_are_never_there(monkeypatch):
     assert max(products) == 5
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (16 * 1024, 16 * 1024),  # one chunk
+        (64 * 1024, 16 * 1024),
+        (60 * 1024, 20 * 1024),
+        (64 * 1000, 16_000),
+        (179 * 128, 21_248),  # a prime number of tiles: the last chunk is shorter
+    ],
+)
+def test_compiled_chunks_are_few_equal_and_whole_tiles(rows, expected):
+    """Compiled for CUDA, a chunk holds up to 2 GiB of logits in a multiple of 128 rows, and chunks are equal."""
+    found = cross_entropy.chunk_rows(rows, 50_304 * 2, "cuda", compiled=True)
+    assert found == expected
+    assert found % 128 == 0
+    assert found * 50_304 * 2 <= 2 << 30
+
+
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_compiled_gradients_equal_eager(cap):
     """A compiler gets the same loss and the same gradients, which are not zero, out of the custom backward pass."""
