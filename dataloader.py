@@ -267,11 +267,13 @@ class DataLoader:
 
     def __init__(
         self, order: Order, position: Position, rows_per_step: int, micro_batch_size: int,
-        rank: int = 0, world_size: int = 1, pin: bool = False,
+        rank: int = 0, world_size: int = 1, device: torch.device | None = None,
     ):  # fmt: skip
+        """`device` is the one that the rows go to: for CUDA, they are read into pinned memory."""
         order.check(rows_per_step)
         self.order, self.rows_per_step, self.micro_batch_size = order, rows_per_step, micro_batch_size
-        self.rank, self.world_size, self.pin = rank, world_size, pin
+        self.rank, self.world_size = rank, world_size
+        self.cuda_device = device if device is not None and device.type == "cuda" else None
         self.steps: queue.Queue[Step | BaseException] = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True, name="dataloader")
@@ -295,6 +297,8 @@ class DataLoader:
 
     def _read_ahead(self, position: Position) -> None:
         try:
+            if self.cuda_device is not None:  # a new thread starts on device 0, and would pin memory through that one
+                torch.cuda.set_device(self.cuda_device)
             while not self.stopped.is_set():
                 step = self._read_step(self.order.step_start(position, self.rows_per_step))
                 position = step.end
@@ -307,8 +311,9 @@ class DataLoader:
         micro_batches = []
         for i in range(0, len(rows), self.micro_batch_size):
             batch = torch.empty(
-                (self.micro_batch_size, self.order.block_size + 1), dtype=torch.int64, pin_memory=self.pin
-            )
+                (self.micro_batch_size, self.order.block_size + 1), dtype=torch.int64,
+                pin_memory=self.cuda_device is not None,
+            )  # fmt: skip
             self.order.read_rows(start.epoch, rows[i : i + self.micro_batch_size], batch.numpy())
             micro_batches.append(batch)
         end = Position(start.epoch, start.n + self.rows_per_step)
@@ -322,21 +327,23 @@ def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch
 
 
 def validation_batches(
-    tokens: Tokens, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+    tokens: Tokens, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1, pin: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Always the same rows, front to back: inputs and targets, (B, T) int64 each, of one rank.
+    """Yield always the same rows, front to back: inputs and targets, (B, T) int64 each, of one rank.
 
-    The first VAL_TOKENS of the split; all batches are full, the last one with rows whose targets are IGNORED.
+    They are those of the split's first VAL_TOKENS. All batches are full, the last one with rows whose targets are
+    IGNORED. With `pin`, they are in pinned memory.
     """
     order = Order(tokens, eot_id=-1, block_size=block_size, num_streams=1, seed=0, shuffle=False)
     rows = [n for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]
     for i in range(0, len(rows), micro_batch_size):
-        batch = torch.zeros((micro_batch_size, block_size + 1), dtype=torch.int64)
-        targets = torch.full((micro_batch_size, block_size), IGNORED, dtype=torch.int64)
+        idx = torch.zeros((micro_batch_size, block_size), dtype=torch.int64, pin_memory=pin)
+        targets = torch.full((micro_batch_size, block_size), IGNORED, dtype=torch.int64, pin_memory=pin)
         count = len(rows[i : i + micro_batch_size])
-        order.read_rows(0, rows[i : i + count], batch[:count].numpy())
-        targets[:count] = batch[:count, 1:]
-        yield batch[:, :-1], targets
+        batch = torch.empty((count, block_size + 1), dtype=torch.int64)
+        order.read_rows(0, rows[i : i + count], batch.numpy())
+        idx[:count], targets[:count] = batch[:, :-1], batch[:, 1:]
+        yield idx, targets
 
 
 def validation_rows(tokens: Tokens, block_size: int) -> int:

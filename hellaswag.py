@@ -146,6 +146,13 @@ def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | N
     return examples
 
 
+def fetch_examples(
+    file: str | None, language: str, tokenizer: Tokenizer, style: Style, limit: int | None, ranks: Ranks
+) -> list[Example]:
+    """Load the examples on every rank, after the first one has downloaded them if need be."""
+    return load_examples(ranks.main_first(lambda: fetch(file, language)), tokenizer, style, limit)
+
+
 def render(row: dict, tokenizer: Tokenizer, style: Style) -> Example:
     """A row of the file to token ids, as the style has it."""
     if style == "karpathy":
@@ -172,7 +179,7 @@ def _clean(text: str) -> str:
 
 
 ROW_TOKENS = 512  # of a packed row: three examples or so; longer rows would attend to more that is masked
-HEAD_ROWS = 256  # logits that are there at once
+HEAD_ROWS = {"cpu": 256, "cuda": 2048}  # rows of logits that exist at the same time
 
 
 @torch.no_grad()
@@ -185,7 +192,9 @@ def losses(
     A context is computed once for its four endings, and the head at the tokens alone whose next one is scored. On CUDA
     all batches have the same shape, but those of trees that are longer than a row.
     """
-    sums = torch.zeros(4 * len(examples), dtype=torch.float64)
+    token_losses: list[torch.Tensor] = []  # on the device: the host does not wait for them
+    owners: list[torch.Tensor] = []  # which sum each belongs to
+    head_rows = HEAD_ROWS.get(device.type, 256)
     rows, done = pack(trees(examples, model.config.block_size), ROW_TOKENS), set[int]()
     for begin in range(0, len(rows), batch_size):
         if stop():
@@ -196,21 +205,23 @@ def losses(
         batch = lay_out(filled, length, device)
         with autocast(device, dtype):
             hidden = model.hidden(batch.idx, positions=batch.positions, mask=batch.mask()).flatten(0, 1)
-            token_losses = [
-                F.cross_entropy(model.logits(hidden[places]).float(), targets, reduction="none")
-                for places, targets in zip(batch.places.split(HEAD_ROWS), batch.targets.split(HEAD_ROWS), strict=True)
-            ]
-        sums.index_add_(0, batch.sums.cpu(), torch.cat(token_losses).cpu().double())
+            for places, targets in zip(batch.places.split(head_rows), batch.targets.split(head_rows), strict=True):
+                logits = model.logits(hidden[places]).float()  # (M, V)
+                token_losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        owners.append(batch.sums)
         if progress is not None:
             new = {tree.example for row in part for tree in row} - done
             done |= new
             progress(len(new))
+    sums = torch.zeros(4 * len(examples), dtype=torch.float64)
+    if token_losses:
+        sums.index_add_(0, torch.cat(owners), torch.cat(token_losses).cpu().double())
     return sums.view(len(examples), 4)
 
 
 def check_length(examples: list[Example], block_size: int) -> None:
     """ConfigError where an ending is longer than the block size: it could not be scored whole."""
-    longest = max(len(ending) for example in examples for ending in example.endings)
+    longest = max((len(ending) for example in examples for ending in example.endings), default=0)
     if longest > block_size:
         raise ConfigError(
             f"a HellaSwag ending has {longest} tokens, more than the block size {block_size}. Train without: "
@@ -301,8 +312,7 @@ def main() -> None:
             raise UserError("--limit and --batch-size must be at least 1.")
         with process_group(device) as ranks:
             loaded = ranks.main_first(lambda: GPT.from_pretrained(model, ranks.device))
-            path = ranks.main_first(lambda: fetch(file, language))
-            examples = load_examples(path, loaded.tokenizer, style, limit)
+            examples = fetch_examples(file, language, loaded.tokenizer, style, limit, ranks)
             scores = evaluate(loaded, examples, style, ranks, dtype, batch_size)
             for score in scores.values():
                 ranks.print(score)

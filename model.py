@@ -14,6 +14,7 @@ those of the public speed records (KellerJordan/modded-nanogpt); what each is wo
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -25,7 +26,7 @@ from babygpt import hub
 from babygpt.data.tokenizer import Tokenizer, is_gpt2, load_tokenizer
 from babygpt.errors import ConfigError, UserError
 from babygpt.nn import huggingface
-from babygpt.nn.attention import KVCache, attention, rotate, rotation
+from babygpt.nn.attention import KVCache, attention, attention_backend, rotate, rotation
 from babygpt.nn.cross_entropy import linear_cross_entropy, softcapped
 from babygpt.training import checkpoint
 
@@ -177,6 +178,7 @@ class GPT(nn.Module):
             raise ValueError("document_mask needs to know eot_id, the token that documents begin with")
         self.config = config
         self.recompute = False  # the blocks' activations in the backward pass, rather than to keep them
+        self.bf16_activations = False  # under autocast, also the residual stream is bfloat16, not only products
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -249,8 +251,12 @@ class GPT(nn.Module):
         x = F.dropout(x, config.dropout, self.training)
         if config.embedding_norm:
             x = norm(x)
+        values = [table(idx) for table in self.vte]
+        if self.bf16_activations and torch.is_autocast_enabled(idx.device.type):
+            dtype = torch.get_autocast_dtype(idx.device.type)
+            x, values = x.to(dtype), [value.to(dtype) for value in values]
         turns = rotation(positions, config.head_size) if config.rope else None
-        shared = Shared(cache, turns, self.mask(idx, positions, cache, mask), x, [table(idx) for table in self.vte])
+        shared = Shared(cache, turns, self.mask(idx, positions, cache, mask), x, values)
         handed_over: list[torch.Tensor] = []
         half = config.n_layer // 2
         for i, block in enumerate(self.h):
@@ -287,10 +293,7 @@ class GPT(nn.Module):
             near = (q >= k) & (q - k < window)
             return near & (documents[b, q] == documents[b, k]) if config.document_mask else near
 
-        # what FlexAttention has not: a cache, other layouts, dropout, narrow heads
-        plain = (
-            cache is not None or given is not None or config.head_size < 16 or (config.dropout > 0 and self.training)
-        )
+        plain = cache is not None or given is not None or not self.can_use_flex_attention
         if torch.compiler.is_compiling() and idx.device.type in FLEX_DEVICES and not plain:
             return create_block_mask(sees, documents.size(0) if config.document_mask else None, None, T, T, idx.device)
 
@@ -308,6 +311,11 @@ class GPT(nn.Module):
         distance = positions[:, :, None] - key_positions[:, None, :]  # (B or 1, T, S)
         seen = (distance >= 0) & (distance < window) & (documents[:, :, None] == key_documents[:, None, :])
         return seen[:, None] if given is None else seen[:, None] & given
+
+    @property
+    def can_use_flex_attention(self) -> bool:
+        """Whether FlexAttention supports this model: it has no dropout, and no heads narrower than 16."""
+        return self.config.head_size >= 16 and not (self.config.dropout > 0 and self.training)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) to logits (..., V); the entries that only pad the vocabulary are -inf, so they get no
@@ -336,6 +344,17 @@ class GPT(nn.Module):
         config = self.config
         context = min(config.window or config.block_size, config.block_size)
         return 6 * matrices + 12 * config.n_layer * context * config.n_embd
+
+    def attention_backend(self, compiled: bool, bfloat16: bool) -> str:
+        """The kernel of attention in training: PyTorch's flash, efficient or math, or flex for compiled masks."""
+        config, device, T = self.config, self.wte.weight.device, self.config.block_size
+        mask = self.mask(torch.zeros(1, T, dtype=torch.int64), torch.arange(T)[None], None, None)  # on the CPU
+        if mask is not None and compiled and device.type in FLEX_DEVICES and self.can_use_flex_attention:
+            return "flex"
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        q = torch.empty(1, config.n_head, T, config.head_size, dtype=dtype, device=device)
+        mask = None if mask is None else cast(torch.Tensor, mask).to(device)
+        return attention_backend(q, config.kv_heads, mask, config.dropout)
 
     def make_cache(self, batch_size: int, dtype: torch.dtype, begins: torch.Tensor | None = None) -> KVCache:
         """An empty cache for texts of up to block_size tokens."""

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ from babygpt.training.run_dir import FINISHED, STOPPED, check_identity, latest_c
 from babygpt.training.seeds import derive_seed
 from babygpt.training.signals import Stopped, StopSignals
 from dataloader import DataLoader, Order, Position, Step, inputs_and_targets, validation_batches
-from hellaswag import check_length, evaluate, fetch, load_examples
+from hellaswag import check_length, evaluate, fetch_examples
 from model import GPT, config_of
 from sample import sample
 from train_config import (
@@ -53,6 +54,7 @@ from train_config import (
     to_json,
     variant,
     ways_to_less_memory,
+    with_micro_batch_size,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------
@@ -196,18 +198,18 @@ def restore(found: Path, config: Config, now: dict[str, dict], ranks: Ranks) -> 
 
 
 def validate(
-    model: GPT, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
+    model: nn.Module, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean loss over the validation tokens, in nats a token, and the same in bits a byte of their text.
 
     Where `stop()` on any rank, all raise Stopped.
     """
-    block_size = model.config.block_size
+    block_size = cast(GPT, model).config.block_size  # a compiled model has it too
     if (count := len(dataset.val)) <= block_size:
         missing = f"not one row of block_size {block_size:,}. Prepare it with more --val-tokens."
         raise ConfigError(f"{dataset.folder} has {count:,} validation tokens, {missing}")
-    rows = (block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size)
+    rows = (block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     return mean_loss(model, validation_batches(dataset.val, *rows), token_bytes, ranks, config.training.dtype, stop)
 
@@ -226,13 +228,6 @@ def write_samples(
     return [s.prompt + text for text in texts]
 
 
-def hellaswag_examples(config: Config, block_size: int, tokenizer: Tokenizer, ranks: Ranks) -> list[Example]:
-    e = config.evaluation
-    examples = load_examples(ranks.main_first(lambda: fetch(e.file, e.language)), tokenizer, e.style, e.limit)
-    check_length(examples, block_size)
-    return examples
-
-
 # ---------------------------------------------------------------------------------------------------------
 # training
 
@@ -243,8 +238,8 @@ SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 
 @dataclass
 class Run:
-    """All that the scenes share. `raw_model` is what is saved, validated, evaluated and sampled; `model` is the
-    same weights, compiled and wrapped for training."""
+    """All that the scenes share. `raw_model` is what is saved, evaluated and sampled; `fast_model` is the same weights,
+    compiled, for validation; `model` is that, wrapped for training on several ranks."""
 
     config: Config
     dataset: Dataset
@@ -253,6 +248,7 @@ class Run:
     order: Order
     start: Start
     raw_model: GPT
+    fast_model: nn.Module
     model: nn.Module
     optimizers: Optimizers
     examples: list[Example]
@@ -284,25 +280,26 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     )  # fmt: skip
     rows_per_step = config.training.batch_tokens // config.model.block_size
     order.check(rows_per_step)
-    evaluating = "eval" in config.general.mode and config.evaluation.every_n_steps > 0
-    examples = hellaswag_examples(config, config.model.block_size, tokenizer, ranks) if evaluating else []
+    e, examples = config.evaluation, list[Example]()
+    if "eval" in config.general.mode and e.every_n_steps > 0:
+        examples = fetch_examples(e.file, e.language, tokenizer, e.style, e.limit, ranks)
+        check_length(examples, config.model.block_size)
 
     start = restore_or_initialize(config, dataset, order, tokenizer, ranks)
     raw_model = start.model.to(device)
     raw_model.recompute = config.training.activation_checkpointing
+    raw_model.bf16_activations = config.training.bf16_activations
     optimizers = make_optimizers(raw_model, asdict(config.optimizer))
     if start.optimizer:
         load_optimizer_state(optimizers, raw_model, start.optimizer)
     compiled = config.training.compile == "on" or (config.training.compile == "auto" and device.type == "cuda")
-    model: nn.Module = torch.compile(raw_model, dynamic=False) if compiled else raw_model  # type: ignore[assignment]
-    if ranks.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        ranks.watch(model)
+    fast_model: nn.Module = torch.compile(raw_model, dynamic=False) if compiled else raw_model  # type: ignore
+    model = ranks.data_parallel(fast_model, config.training.bf16_gradients)
 
     ranks.print(settings_text(config))
     micro_batches = rows_per_step // (config.training.micro_batch_size * ranks.world_size)
-    where = f"{ranks.world_size} x {device.type}, {micro_batches} micro-batches per rank and step"
+    kernel = raw_model.attention_backend(compiled, uses_bfloat16(device, config.training.dtype))
+    where = f"{ranks.world_size} x {device.type}, {micro_batches} micro-batches per rank and step, {kernel} attention"
     ranks.print(f"{raw_model.num_params():,} parameters on {where}")
     ranks.print(order.summary(config.training.batch_tokens, config.training.max_steps))
     if warning := untested_torch_warning():
@@ -313,7 +310,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     samples = Samples(out / "samples.txt", start.step) if ranks.is_main else NullSamples()
     silent = None if ranks.is_main else True  # None: only if stderr is a terminal
     bar = tqdm(total=config.training.max_steps, initial=start.step, unit="step", disable=silent)
-    models = (raw_model, model, optimizers)
+    models = (raw_model, fast_model, model, optimizers)
     return Run(config, dataset, ranks, tokenizer, order, start, *models, examples, log, samples, bar)
 
 
@@ -357,7 +354,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
     tokens, position, compared = run.start.tokens, run.start.position, config.training.compare_ranks_every_n_steps
     loader = DataLoader(
         run.order, position, config.training.batch_tokens // config.model.block_size,
-        config.training.micro_batch_size, ranks.rank, ranks.world_size, pin=ranks.device.type == "cuda",
+        config.training.micro_batch_size, ranks.rank, ranks.world_size, ranks.device,
     )  # fmt: skip
     gate = Gate(ranks.device, config.training.skip_spikes, run.start.losses)
     pending: Pending | None = None  # the step before, whose status the host has not read
@@ -380,7 +377,7 @@ def train(run: Run, signals: StopSignals, saver: checkpoint.Saver, until: int | 
             # --- validate
             if "validation" in due:
                 row["val_loss"], row["val_bpb"] = validate(
-                    raw_model, run.dataset, run.tokenizer, config, ranks, signals.told
+                    run.fast_model, run.dataset, run.tokenizer, config, ranks, signals.told
                 )
                 run.say(f"step {step:>6} | validation loss {row['val_loss']:.4f} | {row['val_bpb']:.4f} bits a byte")
 
@@ -466,8 +463,9 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
         loss, bpb = validate(model, dataset, tokenizer, config, ranks)
         ranks.print(f"validation loss {loss:.4f} | {bpb:.4f} bits a byte")
     if "eval" in config.general.mode:
-        examples = hellaswag_examples(config, model.config.block_size, tokenizer, ranks)
-        scores = evaluate(model, examples, config.evaluation.style, ranks, config.training.dtype)
+        e = config.evaluation
+        examples = fetch_examples(e.file, e.language, tokenizer, e.style, e.limit, ranks)
+        scores = evaluate(model, examples, e.style, ranks, config.training.dtype)
         ranks.print(*scores.values(), sep="\n")
     if "sample" in config.general.mode:
         for text in write_samples(model, tokenizer, config, model.step or 0, ranks):
@@ -478,11 +476,13 @@ def main() -> None:
     _, config = parse(sys.argv[1:])
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     out, general, saving = config.general.out_dir, config.general, config.saving
+    joined = process_group(general.device, general.timeout_minutes, general.deterministic)
     if "train" not in general.mode:
-        with process_group(general.device, general.timeout_minutes) as ranks:
-            return assess(config, dataset, ranks)
+        with joined as ranks:
+            return assess(with_micro_batch_size(config, ranks.device_memory(), ranks.world_size), dataset, ranks)
     assert dataset is not None, "resolve() opens the data set if the mode includes train"
-    with StopSignals() as signals, process_group(general.device, general.timeout_minutes) as ranks:
+    with StopSignals() as signals, joined as ranks:
+        config = with_micro_batch_size(config, ranks.device_memory(), ranks.world_size)
         try:
             with lock_run_dir(out, ranks), checkpoint.Saver(out, saving.keep, saving.keep_every) as saver:
                 signals.marker = out / STOPPED

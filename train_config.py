@@ -19,6 +19,7 @@ from babygpt.data.shards import Dataset, open_dataset
 from babygpt.errors import ConfigError, UserError
 from model import GPTConfig
 
+ACTIVATION_BYTES = 52  # per token, layer and channel: 31 GB for 64 rows of GPT-2 124M (results/speed/fake-h200.md)
 OUT_PRESET = Path("out/gpt2")  # stands for out/PRESET, whatever the preset is
 Mode = Literal["train", "val", "eval", "sample"]
 
@@ -32,6 +33,7 @@ class General:
     out_dir: Path = OUT_PRESET  # directory of the run [out/PRESET]
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
+    deterministic: bool = False  # on CUDA, the same bytes from run to run, as far as PyTorch can; slower
     timeout_minutes: float = 30.0  # how long ranks wait for one that is silent, or for rank 0's downloads
 
 
@@ -50,10 +52,12 @@ class Training:
 
     max_steps: int = 19_073  # optimizer steps; 19,073 of 524,288 tokens are 10 B
     batch_tokens: int = 524_288  # tokens an optimizer step, over all ranks
-    micro_batch_size: int = 16  # rows of block_size that one rank computes at once; changes memory and speed alone
+    micro_batch_size: int = 0  # rows that a rank computes at once; 0: 16, or 64 where memory allows; affects speed only
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
+    bf16_activations: bool = False  # with bfloat16, also the activations between products: less memory traffic
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
     activation_checkpointing: bool = False  # blocks are computed again in the backward pass: slower, in less memory
+    bf16_gradients: bool = False  # ranks exchange gradients in bfloat16: half the traffic
     compare_ranks_every_n_steps: int = 100  # whether all have the same weights, to the bit
     skip_spikes: float | None = None  # leave out updates whose loss is so many standard deviations too high [none]
 
@@ -349,7 +353,8 @@ def check(config: Config, world_size: int) -> list[str]:
     at_least(1, "data", "chunk_tokens", "num_streams")
     at_least(1, "model", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head")
     at_least(0, "model", "vocab_size")
-    at_least(1, "training", "max_steps", "batch_tokens", "micro_batch_size")
+    at_least(1, "training", "max_steps", "batch_tokens")
+    at_least(0, "training", "micro_batch_size")
     at_least(1, "model", "window")
     at_least(1, "training", "skip_spikes")
     at_least(0, "training", "compare_ranks_every_n_steps")
@@ -380,29 +385,36 @@ def check(config: Config, world_size: int) -> list[str]:
         return problems
     need(model.n_embd % model.n_head == 0, "model.n-embd", model.n_embd, f"must be a multiple of n_head {model.n_head}")
     need(model.n_head % model.kv_heads == 0, "model.n-kv-head", model.n_kv_head, f"must divide n_head {model.n_head}")
-    need(
-        not model.rope or model.head_size % 4 == 0,
-        "model.rope",
-        model.rope,
-        f"needs heads of a multiple of 4 wide, not {model.head_size}",
-    )
-    tables = model.value_embeddings
-    need(
-        0 <= 2 * tables <= model.n_layer,
-        "model.value-embeddings",
-        tables,
-        f"give at most half of n_layer {model.n_layer}",
-    )
-    row_tokens = training.micro_batch_size * model.block_size * world_size
+    rope_fits = not model.rope or model.head_size % 4 == 0
+    need(rope_fits, "model.rope", model.rope, f"needs heads of a multiple of 4 wide, not {model.head_size}")
+    tables_fit = 0 <= 2 * model.value_embeddings <= model.n_layer
+    half = f"give at most half of n_layer {model.n_layer}"
+    need(tables_fit, "model.value-embeddings", model.value_embeddings, half)
+    micro = training.micro_batch_size
+    row_tokens = (micro or 1) * model.block_size * world_size
     need(
         training.batch_tokens % row_tokens == 0 or "train" not in config.general.mode,
         "training.batch-tokens",
         f"{training.batch_tokens:,}",
-        f"must be a multiple of micro_batch_size {training.micro_batch_size} x block_size {model.block_size:,} x "
-        f"{world_size} ranks = {row_tokens:,}, such as {max(1, training.batch_tokens // row_tokens) * row_tokens:,}"
-        "; or change micro_batch_size",
+        "must be a multiple of "
+        + (f"micro_batch_size {micro} x " if micro else "")
+        + f"block_size {model.block_size:,} x {world_size} ranks = {row_tokens:,}, such as "
+        + f"{max(1, training.batch_tokens // row_tokens) * row_tokens:,}"
+        + ("; or change micro_batch_size" if micro else ""),
     )
     return problems
+
+
+def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -> Config:
+    """Replace a micro_batch_size of 0: 64 if a device of `device_memory` bytes (0 for a CPU) has room for so many
+    rows, else 16; the largest number up to it that divides the rows of a rank."""
+    model, training = config.model, config.training
+    if training.micro_batch_size:
+        return config
+    row_bytes = ACTIVATION_BYTES * model.n_layer * model.n_embd * model.block_size
+    most = 64 if 64 * row_bytes < 0.8 * device_memory else 16
+    rows = max(1, training.batch_tokens // model.block_size // world_size)
+    return variant(config, training={"micro_batch_size": max(n for n in range(1, most + 1) if rows % n == 0)})
 
 
 def to_json(config: Config) -> dict:

@@ -76,7 +76,7 @@ class Batch:
     branch: torch.Tensor  # (B, L): 0 for a context, 1 + k for ending k
     places: torch.Tensor  # (M,): in B L, those whose next token counts
     targets: torch.Tensor  # (M,): that token
-    sums: torch.Tensor  # (M,): 4 x example + ending, to whose loss it belongs
+    sums: torch.Tensor  # (M,): 4 x example + ending, to whose loss it belongs; always on the CPU
 
     def mask(self) -> torch.Tensor:
         """(B, 1, L, L) bool."""
@@ -103,5 +103,10 @@ def lay_out(rows: list[list[Tree]], row_tokens: int, device: torch.device) -> Ba
                 targets += ending
                 sums += [4 * tree.example + k] * len(ending)
                 at += m
-    lists = (torch.tensor(values, device=device) for values in (places, targets, sums))
-    return Batch(*torch.from_numpy(grid).to(device), *lists)
+
+    def on_device(values: torch.Tensor) -> torch.Tensor:  # from pinned memory, so that the host does not wait
+        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+    idx, positions, tree, branch = on_device(torch.from_numpy(grid))
+    chosen, chosen_targets = on_device(torch.tensor(places)), on_device(torch.tensor(targets))
+    return Batch(idx, positions, tree, branch, chosen, chosen_targets, torch.tensor(sums))

@@ -25,16 +25,18 @@ def mean_loss(
     """
     was_training = model.training
     model.eval()
-    nats = count = text_bytes = 0.0
+    losses: list[torch.Tensor] = []  # () float32 each, on the device: the host does not wait for them
+    count = text_bytes = 0.0
     for idx, targets in batches:
         if stop():
             break
         with autocast(ranks.device, dtype):
-            nats += model(idx.to(ranks.device), targets.to(ranks.device)).item()
+            losses.append(model(idx.to(ranks.device, non_blocking=True), targets.to(ranks.device, non_blocking=True)))
         counted = targets[targets != IGNORED]
         count += counted.numel()
         text_bytes += token_bytes[counted].sum().item()
     model.train(was_training)
+    nats = sum(torch.stack(losses).tolist()) if losses else 0.0
     nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
     if stops:
         raise Stopped

@@ -5,10 +5,15 @@ cache.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# Without cuDNN, which PyTorch prefers on sm_90: it builds a plan for each new shape, and decoding has one per token
+CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class KVCache:
@@ -67,10 +72,20 @@ def attention(
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     if mask is None and 1 < T < S:  # several new tokens behind a filled cache; is_causal counts from the wrong corner
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    with torch.autocast(q.device.type, enabled=False):  # in the dtype it is given
+    backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
+    with torch.autocast(q.device.type, enabled=False), backends:  # in the dtype it is given
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
         )
+
+
+def attention_backend(q: torch.Tensor, kv_heads: int, mask: torch.Tensor | None = None, dropout: float = 0.0) -> str:
+    """Return which of PyTorch's kernels attends from queries like q, (B, H, T, D): flash, efficient or math."""
+    k = q[:, :kv_heads]
+    backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
+    with backends:  # private, but it is what scaled_dot_product_attention asks
+        choice = torch._fused_sdp_choice(q, k, k, mask, dropout, mask is None, enable_gqa=kv_heads != q.size(1))
+    return SDPBackend(choice).name.split("_")[0].lower()
 
 
 def rotation(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

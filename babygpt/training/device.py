@@ -1,5 +1,6 @@
 """The device: selection, dtypes, peak FLOP/s, memory, timing."""
 
+import os
 import re
 import resource
 import sys
@@ -36,6 +37,18 @@ def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("there is no MPS device here. Give --general.device auto.")
     return torch.device(name)
+
+
+def make_deterministic() -> None:
+    """Choose kernels whose results do not vary from run to run, as far as PyTorch has them; it warns about the others.
+
+    On CUDA the gradients of embeddings and attention are otherwise summed by atomic additions, in varying order. To be
+    called before the first use of CUDA.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two values that cuBLAS documents for this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # slow, and no kernel here reads uninitialized memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def uses_bfloat16(device: torch.device, dtype: str) -> bool:
@@ -77,6 +90,11 @@ def peak_flops(device: torch.device) -> float | None:
         key for key in PEAK_FLOPS if re.search(rf"\b{key}\b(?! (?:Ti|SUPER|NVL|D)\b)(?!.*\b(?:Laptop|MIG)\b)", name)
     ]
     return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def device_memory(device: torch.device) -> int:
+    """Memory of a CUDA device, bytes; 0 for any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -13,12 +13,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from babygpt.console import spoken
 from babygpt.errors import ConfigError, UserError
-from babygpt.training.device import choose_device
+from babygpt.training.device import choose_device, device_memory, make_deterministic
 from babygpt.training.rendezvous import rendezvous
 
 
@@ -55,15 +56,29 @@ class Ranks:
             return values
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def watch(self, model: DistributedDataParallel) -> None:
-        """From now on `bad_gradient` notes where a gradient of the rank isn't finite, which their mean doesn't tell."""
+    def data_parallel(self, model: nn.Module, bf16_gradients: bool = False) -> nn.Module:
+        """Return the model with its gradients averaged over all ranks in the backward pass; alone, the model itself.
+
+        With `bf16_gradients` they are rounded to bfloat16 before the all-reduce, which halves its traffic. From then on
+        `bad_gradient` records whether a gradient of this rank was non-finite, which the average does not show.
+        """
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         bad_gradient = self.bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
+        reduce = bf16_compress_hook if bf16_gradients else allreduce_hook
 
-        def note_and_reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        def check_and_reduce(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             bad_gradient.logical_or_(~bucket.buffer().sum().isfinite())
-            return allreduce_hook(group, bucket)
+            return reduce(group, bucket)
 
-        model.register_comm_hook(dist.group.WORLD, note_and_reduce)
+        wrapped.register_comm_hook(dist.group.WORLD, check_and_reduce)
+        return wrapped
+
+    def device_memory(self) -> int:
+        """Memory of the smallest rank's device, bytes; 0 if any is not a CUDA device."""
+        return int(min(self.gather(device_memory(self.device))))
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -100,11 +115,13 @@ LOST = re.compile(
 
 
 @contextmanager
-def process_group(device_name: str, timeout_minutes: float = 30) -> Iterator[Ranks]:
+def process_group(device_name: str, timeout_minutes: float = 30, deterministic: bool = False) -> Iterator[Ranks]:
     """Joins the processes that torchrun started (nccl on CUDA, gloo on the CPU), or stands alone.
 
     Where a rank ends or says nothing for `timeout_minutes`, the others end with a UserError that says in what.
     """
+    if deterministic:
+        make_deterministic()
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

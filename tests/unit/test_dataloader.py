@@ -1,5 +1,6 @@
 """The order of the data: every token once, the same rows on any machine, nothing skipped at a resume."""
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -239,6 +240,21 @@ def test_a_fault_of_the_reader_reaches_the_training_thread():
     order.tokens.shards[0] = np.empty(0, np.uint16)  # a file that shrank behind our back
     with pytest.raises(ValueError, match="broadcast"):
         list(DataLoader(order, Position(), 4, 2))
+
+
+def test_the_thread_pins_memory_through_its_own_gpu(monkeypatch):
+    """A new thread starts on device 0: without set_device, every rank would open a context on the first GPU."""
+    calls, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((device, threading.current_thread().name)))
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, pin_memory=False, **k: calls.append(("pinned", pin_memory)) or empty(*a, **k)
+    )
+    order = Order(make_tokens(2000, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
+    loader = DataLoader(order, Position(), 4, 2, device=torch.device("cuda", 3))
+    next(loader)
+    loader.close()
+    assert calls[0] == (torch.device("cuda", 3), "dataloader")
+    assert set(calls[1:]) == {("pinned", True)}
 
 
 def test_close_ends_the_reader():

@@ -8,7 +8,7 @@ import torch
 
 from babygpt.errors import ConfigError
 from model import GPT
-from train_config import PRESETS, Config, check, differences, parse, resolve, to_json, variant
+from train_config import PRESETS, Config, check, differences, parse, resolve, to_json, variant, with_micro_batch_size
 
 
 def parameters(name: str, vocab_size: int = 50257) -> int:
@@ -74,7 +74,7 @@ def test_an_unknown_preset_gets_the_nearest_name():
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [
-        ("training", "batch_tokens", 524_289), ("training", "micro_batch_size", 0), ("training", "max_steps", 0),
+        ("training", "batch_tokens", 524_289), ("training", "micro_batch_size", -1), ("training", "max_steps", 0),
         ("model", "n_kv_head", 5), ("model", "dropout", 1.0), ("model", "n_embd", 770), ("optimizer", "max_lr", -1.0),
         ("optimizer", "max_lr", float("nan")), ("optimizer", "beta2", 1.0), ("optimizer", "eps", 0.0),
         ("optimizer", "min_lr_ratio", 1.5), ("sampling", "top_p", 0.0), ("sampling", "top_k", 0),
@@ -102,9 +102,31 @@ def test_all_problems_are_told_whatever_their_kind():
 
 
 def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
-    (problem,) = check(Config(), world_size=3)
+    (problem,) = check(variant(Config(), training={"micro_batch_size": 16}), world_size=3)
     assert "micro_batch_size 16 x block_size 1,024 x 3 ranks = 49,152, such as 491,520" in problem
+    (problem,) = check(Config(), world_size=3)
+    assert "multiple of block_size 1,024 x 3 ranks = 3,072, such as 522,240" in problem
     assert check(variant(Config(), general={"mode": ("eval",)}), world_size=3) == []
+
+
+@pytest.mark.parametrize(
+    ("memory", "world_size", "changes", "expected"),
+    [
+        (0, 1, {}, 16),  # a CPU
+        (24e9, 8, {}, 16),
+        (40e9, 8, {}, 64),
+        (141e9, 1, {}, 64),
+        (40e9, 16, {}, 32),  # each of 16 ranks has 32 of the 512 rows
+        (40e9, 1, {"training": {"batch_tokens": 60 * 1024}}, 60),
+        (40e9, 1, {"training": {"batch_tokens": 67 * 1024}}, 1),
+        (40e9, 1, {"model": {"n_layer": 24, "n_embd": 1024}}, 16),  # the larger model has no room for 64
+        (141e9, 1, {"training": {"micro_batch_size": 5}}, 5),  # an explicit value stays, even if it does not divide
+    ],
+)
+def test_micro_batch_size_fits_device_and_batch(memory, world_size, changes, expected):
+    """A micro_batch_size of 0 becomes 16, or 64 with 40 GB for GPT-2 124M, reduced until it divides a rank's rows."""
+    config = with_micro_batch_size(variant(Config(), **changes), int(memory), world_size)
+    assert config.training.micro_batch_size == expected
 
 
 def test_differences_name_the_field_and_both_values():
