@@ -61,6 +61,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
 
+MUON_BATCH = 64 << 20  # elements that are updated together: 256 MiB of each float32 copy
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised: for the matrices of the blocks.
 
@@ -79,42 +82,57 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         (group,) = self.param_groups
-        momentum, shapes = group["momentum"], defaultdict(list)  # matrices of a shape are done together
         for p in group["params"]:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffer = self.state[p]["momentum_buffer"]
-            # behind the gate the momentum is its own gradient, and stays what it is
-            grad = p.grad if self.found_inf is None else torch.where(self.found_inf.bool(), buffer, p.grad)
-            buffer.lerp_(grad, 1 - momentum)
-            update = grad.lerp(buffer, momentum)  # Nesterov's
-            for matrix, piece in zip(p.split(self.splits[p]), update.split(self.splits[p]), strict=True):
-                shapes[matrix.shape].append((matrix, piece))
-        lr = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
-        for (rows, columns), pairs in shapes.items():
-            updates = _shared_out([update for _, update in pairs])
-            for (matrix, _), update in zip(pairs, updates, strict=True):
-                update = update.float()
-                change = lr * math.sqrt(max(1.0, rows / columns)) * update
-                if group["weight_decay"] > 0:
-                    decay = lr * group["weight_decay"] * matrix
-                    # cautious: only where it points where the update does (arXiv:2411.16085, there of the update)
-                    change += decay * (update * matrix > 0) if self.cautious else decay
-                matrix.sub_(change)
+        shapes = defaultdict(list)  # matrices of one shape are updated together, in few kernels; tall ones transposed
+        for p in group["params"]:
+            pieces = (t.split(self.splits[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
+            for piece in zip(*pieces, strict=True):
+                rows, columns = piece[0].shape
+                matrices = [matrix.mT for matrix in piece] if rows > columns else list(piece)
+                shapes[matrices[0].shape].append((*matrices, math.sqrt(max(1.0, rows / columns))))
+        for (rows, columns), found in shapes.items():
+            at_once = max(1, MUON_BATCH // (rows * columns))
+            for i in range(0, len(found), at_once):
+                self._update(group, *map(list, zip(*found[i : i + at_once], strict=True)))
+
+    def _update(
+        self, group: dict, matrices: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor],
+        scales: list[float],
+    ) -> None:  # fmt: skip
+        """One update of some matrices, their gradients and momentum buffers, all (rows, columns)."""
+        lr, momentum = group["lr"], torch.stack(buffers)  # (N, rows, columns)
+        grad = torch.stack(grads)
+        if self.found_inf is not None:
+            # with the gate shut, momentum is its own gradient and stays what it is
+            lr, grad = lr * (1 - self.found_inf), torch.where(self.found_inf.bool(), momentum, grad)
+        momentum.lerp_(grad, 1 - group["momentum"])
+        torch._foreach_copy_(buffers, momentum.unbind())
+        change = _orthogonalize_by_ranks(grad.lerp_(momentum, group["momentum"])).float().mul_(lr)  # Nesterov's
+        if max(scales) > 1:
+            torch._foreach_mul_(list(change.unbind()), scales)
+        if group["weight_decay"] > 0:
+            weights = torch.stack(matrices)
+            decay = lr * group["weight_decay"] * weights
+            # cautious: only where it points where the update does (arXiv:2411.16085, there of the update)
+            change += decay * (change * weights > 0) if self.cautious else decay
+        torch._foreach_sub_(matrices, change.unbind())
 
 
-def _shared_out(updates: list[torch.Tensor]) -> torch.Tensor:
-    """Updates of one shape, orthogonalised, (N, rows, columns): each rank does a share of them."""
+def _orthogonalize_by_ranks(updates: torch.Tensor) -> torch.Tensor:
+    """Orthogonalize updates (N, rows, columns); each rank does a share of them, and the shares are gathered."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        return orthogonalize(torch.stack(updates))
+        return orthogonalize(updates)
     share = math.ceil(len(updates) / world_size)
+    mine = updates.new_zeros(share, *updates.shape[1:])
     begin = dist.get_rank() * share
-    mine = updates[begin : begin + share]
-    mine += [torch.zeros_like(updates[0])] * (share - len(mine))
-    done = orthogonalize(torch.stack(mine)).contiguous()
+    some = updates[begin : begin + share]
+    mine[: len(some)] = some
+    done = orthogonalize(mine).contiguous()
     gathered = done.new_empty(world_size * share, *done.shape[1:])
-    dist.all_gather(list(gathered.chunk(world_size)), done)
+    dist.all_gather_into_tensor(gathered, done)
     return gathered[: len(updates)]
 
 
