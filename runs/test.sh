@@ -37,7 +37,8 @@ case "$*" in
         sed 's/^torch==.*/torch==2.11.*/' requirements.txt > "$requirements"
         environment .venv-torch-2.11 "$requirements" tests/requirements-quick.txt  # with CUDA: 5 GB
         python -m pytest --numprocesses auto tests/unit "${no_transformers[@]}"
-        python tests/mistakes.py 25
+        python -m pytest tests/distributed/test_compiled_ranks.py
+        python tests/mistakes.py 25 26 27 28
         ;;
     *)
         environment .venv "${quick[@]}" tests/requirements.txt

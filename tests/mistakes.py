@@ -3,8 +3,8 @@
     python tests/mistakes.py            # all, some minutes
     python tests/mistakes.py 7 13       # those numbers alone
 
-The numbers are of a list of mistakes found in public GPT-2 training code. A mistake is (number, what it is,
-the tests that must fail, and replacements (file, ours, the mistake)).
+Numbers up to 25 are of a list of mistakes found in public GPT-2 training code; 26 to 28 make a GPU slow or compiled
+ranks wrong. A mistake is (number, what it is, the tests that must fail, and replacements (file, ours, the mistake)).
 """
 
 import shutil
@@ -103,6 +103,24 @@ MISTAKES = [
      [("babygpt/training/checkpoint.py", "weights_only=True", "weights_only=False")]),
     (25, "the loss accumulated in place", "unit/test_cross_entropy.py -k compiled",
      [("babygpt/nn/cross_entropy.py", "loss = loss + part_loss", "loss += part_loss")]),
+    (26, "the host reads the loss in every step", "unit/test_compiled_step.py -k reads_nothing",
+     [("train.py", "    status[0] = loss_sum / data.targets", "    status[0] = loss_sum.item() / data.targets")]),
+    (26, "the host reads the loss of every batch of validation", "unit/test_compiled_step.py -k validation",
+     [("babygpt/evaluation/validation.py", "non_blocking=True)))", "non_blocking=True)).cpu())\n            losses[-1].item()"),]),
+    (26, "the optimizer waits for the device", "unit/test_compiled_step.py -k reads_nothing",
+     [("babygpt/training/optim.py", "if self.found_inf is not None:", "if self.found_inf is not None and self.found_inf.item() < 2:")]),
+    (27, "a scatter into compiled logits", "unit/test_compiled_step.py -k scatter",
+     [("babygpt/nn/cross_entropy.py", "    if torch.compiler.is_compiling():  # pointwise", "    if False:  # pointwise")]),
+    (27, "compiled chunks of 2,341 rows", "unit/test_compiled_step.py -k scatter",
+     [("babygpt/nn/cross_entropy.py", "    if not (compiled and device_type == \"cuda\"):", "    if True:")]),
+    (27, "a graph break in the forward pass", "unit/test_compiled_step.py -k one_graph",
+     [("model.py", "        values = [table(idx)", "        torch._dynamo.graph_break()\n        values = [table(idx)")]),
+    (27, "more activations kept for the backward pass", "unit/test_compiled_step.py -k budget",
+     [("model.py", "        if self.bf16_activations and", "        if False and")]),
+    (28, "compiled ranks synchronize in the first micro-batch", "distributed/test_compiled_ranks.py -k eager[gpt2]",
+     [("train.py", "require_backward_grad_sync = i == len(data.micro_batches) - 1", "require_backward_grad_sync = i == 0")]),
+    (28, "compiled ranks do not average", "distributed/test_compiled_ranks.py -k eager[gpt2]",
+     [("train.py", "require_backward_grad_sync = i == len(data.micro_batches) - 1", "require_backward_grad_sync = False")]),
 ]  # fmt: skip
 
 ONLY_ON = {25: "2.11."}  # PyTorch versions on which a mistake is visible

@@ -245,7 +245,9 @@ def test_a_fault_of_the_reader_reaches_the_training_thread():
 def test_the_thread_pins_memory_through_its_own_gpu(monkeypatch):
     """A new thread starts on device 0: without set_device, every rank would open a context on the first GPU."""
     calls, empty = [], torch.empty
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((device, threading.current_thread().name)))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: calls.append((device, threading.current_thread().name))
+    )
     monkeypatch.setattr(
         torch, "empty", lambda *a, pin_memory=False, **k: calls.append(("pinned", pin_memory)) or empty(*a, **k)
     )

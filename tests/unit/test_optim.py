@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from babygpt.training.guard import Gate
 from babygpt.training.optim import (
@@ -134,6 +135,32 @@ def test_muon_equals_pytorchs_on_plain_matrices():
     steps([torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)], theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # of updates of 0.02: bfloat16's rounding
+
+
+def test_muon_runs_few_operations_whatever_the_depth():
+    """Matrices of one shape are updated in one batch, and tall ones join the wide: a GPU launches few kernels."""
+
+    class Shapes(TorchDispatchMode):
+        """Counts operations that launch kernels, and notes the batches that are orthogonalized."""
+
+        def __init__(self):
+            super().__init__()
+            self.count, self.batches = 0, set()
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.count += not operation.is_view
+            if operation.overloadpacket is torch.ops.aten.baddbmm:
+                self.batches.add(tuple(args[0].shape))
+            return operation(*args, **(kwargs or {}))
+
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=8))
+    optimizer, _ = muon(model, 0.04, 0.6, 0.008, 0.03)
+    model(torch.arange(16)[None], torch.arange(16)[None]).backward()
+    for _ in range(2):
+        with Shapes() as shapes:
+            optimizer.step()
+    assert shapes.batches == {(48, 8, 8), (24, 8, 8), (24, 8, 32)}  # the Gram matrices are (8, 8)
+    assert shapes.count < 150  # 574 when each matrix was updated by itself
 
 
 def test_queries_keys_and_values_are_orthogonalised_apart():

@@ -1,0 +1,167 @@
+"""What a GPU needs and a CPU can check: a step reads nothing back, compiles to one graph, keeps and moves few bytes."""
+
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from babygpt.evaluation.validation import mean_loss
+from babygpt.nn import cross_entropy
+from babygpt.training.distributed import Ranks
+from babygpt.training.guard import Gate
+from babygpt.training.optim import Optimizers, make_optimizers, set_rates
+from dataloader import Position, Step
+from model import GPT
+from train import train_step
+from train_config import PRESETS, Config, variant
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+MICRO_BATCHES = 3
+PRESETS_OF_BOTH_KINDS = pytest.mark.parametrize("preset", ["gpt2", "modern"])
+
+
+def small(preset: str) -> Config:
+    """A preset with a model of two layers, in bfloat16."""
+    shape = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
+    shape["value_embeddings"] = min(1, PRESETS[preset].model.value_embeddings)
+    return variant(PRESETS[preset], model=shape, training={"dtype": "bfloat16", "bf16_activations": True})
+
+
+def model_and_step(config: Config) -> tuple[GPT, Callable[[torch.nn.Module, int], torch.Tensor]]:
+    """A model, and a function that takes one step of training with it, compiled or not."""
+    torch.manual_seed(0)
+    model = GPT(config.model)
+    model.bf16_activations = config.training.bf16_activations
+    optimizers: Optimizers = make_optimizers(model, asdict(config.optimizer))
+    ranks, gate = Ranks(0, 0, 1, CPU), Gate(CPU, skip_spikes=6.0)
+    batches = list(torch.randint(300, (MICRO_BATCHES, 4, config.model.block_size + 1)))
+
+    def step(compiled: torch.nn.Module, number: int) -> torch.Tensor:
+        set_rates(optimizers, number, 0.1, 0, 100)
+        data = Step(Position(), Position(), batches, targets=MICRO_BATCHES * 4 * config.model.block_size)
+        return train_step(compiled, optimizers, data, config, ranks, 0, gate, stop=False, compare=True)
+
+    return model, step
+
+
+@PRESETS_OF_BOTH_KINDS
+def test_a_step_reads_nothing_back_to_the_host(preset):
+    """A tensor without data cannot be read, so any `.item()` in forward, backward, gate or optimizers is an error."""
+    with FakeTensorMode():
+        model, step = model_and_step(small(preset))
+        for number in range(2):
+            assert step(model, number).shape == (7,)
+
+
+def test_validation_reads_losses_once_at_the_end(monkeypatch):
+    """The host does not wait for a batch before it launches the next one."""
+    model = GPT(small("gpt2").model)
+    idx, calls = torch.randint(300, (5, 2, 32)), []
+    forward, stack = model.forward, torch.stack
+    monkeypatch.setattr(model, "forward", lambda *batch: calls.append("forward") or forward(*batch))
+    monkeypatch.setattr(torch, "stack", lambda losses: calls.append("read") or stack(losses))
+    item = torch.Tensor.item
+
+    def item_of_integers(tensor: torch.Tensor) -> object:
+        assert not tensor.is_floating_point(), "a loss was read"
+        return item(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", item_of_integers)
+    monkeypatch.setattr(torch.Tensor, "__float__", item_of_integers)
+    mean_loss(model, [(batch, batch) for batch in idx], torch.ones(384, dtype=torch.int64), Ranks(0, 0, 1, CPU))
+    assert calls == ["forward"] * 5 + ["read"]
+
+
+@pytest.mark.parametrize(("preset", "backend"), [("gpt2", "aot_eager"), ("modern", "inductor")])
+def test_a_compiled_step_is_one_graph_and_moves_every_weight(preset, backend):
+    """Three steps of three micro-batches compile once; the gradient norm is above zero and every parameter moves."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    model, step = model_and_step(small(preset))
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(3):
+            _, norm, _, held, *_ = step(compiled, number).tolist()
+            assert norm > 0
+            assert held == 0
+    assert counter.frame_count == 1
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the graphs that a compiler gets, traced at full width without memory
+
+ROWS, T, LAYERS = 64, 1024, 2  # the micro-batch of GPT-2 124M on a large GPU
+PADDED_VOCAB = 50_304
+
+
+@pytest.fixture(scope="module", params=["gpt2", "modern"])
+def graphs(request) -> tuple[str, list[torch.fx.GraphModule]]:
+    """A preset and its forward and backward graph, with chunks of the loss as for CUDA."""
+    torch._dynamo.reset()
+    found: list[torch.fx.GraphModule] = []
+    chunk_rows = cross_entropy.chunk_rows
+
+    def for_cuda(rows: int, row_bytes: int, _: str, compiled: bool) -> int:
+        return chunk_rows(rows, row_bytes, "cuda", compiled)
+
+    def record(graph: torch.fx.GraphModule, _: list) -> Callable:
+        found.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(
+        fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )  # fmt: skip
+    shape = {"vocab_size": 50257, "n_layer": LAYERS}
+    shape["value_embeddings"] = min(1, PRESETS[request.param].model.value_embeddings)
+    with (
+        mock.patch.object(cross_entropy, "chunk_rows", for_cuda),
+        FakeTensorMode(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model = GPT(variant(PRESETS[request.param], model=shape).model)
+        model.bf16_activations = True
+        idx = torch.zeros(ROWS, T, dtype=torch.int64)
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(idx, idx).backward()
+    assert len(found) == 2
+    return request.param, found
+
+
+def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def test_activations_kept_for_backward_stay_within_budget(graphs):
+    """Bytes per token that the forward pass saves, with two layers, are at most those in results/speed."""
+    preset, (forward, _) = graphs
+    (outputs,) = forward.graph.output_node().args
+    inputs = set(forward.graph.find_nodes(op="placeholder"))
+    values = [node.meta["val"] for node in outputs[1:] if node not in inputs]
+    saved = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+    with open(ROOT / "results" / "speed" / "saved-bytes.csv", newline="") as file:
+        budget = {row["preset"]: float(row["saved_bytes_per_token"]) for row in csv.DictReader(file)}
+    assert 0.9 * budget[preset] < saved / (ROWS * T) <= budget[preset]
+
+
+def test_the_compiled_loss_has_no_scatter_and_few_large_chunks(graphs):
+    """Logits are computed 16,384 rows at a time, a multiple of 128, and nothing is scattered into a tensor of them."""
+    _, (forward, backward) = graphs
+    logits = [node for node in forward.graph.nodes if shape_of(node)[1:] == (PADDED_VOCAB,)]
+    products = [shape_of(node)[0] for node in logits if "mm" in str(node.target)]
+    assert products == [16_384] * (ROWS * T // 16_384)
+    nodes = logits + [node for node in backward.graph.nodes if shape_of(node)[1:] == (PADDED_VOCAB,)]
+    assert [node for node in nodes if re.search(r"aten\.(scatter|index_put)", str(node.target))] == []
