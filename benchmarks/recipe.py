@@ -69,12 +69,15 @@ class Runs:
     def __init__(self, options: argparse.Namespace):
         self.options, self.out = options, Path(options.runs)
 
-    def train(self, name: str, preset: str, steps: int, seed: int, *flags: str, alone: bool = False) -> str:
+    def train(
+        self, name: str, preset: str, steps: int, seed: int, *flags: str, alone: bool = False, ranks: int = 1
+    ) -> str:
         """Trains, unless that is done already; returns the name."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         threads = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
         command = [
-            sys.executable, "train.py", preset, "--general.out-dir", str(self.out / name), "--general.init-from",
-            "resume", "--general.mode", "train", "val", "--general.seed", str(seed), "--data.dataset",
+            *(torchrun if ranks > 1 else [sys.executable]), "train.py", preset,
+            "--general.out-dir", str(self.out / name), "--general.init-from", "resume", "--general.mode", "train", "val", "--general.seed", str(seed), "--data.dataset",
             self.options.dataset, "--model.block-size", "256", "--model.n-layer", "4", "--model.n-head", "4",
             "--model.n-embd", "128", "--training.batch-tokens", "4096", "--training.micro-batch-size", "16",
             "--training.max-steps", str(steps), "--validation.every-n-steps", "1000000", "--saving.every-n-steps", "0",
@@ -88,9 +91,9 @@ class Runs:
         print(f"{name}: {self.loss(name):.4f}", file=sys.stderr, flush=True)
         return name
 
-    def all(self, wanted: list[tuple]) -> list[str]:
+    def all(self, wanted: list[tuple], ranks: dict[str, int] | None = None) -> list[str]:
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            return list(pool.map(lambda arguments: self.train(*arguments), wanted))
+            return list(pool.map(lambda a: self.train(*a, ranks=(ranks or {}).get(a[0], 1)), wanted))
 
     def loss(self, name: str) -> float:
         return column(read_log(self.out / name / "log.csv"), "val_loss")[1][-1]
