@@ -77,11 +77,11 @@ class Runs:
         threads = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
         command = [
             *(torchrun if ranks > 1 else [sys.executable]), "train.py", preset,
-            "--general.out-dir", str(self.out / name), "--general.init-from", "resume", "--general.mode", "train", "val", "--general.seed", str(seed), "--data.dataset",
-            self.options.dataset, "--model.block-size", "256", "--model.n-layer", "4", "--model.n-head", "4",
-            "--model.n-embd", "128", "--training.batch-tokens", "4096", "--training.micro-batch-size", "16",
-            "--training.max-steps", str(steps), "--validation.every-n-steps", "1000000", "--saving.every-n-steps", "0",
-            *flags,
+            "--general.out-dir", str(self.out / name), "--general.init-from", "resume",
+            "--general.mode", "train", "val", "--general.seed", str(seed), "--data.dataset", self.options.dataset,
+            "--model.block-size", "256", "--model.n-layer", "4", "--model.n-head", "4", "--model.n-embd", "128",
+            "--training.batch-tokens", "4096", "--training.micro-batch-size", "16", "--training.max-steps", str(steps),
+            "--validation.every-n-steps", "1000000", "--saving.every-n-steps", "0", *flags,
         ]  # fmt: skip
         if (self.out / name / "log.csv").exists() and read_log(self.out / name / "log.csv")[-1]["step"] == steps:
             return name
