@@ -19,7 +19,7 @@ from babygpt.data.shards import Dataset, open_dataset
 from babygpt.errors import ConfigError, UserError
 from model import GPTConfig
 
-ACTIVATION_BYTES = 52  # per token, layer and channel: 31 GB for 64 rows of GPT-2 124M (results/speed/fake-h200.md)
+ACTIVATION_BYTES = 52  # per token, layer and channel: 31 GB for 64 rows of GPT-2 (results/speed/fake-h200.md)
 OUT_PRESET = Path("out/gpt2")  # stands for out/PRESET, whatever the preset is
 Mode = Literal["train", "val", "eval", "sample"]
 
@@ -412,6 +412,7 @@ def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -
     if training.micro_batch_size:
         return config
     row_bytes = ACTIVATION_BYTES * model.n_layer * model.n_embd * model.block_size
+    row_bytes *= 1.3 if model.x0_shortcut else 1.0  # the modern recipe keeps more
     most = 64 if 64 * row_bytes < 0.8 * device_memory else 16
     rows = max(1, training.batch_tokens // model.block_size // world_size)
     return variant(config, training={"micro_batch_size": max(n for n in range(1, most + 1) if rows % n == 0)})

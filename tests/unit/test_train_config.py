@@ -116,6 +116,8 @@ def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
         (24e9, 8, {}, 16),
         (40e9, 8, {}, 64),
         (141e9, 1, {}, 64),
+        (40e9, 8, {"model": {"x0_shortcut": True}}, 16),
+        (80e9, 8, {"model": {"x0_shortcut": True}}, 64),
         (40e9, 16, {}, 32),  # each of 16 ranks has 32 of the 512 rows
         (40e9, 1, {"training": {"batch_tokens": 60 * 1024}}, 60),
         (40e9, 1, {"training": {"batch_tokens": 67 * 1024}}, 1),
