@@ -411,8 +411,8 @@ def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -
     model, training = config.model, config.training
     if training.micro_batch_size:
         return config
-    row_bytes = ACTIVATION_BYTES * model.n_layer * model.n_embd * model.block_size
-    row_bytes *= 1.3 if model.x0_shortcut else 1.0  # the modern recipe keeps more
+    row_bytes = ACTIVATION_BYTES * (1.3 if model.x0_shortcut else 1.0)  # the modern recipe keeps more
+    row_bytes *= model.n_layer * model.n_embd * model.block_size
     most = 64 if 64 * row_bytes < 0.8 * device_memory else 16
     rows = max(1, training.batch_tokens // model.block_size // world_size)
     return variant(config, training={"micro_batch_size": max(n for n in range(1, most + 1) if rows % n == 0)})

@@ -32,6 +32,7 @@ case "$*" in
         # environments of their own: these packages choose versions of others
         environment .venv-slow "${quick[@]}" tests/requirements.txt tests/requirements-slow.txt
         python -m pytest tests/slow
+        bash runs/gpu_report.sh --rehearse
         requirements=$(mktemp)
         trap 'rm -f "$requirements"' EXIT
         sed 's/^torch==.*/torch==2.11.*/' requirements.txt > "$requirements"
