@@ -420,7 +420,8 @@ def report(results: dict[str, Result], options: argparse.Namespace) -> str:
     steps = {name: result for name, result in results.items() if "tokens/s" in result}
     name = results.get("gpu", {}).get("name", "rehearsal on a CPU: the figures mean nothing")
     lines = [
-        f"# {name}", "", f"`bash runs/gpu_report.sh {' '.join(options.arguments)}`, {date.today()}, commit {options.commit}.", "",
+        f"# {name}", "",
+        f"`{' '.join(['bash runs/gpu_report.sh', *options.arguments])}`, {date.today()}, commit {options.commit}.", "",
         "A prediction adds the time of all operations at this GPU's large product and that of the bytes of",
         "[fake-h200](../speed/fake-h200.md) at its copy. Share: of the large product.", "",
         "| training step | tokens/s | predicted | share of the ceiling | MFU | peak GB | first step, s |",
