@@ -12,7 +12,7 @@ import torch
 
 from babygpt.errors import ConfigError, UserError
 from babygpt.training.device import TESTED_TORCH, Mark, autocast, choose_device, peak_flops, untested_torch_warning
-from babygpt.training.distributed import Ranks
+from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.guard import checksum
 from babygpt.training.signals import StopSignals
 
@@ -60,6 +60,20 @@ def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd, tmp_path, m
 
 def test_a_second_interrupt_ends_at_once():
     assert end_of_one_in_a_compiler(signal.SIGINT, signal.SIGTERM, signal.SIGINT, nothing_to_lose=False) == 130
+
+
+def test_deterministic_runs_ask_pytorch_for_such_kernels(monkeypatch):
+    """Before the first use of CUDA, cuBLAS gets a fixed workspace and PyTorch its deterministic algorithms."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "put back after the test")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: asked.append((a, k)))
+    with process_group("cpu"):
+        assert asked == []
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with process_group("cpu", deterministic=True):
+        assert asked == [((True,), {"warn_only": True})]
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.parametrize(

@@ -373,6 +373,23 @@ def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatc
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("fields", "compiled", "expected"),
+    [
+        ({}, True, "flash"),
+        ({"dropout": 0.1}, True, "math"),  # on a CPU the flash kernel has no dropout
+        ({"n_head": 2, "window": 9}, False, "flash"),
+        ({"n_head": 2, "window": 9}, True, "flex"),
+        ({"n_head": 2, "window": 9, "dropout": 0.1}, True, "math"),  # FlexAttention has no dropout
+        ({"n_head": 4, "window": 9}, True, "flash"),  # nor heads of 8
+    ],
+)
+def test_the_attention_kernel_is_named(fields, compiled, expected, monkeypatch):
+    """The start of a run prints the kernel that training will use: PyTorch's choice, or FlexAttention's."""
+    monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
+    assert tiny(**fields).train().attention_backend(compiled, bfloat16=True) == expected
+
+
 def test_a_modern_model_is_no_gpt2_for_hugging_face():
     for name, value in MODERN.items():
         if name != "tie_head":
