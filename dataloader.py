@@ -329,9 +329,9 @@ def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch
 def validation_batches(
     tokens: Tokens, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1, pin: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield always the same rows, front to back: inputs and targets, (B, T) int64 each, of one rank.
+    """Yield the same rows in the same order every time: inputs and targets, (B, T) int64 each, of one rank.
 
-    They are those of the split's first VAL_TOKENS. All batches are full, the last one with rows whose targets are
+    The rows cover the first VAL_TOKENS of the split. All batches are full, the last one with rows whose targets are
     IGNORED. With `pin`, they are in pinned memory.
     """
     order = Order(tokens, eot_id=-1, block_size=block_size, num_streams=1, seed=0, shuffle=False)

@@ -149,7 +149,7 @@ def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | N
 def fetch_examples(
     file: str | None, language: str, tokenizer: Tokenizer, style: Style, limit: int | None, ranks: Ranks
 ) -> list[Example]:
-    """Load the examples on every rank, after the first one has downloaded them if need be."""
+    """Load the examples on every rank, after the first one has downloaded them if needed."""
     return load_examples(ranks.main_first(lambda: fetch(file, language)), tokenizer, style, limit)
 
 

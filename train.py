@@ -89,7 +89,7 @@ def train_step(
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     status = torch.zeros(5 + 2 * ranks.world_size, device=ranks.device)
     status[0] = loss_sum / data.targets
-    status[4] = float(stop)
+    status[4].fill_(float(stop))  # an assignment would copy a number of the host, and wait
     status[5 + ranks.rank] = ~loss_sum.isfinite()
     if ranks.bad_gradient is not None:
         status[5 + ranks.rank] += ranks.bad_gradient
@@ -455,7 +455,7 @@ def assess(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
     init_from = config.general.init_from
     spec = config.general.out_dir if init_from in ("scratch", "resume") else init_from
     model = ranks.main_first(lambda: GPT.from_pretrained(spec, ranks.device))
-    tokenizer = model.tokenizer
+    model.bf16_activations, tokenizer = config.training.bf16_activations, model.tokenizer
     ranks.print(f"{model.source}: {model.num_params():,} parameters")
     if dataset is not None:  # "val" is in the mode
         if dataset.tokenizer_sha256 not in (None, tokenizer.sha256):
@@ -479,10 +479,10 @@ def main() -> None:
     joined = process_group(general.device, general.timeout_minutes, general.deterministic)
     if "train" not in general.mode:
         with joined as ranks:
-            return assess(with_micro_batch_size(config, ranks.device_memory(), ranks.world_size), dataset, ranks)
+            return assess(with_micro_batch_size(config, ranks.memory_for(config.training.dtype), 1), dataset, ranks)
     assert dataset is not None, "resolve() opens the data set if the mode includes train"
     with StopSignals() as signals, joined as ranks:
-        config = with_micro_batch_size(config, ranks.device_memory(), ranks.world_size)
+        config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), ranks.world_size)
         try:
             with lock_run_dir(out, ranks), checkpoint.Saver(out, saving.keep, saving.keep_every) as saver:
                 signals.marker = out / STOPPED

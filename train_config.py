@@ -33,7 +33,7 @@ class General:
     out_dir: Path = OUT_PRESET  # directory of the run [out/PRESET]
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda where there is one, else cpu
-    deterministic: bool = False  # on CUDA, the same bytes from run to run, as far as PyTorch can; slower
+    deterministic: bool = False  # on CUDA, the same bytes from run to run; slower
     timeout_minutes: float = 30.0  # how long ranks wait for one that is silent, or for rank 0's downloads
 
 
@@ -52,7 +52,7 @@ class Training:
 
     max_steps: int = 19_073  # optimizer steps; 19,073 of 524,288 tokens are 10 B
     batch_tokens: int = 524_288  # tokens an optimizer step, over all ranks
-    micro_batch_size: int = 0  # rows that a rank computes at once; 0: 16, or 64 where memory allows; affects speed only
+    micro_batch_size: int = 0  # rows that a rank computes at once; 0: 64 if the GPU has enough memory, else 16
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
     bf16_activations: bool = False  # with bfloat16, also the activations between products: less memory traffic
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
@@ -406,15 +406,16 @@ def check(config: Config, world_size: int) -> list[str]:
 
 
 def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -> Config:
-    """Replace a micro_batch_size of 0: 64 if a device of `device_memory` bytes (0 for a CPU) has room for so many
-    rows, else 16; the largest number up to it that divides the rows of a rank."""
+    """Resolve a micro_batch_size of 0: 64 if 64 rows fit in `device_memory` bytes (0 for a CPU), else 16; in training
+    reduced to the largest number that divides a rank's rows."""
     model, training = config.model, config.training
     if training.micro_batch_size:
         return config
     row_bytes = ACTIVATION_BYTES * (1.3 if model.x0_shortcut else 1.0)  # the modern recipe keeps more
     row_bytes *= model.n_layer * model.n_embd * model.block_size
     most = 64 if 64 * row_bytes < 0.8 * device_memory else 16
-    rows = max(1, training.batch_tokens // model.block_size // world_size)
+    trains = "train" in config.general.mode
+    rows = max(1, training.batch_tokens // model.block_size // world_size) if trains else most
     return variant(config, training={"micro_batch_size": max(n for n in range(1, most + 1) if rows % n == 0)})
 
 

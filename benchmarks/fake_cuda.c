@@ -1,4 +1,4 @@
-// The part of CUDA's runtime that PyTorch needs to believe in a GPU: one NVIDIA H200 whose kernels do nothing.
+// The part of CUDA's runtime that PyTorch calls to detect a GPU: one NVIDIA H200 whose kernels do nothing.
 // benchmarks/fake_h200.py compiles this and preloads it.
 #include <cuda_runtime_api.h>
 #include <stdlib.h>

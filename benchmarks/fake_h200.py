@@ -10,12 +10,13 @@ It needs Linux, gcc, and a CUDA build of PyTorch, in an environment of its own (
     pip install 'torch==2.11.*' 'nvidia-cuda-crt==13.0.*' -r <(grep -v torch requirements.txt)
 
 A stub in place of CUDA's runtime (fake_cuda.c) reports an H200. The model is traced with tensors that have no data, and
-Inductor's code for forward and backward runs with kernels that do nothing. So these are exact:
+Inductor's code for forward and backward runs with kernels that do nothing. So these are exact for the generated code:
 
-- KB per token: Inductor's own count, each buffer that a Triton kernel reads or writes once, without matrix products
-  and attention;
+- KB per token: Inductor's own count, each buffer counted once per Triton kernel that reads or writes it; matrix
+  products and attention are not counted;
 - kernels, products (by cuBLAS) and kernels with atomic additions, per micro-batch;
-- peak GB: parameters, gradients, optimizer state and all that the code keeps at the same time, without caches.
+- peak GB: parameters, gradients, optimizer state and all that the code keeps at the same time, without the temporaries
+  of the optimizer, the workspace of cuBLAS and the allocator's losses.
 
 The prediction adds two limits, as if nothing overlapped: floating-point operations at 790 TFLOP/s and these bytes at
 4.3 TB/s, both measured on an H200 (large bfloat16 products of random data, and a copy). The command fails if KB per
@@ -303,11 +304,11 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write(rows: list[dict[str, Any]], out: Path) -> None:
     """Replace the committed figures: a CSV file to compare with, and a table to read."""
     import torch
 
-    with open(OUT, "w", newline="") as file:
+    with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -316,14 +317,15 @@ def write(rows: list[dict[str, Any]]) -> None:
         "",
         f"`python -m benchmarks.fake_h200 --write`, {date.today()}, torch {torch.__version__}, Triton "
         f"{version('triton')}.",
-        "GPT-2 124M's size, one micro-batch of rows of 1,024 tokens, forward and backward. What the columns mean: the",
-        "command's `--help`. The prediction is no measurement.",
+        "GPT-2 124M's size, one micro-batch of rows of 1,024 tokens, forward and backward. `--help` explains the",
+        "columns. The prediction is not a measurement. The same for commit 975b3e2, before the changes that these",
+        "figures led to: fake-h200-before.csv.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|---|" + "---:|" * (len(rows[0]) - 1),
         *("| " + " | ".join(map(str, row.values())) + " |" for row in rows),
     ]
-    show(lines, OUT.with_suffix(".md"))
+    show(lines, out.with_suffix(".md") if out == OUT else None)
 
 
 def main() -> None:
@@ -331,6 +333,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose model and presets are compiled")
     parser.add_argument("--rows", nargs="*", choices=list(CASES), metavar="ROW", help="only these rows of the table")
     parser.add_argument("--write", action="store_true", help=f"replace {OUT.relative_to(ROOT)} and its table")
+    parser.add_argument("--out", type=Path, default=OUT, help="with --write: another file")
     options = parser.parse_args()
     restart_with_fake_gpu()
     sys.path.insert(0, str(options.checkout.resolve()))
@@ -339,7 +342,7 @@ def main() -> None:
         rows.append({"case": name} | measure(CASES[name]))
         print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
     if options.write:
-        write(rows)
+        write(rows, options.out)
     elif grown := growth(rows):
         sys.exit("error: more than the committed figures allow.\n" + "\n".join(grown))
 

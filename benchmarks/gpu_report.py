@@ -4,16 +4,17 @@
     bash runs/gpu_report.sh --minutes 9         # the most important stages first, what fits
     bash runs/gpu_report.sh --rehearse          # every stage on the CPU, at tiny sizes
 
-Each stage is a process of its own; its result goes to out/gpu-report/<GPU>-<commit>/<stage>.json, and a finished stage
-is not run again. The report is results/gpu/<GPU>.md. Weights and tokens are random, except for the run with train.py,
-whose data is Python's standard library, or --dataset.
+Each stage is a process of its own; its result goes to out/gpu-report/<GPU>-<hash of the sources>/<stage>.json, and a
+finished stage is not run again. The report is results/gpu/<GPU>.md. Weights and tokens are random, except for the run
+with train.py, whose data is Python's standard library, or --dataset.
 
-A share of the ceiling is the rate of floating-point operations (6 per weight and token, attention counted whole) in
-terms of the fastest large bfloat16 product of the same GPU.
+A share of the ceiling is the rate of floating-point operations (6 per weight and token, attention counted whole)
+divided by the rate of a large bfloat16 product on the same GPU.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ from babygpt.nn import attention
 from babygpt.training import checkpoint
 from babygpt.training.device import Mark, make_deterministic, peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
-from babygpt.training.guard import Gate
+from babygpt.training.guard import Gate, checksum
 from babygpt.training.metrics import read_log
 from babygpt.training.optim import make_optimizers, optimizer_state, set_rates
 from dataloader import Position, Step
@@ -71,6 +72,7 @@ class Sizes:
         self.steps = 2 if rehearse else 8
         self.rows = {16: 1, 32: 2, 64: 4, 128: 8} if rehearse else {n: n for n in (16, 32, 64, 128)}
         self.side = 64 if rehearse else 8192
+        self.group = 1 if rehearse else 40  # of products that are timed together
         self.copy_bytes = 1 << 20 if rehearse else 4 << 30
 
     def config(self, preset: str, rows: int, **changes: Any) -> Config:
@@ -88,17 +90,20 @@ class Sizes:
         )
 
 
-def median_ms(call: Callable[[], object], device: torch.device, times: int = 10, warm_up: int = 3) -> float:
-    """Median time of a call on the device, ms."""
-    for _ in range(warm_up):
+def median_ms(
+    call: Callable[[], object], device: torch.device, times: int = 10, warm_up: int = 3, group: int = 1
+) -> float:
+    """Median time of a call on the device, ms; `group` calls are timed together, to hide the launch of short ones."""
+    for _ in range(warm_up * group):
         call()
     spent = []
     for _ in range(times):
         begin = Mark(device)
-        call()
+        for _ in range(group):
+            call()
         end = Mark(device)
         end.wait()
-        spent.append(end.ms_since(begin))
+        spent.append(end.ms_since(begin) / group)
     return statistics.median(spent)
 
 
@@ -133,13 +138,14 @@ def ceilings(sizes: Sizes) -> Result:
     for name, (m, k, n) in shapes.items():
         a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         b = torch.randn(k, n, device=device, dtype=torch.bfloat16)
-        found[f"{name}, TFLOP/s"] = 2 * m * k * n / median_ms(partial(torch.mm, a, b), device) / 1e9
+        found[f"{name}, TFLOP/s"] = 2 * m * k * n / median_ms(partial(torch.mm, a, b), device, group=sizes.group) / 1e9
     return found
 
 
-def attend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def attend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradient: torch.Tensor) -> None:
     with sdpa_kernel(getattr(SDPBackend, backend)):
-        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.autograd.grad(out, (q, k, v), gradient)
 
 
 def attention_kernels(sizes: Sizes) -> Result:
@@ -152,7 +158,7 @@ def attention_kernels(sizes: Sizes) -> Result:
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             name = f"{heads} heads of {shape[-1]}, {backend.split('_')[0].lower()}"
             try:
-                found[name] = median_ms(partial(attend, backend, q, k, v), sizes.device)
+                found[name] = median_ms(partial(attend, backend, q, k, v, torch.randn_like(q)), sizes.device)
             except RuntimeError as error:  # this GPU or build has no such kernel
                 found[name] = f"{error}"[:60]
     return found
@@ -208,7 +214,27 @@ def correct(sizes: Sizes, preset: str) -> Result:
         for a, b in zip(found[f"eager, {key}"], found[f"compiled, {key}"], strict=True):
             if not (abs(a - b) <= tolerance * abs(a) and b > 0):
                 raise AssertionError(f"{key} differ: {found}")
-    return found | {"equal": True, "no synchronization in a step": not sizes.rehearse}
+    return found | {"equal": True, "a step never waits for the device": "not checked" if sizes.rehearse else True}
+
+
+def deterministic(sizes: Sizes) -> Result:
+    """Whether two trainings of three steps have the same weights, to the bit, with and without the switch."""
+    found: Result = {}
+    for wanted in (False, True):
+        if wanted:
+            make_deterministic()
+        sums = []
+        for _ in range(2):
+            training = Training(
+                sizes, sizes.config("gpt2", sizes.rows[16], **({} if sizes.rehearse else {"n_layer": 4}))
+            )
+            for _ in range(3):
+                training.step()
+            sums.append(checksum(list(training.raw_model.parameters())).item())
+        found["--general.deterministic, equal" if wanted else "without, equal"] = sums[0] == sums[1]
+    if not found["--general.deterministic, equal"]:
+        raise AssertionError(f"two deterministic runs differ: {found}")
+    return found
 
 
 def rank_of_two(rank: int, rehearse: bool, backend: str, world_size: int, folder: str) -> None:
@@ -273,7 +299,8 @@ def speed(
     peak = peak_flops(sizes.device)
     return {
         "tokens/s": rate, "ms": ms, "TFLOP/s": rate * flops / 1e12, "MFU": rate * flops / peak if peak else None,
-        "first step, s": first, "peak GB": peak_memory_mib(sizes.device) * 2**20 / 1e9, "MFLOP per token": flops / 1e6,
+        "first step with compilation, cached or not, s": first, "MFLOP per token": flops / 1e6,
+        "peak GB": peak_memory_mib(sizes.device) * 2**20 / 1e9,
     }  # fmt: skip
 
 
@@ -297,11 +324,13 @@ def other_work(sizes: Sizes) -> Result:
         begin = time.perf_counter()
         peers.losses(training.raw_model, examples, device)
         torch.cuda.synchronize()
-        found["HellaSwag, all 10,042 examples, s"] = (time.perf_counter() - begin) * 10.042
+        found["HellaSwag, all 10,042 examples, s, estimated from 1,000"] = (time.perf_counter() - begin) * 10.042
         for texts in (1, 8):
             for compiled in (False, True):
                 rate = peers.sample_ours(texts, "bfloat16", compiled)["tokens_per_s"]
                 found[f"sampling, {texts} texts{', compiled' if compiled else ''}, tokens/s"] = rate
+        with mock.patch.object(attention, "CUDA_BACKENDS", [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+            found["sampling, 1 text, cuDNN attention, tokens/s"] = peers.sample_ours(1, "bfloat16")["tokens_per_s"]
     training.step()
     with tempfile.TemporaryDirectory() as folder, checkpoint.Saver(Path(folder), 1, 0) as saver:
         begin = time.perf_counter()
@@ -309,7 +338,7 @@ def other_work(sizes: Sizes) -> Result:
         saver.save(1, checkpoint.model_tensors(training.raw_model), state, {"step": 1})
         found["save, training waits, s"] = time.perf_counter() - begin
         saver.wait()
-        found["save, on the disk after, s"] = time.perf_counter() - begin
+        found["save, in a temporary directory after, s"] = time.perf_counter() - begin
     return found
 
 
@@ -346,7 +375,8 @@ def killed_and_resumed(sizes: Sizes, options: argparse.Namespace) -> Result:
                 while process.poll() is None and not list(out.glob("checkpoints/step_0000001*")):
                     time.sleep(0.05)
                 process.send_signal(signal.SIGKILL)
-                process.wait()
+                if process.wait() != -signal.SIGKILL:
+                    raise AssertionError(f"{preset}: the run ended before it could be killed")
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             losses[name] = [row["loss"] for row in read_log(out / "log.csv") if row["loss"] is not None]
         found[f"{preset}, first 20 losses"] = [round(loss, 4) for loss in losses["unbroken"]]
@@ -380,8 +410,9 @@ def stages(sizes: Sizes, options: argparse.Namespace) -> dict[str, tuple[int, Ca
         "modern, 64 rows, bf16 activations": (150, of("modern", 64, bf16=True)),
         "correct modern": (60, partial(correct, sizes, "modern")),
         "attention": (30, partial(attention_kernels, sizes)),
-        "train.py, killed and resumed": (240, partial(killed_and_resumed, sizes, options)),
+        "train.py, killed and resumed": (300, partial(killed_and_resumed, sizes, options)),
         "ranks": (90, partial(ranks_agree, sizes)),
+        "deterministic": (90, partial(deterministic, sizes)),
         "other work": (180, partial(other_work, sizes)),
         "gpt2, 64 rows, bf16 activations, cuDNN attention": (120, of("gpt2", 64, bf16=True, cudnn=True)),
         "gpt2, 64 rows, bf16 activations, plain F.cross_entropy": (120, of("gpt2", 64, bf16=True, plain_loss=True)),
@@ -414,34 +445,59 @@ def cell(value: Any) -> str:
 def report(results: dict[str, Result], options: argparse.Namespace) -> str:
     """The report as Markdown, predictions next to results."""
     with open(ROOT / "results" / "speed" / "fake-h200.csv", newline="") as file:
-        predicted = {row["case"]: float(row["KB per token"]) for row in csv.DictReader(file)}
+        predicted = {row["case"]: row for row in csv.DictReader(file)}
     limits = results.get("ceilings", {})
     product, copy = limits.get("large, TFLOP/s"), limits.get("copy, GB/s")
     steps = {name: result for name, result in results.items() if "tokens/s" in result}
     name = results.get("gpu", {}).get("name", "rehearsal on a CPU: the figures mean nothing")
     lines = [
         f"# {name}", "",
-        f"`{' '.join(['bash runs/gpu_report.sh', *options.arguments])}`, {date.today()}, commit {options.commit}.", "",
-        "A prediction adds the time of all operations at this GPU's large product and that of the bytes of",
-        "[fake-h200](../speed/fake-h200.md) at its copy. Share: of the large product.", "",
-        "| training step | tokens/s | predicted | share of the ceiling | MFU | peak GB | first step, s |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"`{' '.join(['bash runs/gpu_report.sh', *options.arguments])}`, {date.today()}, sources {options.revision}.",
+        "", "A prediction adds the time of all operations at this GPU's large product and that of the bytes of",
+        "[fake-h200](../speed/fake-h200.md) at its copy. Share: FLOP/s divided by those of the large product; the goal",
+        "is 0.60. The first step compiles, or finds the code in the cache. A step has 524,288 tokens; nanoGPT's, by",
+        "benchmarks/speed.py, has 32,768.", "",
+        "| training step | tokens/s | predicted | share of the ceiling | MFU | peak GB | predicted | first step, s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, step in steps.items():
         flops, prediction, share = step.get("MFLOP per token"), "", ""
         if product and copy and flops:
             share = f"{step['TFLOP/s'] / product:.3f}"
             if name in predicted:
-                prediction = cell(1 / (flops * 1e6 / (product * 1e12) + predicted[name] * 1e3 / (copy * 1e9)))
+                prediction = cell(
+                    1 / (flops * 1e6 / (product * 1e12) + float(predicted[name]["KB per token"]) * 1e3 / (copy * 1e9))
+                )
         mfu = f"{step['MFU']:.1%}" if step.get("MFU") else ""
         lines.append(
             f"| {name} | {cell(step['tokens/s'])} | {prediction} | {share} | {mfu} | {cell(step['peak GB'])} | "
-            f"{cell(step.get('first step, s', ''))} |"
+            f"{predicted[name]['peak GB'] if name in predicted else ''} | "
+            f"{cell(step.get('first step with compilation, cached or not, s', ''))} |"
         )
     for name, result in results.items():
         if name not in steps:
             lines += ["", f"## {name}", "", *(f"- {key}: {cell(value)}" for key, value in result.items())]
     return "\n".join(lines) + "\n"
+
+
+def revision() -> str:
+    """The first characters of a hash over the Python sources: results of other sources are not reused."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("babygpt/**/*.py"), *ROOT.glob("benchmarks/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def run_stage(command: list[str], seconds: float) -> str | None:
+    """The output of a stage; None if it failed or took longer than `seconds`, with all that it started killed."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return output if process.returncode == 0 else None
 
 
 def main() -> None:
@@ -452,6 +508,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT to measure as well")
     parser.add_argument("--dataset", help="prepared data for the run with train.py")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--folder", type=Path, help="directory for the stages' results [out/gpu-report]")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     begin = time.monotonic()
     options = parser.parse_args()
@@ -459,9 +516,8 @@ def main() -> None:
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU is visible. To try the commands on a CPU: --rehearse.")
     name = "rehearsal" if options.rehearse else torch.cuda.get_device_name(0).replace(" ", "-").lower()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    options.commit = git.stdout.strip() or "unknown"
-    options.folder = ROOT / "out" / "gpu-report" / f"{name}-{options.commit}"
+    options.revision = revision()
+    options.folder = (options.folder or ROOT / "out" / "gpu-report") / f"{name}-{options.revision}"
     chosen = stages(Sizes(options.rehearse), options)
     if options.stage:
         print(json.dumps(chosen[options.stage][1]()))
@@ -478,14 +534,14 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.gpu_report", *options.arguments, "--stage", stage]
             print(f"{stage} ...", flush=True)
             try:
-                done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=left)
+                output = run_stage(command, left)
             except subprocess.TimeoutExpired:
-                print(f"{stage}: no time left; the same command goes on here")
+                print(f"{stage}: stopped at the time limit; run the same command to continue")
                 break
-            if done.returncode:
+            if output is None:
                 failed.append(stage)
                 continue
-            file.write_text(done.stdout.splitlines()[-1])
+            file.write_text(output.splitlines()[-1])
         if file.exists():
             results[stage] = json.loads(file.read_text())
             print(f"{stage}: " + "; ".join(f"{key} {cell(value)}" for key, value in results[stage].items()), flush=True)

@@ -76,7 +76,7 @@ class Batch:
     branch: torch.Tensor  # (B, L): 0 for a context, 1 + k for ending k
     places: torch.Tensor  # (M,): in B L, those whose next token counts
     targets: torch.Tensor  # (M,): that token
-    sums: torch.Tensor  # (M,): 4 x example + ending, to whose loss it belongs; always on the CPU
+    sums: torch.Tensor  # (M,): 4 x example + ending, the index of the loss it adds to; on the CPU
 
     def mask(self) -> torch.Tensor:
         """(B, 1, L, L) bool."""

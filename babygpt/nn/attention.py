@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Without cuDNN, which PyTorch prefers on sm_90: it builds a plan for each new shape, and decoding has one per token
+# Without cuDNN, which PyTorch prefers on sm_90: it builds a plan for each new shape, and each decoded token has one
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -80,10 +80,15 @@ def attention(
 
 
 def attention_backend(q: torch.Tensor, kv_heads: int, mask: torch.Tensor | None = None, dropout: float = 0.0) -> str:
-    """Return which of PyTorch's kernels attends from queries like q, (B, H, T, D): flash, efficient or math."""
+    """Return the name of PyTorch's kernel that computes attention for queries like q, (B, H, T, D).
+
+    It is flash, efficient or math; on other devices than CPU and CUDA there is no choice, and it is the device's.
+    """
+    if q.device.type not in ("cpu", "cuda"):
+        return q.device.type
     k = q[:, :kv_heads]
     backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
-    with backends:  # private, but it is what scaled_dot_product_attention asks
+    with backends:  # private API, by which scaled_dot_product_attention chooses
         choice = torch._fused_sdp_choice(q, k, k, mask, dropout, mask is None, enable_gqa=kv_heads != q.size(1))
     return SDPBackend(choice).name.split("_")[0].lower()
 

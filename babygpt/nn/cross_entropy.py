@@ -19,7 +19,7 @@ SLICE_BYTES = 2 << 20  # of float32 logits that a CPU turns into probabilities a
 
 
 def chunk_rows(rows: int, row_bytes: int, device_type: str, compiled: bool) -> int:
-    """How many of `rows` rows of logits are computed at once.
+    """Return how many of `rows` rows of logits to compute at a time.
 
     When compiled for CUDA, a multiple of 128, the tile of a matrix product, that divides `rows` if possible: a compiler
     unrolls the loop over chunks, and a last chunk of another size would need kernels of its own.

@@ -38,13 +38,13 @@ def choose(
     if top_k is not None or top_p is not None:  # the likeliest first
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     probabilities = logits.softmax(dim=-1)
+    if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
+        probabilities = probabilities.cpu()  # MPS has no float64, CUDA no deterministic cumulative sum
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier ones hold
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     # one number a row, drawn on the CPU: the same seed gives the same whatever the device
     drawn = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64)
-    if logits.device.type == "mps":
-        probabilities = probabilities.cpu()  # that device has no float64
     up_to = probabilities.cumsum(dim=-1, dtype=torch.float64)
     chosen = torch.searchsorted(up_to, drawn.to(up_to.device) * up_to[:, -1:], right=True)  # the first that lies above
     chosen = chosen.clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last where logits are NaN

@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+import torch._inductor.config
 
 from babygpt.errors import ConfigError
 
@@ -40,13 +41,16 @@ def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch
 
 
 def make_deterministic() -> None:
-    """Choose kernels whose results do not vary from run to run, as far as PyTorch has them; it warns about the others.
+    """Select kernels whose results do not vary from run to run. An operation without one is an error.
 
-    On CUDA the gradients of embeddings and attention are otherwise summed by atomic additions, in varying order. To be
-    called before the first use of CUDA.
+    On CUDA the gradients of embeddings and attention are otherwise summed by atomic additions, in varying order. A mode
+    that only warns would not do: PyTorch's attention stays nondeterministic in it. Call this before the first use of
+    CUDA.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two values that cuBLAS documents for this
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
+    if hasattr(torch._inductor.config, "deterministic"):  # no benchmarking that chooses the order of sums
+        torch._inductor.config.deterministic = True
     # slow, and no kernel here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from babygpt.console import spoken
 from babygpt.errors import ConfigError, UserError
-from babygpt.training.device import choose_device, device_memory, make_deterministic
+from babygpt.training.device import choose_device, device_memory, make_deterministic, uses_bfloat16
 from babygpt.training.rendezvous import rendezvous
 
 
@@ -57,10 +57,11 @@ class Ranks:
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def data_parallel(self, model: nn.Module, bf16_gradients: bool = False) -> nn.Module:
-        """Return the model with its gradients averaged over all ranks in the backward pass; alone, the model itself.
+        """Return the model with its gradients averaged over all ranks in the backward pass.
 
-        With `bf16_gradients` they are rounded to bfloat16 before the all-reduce, which halves its traffic. From then on
-        `bad_gradient` records whether a gradient of this rank was non-finite, which the average does not show.
+        With one rank, that is the model itself. With `bf16_gradients`, gradients are rounded to bfloat16 before the
+        all-reduce, which halves its traffic. From then on `bad_gradient` records whether a gradient of this rank was
+        non-finite; the average does not show whose it was.
         """
         if self.world_size == 1:
             return model
@@ -76,9 +77,10 @@ class Ranks:
         wrapped.register_comm_hook(dist.group.WORLD, check_and_reduce)
         return wrapped
 
-    def device_memory(self) -> int:
-        """Memory of the smallest rank's device, bytes; 0 if any is not a CUDA device."""
-        return int(min(self.gather(device_memory(self.device))))
+    def memory_for(self, dtype: str) -> int:
+        """The smallest device memory of all ranks, bytes; half of it if activations are float32, 0 without CUDA."""
+        shares = 1 if uses_bfloat16(self.device, dtype) else 2
+        return int(min(self.gather(device_memory(self.device)))) // shares
 
     def wait(self) -> None:
         """Until all ranks are here."""

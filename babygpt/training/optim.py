@@ -101,11 +101,11 @@ class Muon(torch.optim.Optimizer):
         self, group: dict, matrices: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor],
         scales: list[float],
     ) -> None:  # fmt: skip
-        """One update of some matrices, their gradients and momentum buffers, all (rows, columns)."""
+        """Update matrices of one shape in one batch; gradients and momentum buffers are (rows, columns) as well."""
         lr, momentum = group["lr"], torch.stack(buffers)  # (N, rows, columns)
         grad = torch.stack(grads)
         if self.found_inf is not None:
-            # with the gate shut, momentum is its own gradient and stays what it is
+            # if the update is skipped, momentum is its own gradient and stays what it is
             lr, grad = lr * (1 - self.found_inf), torch.where(self.found_inf.bool(), momentum, grad)
         momentum.lerp_(grad, 1 - group["momentum"])
         torch._foreach_copy_(buffers, momentum.unbind())

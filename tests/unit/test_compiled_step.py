@@ -2,7 +2,9 @@
 
 import csv
 import re
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -14,6 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn import cross_entropy
@@ -38,13 +42,16 @@ def small(preset: str) -> Config:
     return variant(PRESETS[preset], model=shape, training={"dtype": "bfloat16", "bf16_activations": True})
 
 
-def model_and_step(config: Config) -> tuple[GPT, Callable[[torch.nn.Module, int], torch.Tensor]]:
+def model_and_step(
+    config: Config, device: torch.device = CPU
+) -> tuple[GPT, Callable[[torch.nn.Module, int], torch.Tensor]]:
     """A model, and a function that takes one step of training with it, compiled or not."""
     torch.manual_seed(0)
-    model = GPT(config.model)
+    with device if device != CPU else nullcontext():
+        model = GPT(config.model)
     model.bf16_activations = config.training.bf16_activations
     optimizers: Optimizers = make_optimizers(model, asdict(config.optimizer))
-    ranks, gate = Ranks(0, 0, 1, CPU), Gate(CPU, skip_spikes=6.0)
+    ranks, gate = Ranks(0, 0, 1, device), Gate(device, skip_spikes=6.0)
     batches = list(torch.randint(300, (MICRO_BATCHES, 4, config.model.block_size + 1)))
 
     def step(compiled: torch.nn.Module, number: int) -> torch.Tensor:
@@ -64,6 +71,30 @@ def test_a_step_reads_nothing_back_to_the_host(preset):
             assert step(model, number).shape == (7,)
 
 
+class NoTransfers(TorchDispatchMode):
+    """Raises at an operation between the device `meta` and the host, but for the transfer of a micro-batch."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in tensors}) > 1 and not (kwargs or {}).get("non_blocking"):
+            raise AssertionError(f"{operation} copies between the host and the device")
+        return result
+
+
+@PRESETS_OF_BOTH_KINDS
+def test_a_step_copies_nothing_but_batches(preset, monkeypatch):
+    """Not even a number goes from the host to the device, as it does if one is assigned to an element: CUDA waits."""
+    optimizers = sys.modules["torch.optim.optimizer"]  # torch.optim deletes its attribute of that name
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    model, step = model_and_step(variant(small(preset), training={"dtype": "float32"}), torch.device("meta"))
+    step(model, 0)
+    with NoTransfers():
+        step(model, 1)
+
+
 def test_validation_reads_losses_once_at_the_end(monkeypatch):
     """The host does not wait for a batch before it launches the next one."""
     model = GPT(small("gpt2").model)
@@ -77,8 +108,12 @@ def test_validation_reads_losses_once_at_the_end(monkeypatch):
         assert not tensor.is_floating_point(), "a loss was read"
         return item(tensor)
 
+    def no_reading(tensor: torch.Tensor) -> None:
+        raise AssertionError("a loss was read")
+
     monkeypatch.setattr(torch.Tensor, "item", item_of_integers)
     monkeypatch.setattr(torch.Tensor, "__float__", item_of_integers)
+    monkeypatch.setattr(torch.Tensor, "cpu", no_reading)
     mean_loss(model, [(batch, batch) for batch in idx], torch.ones(384, dtype=torch.int64), Ranks(0, 0, 1, CPU))
     assert calls == ["forward"] * 5 + ["read"]
 

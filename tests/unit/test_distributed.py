@@ -66,13 +66,15 @@ def test_deterministic_runs_ask_pytorch_for_such_kernels(monkeypatch):
     """Before the first use of CUDA, cuBLAS gets a fixed workspace and PyTorch its deterministic algorithms."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "put back after the test")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False, raising=False)
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: asked.append((a, k)))
     with process_group("cpu"):
         assert asked == []
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with process_group("cpu", deterministic=True):
-        assert asked == [((True,), {"warn_only": True})]
+        assert asked == [((True,), {})], "a warning alone would leave attention nondeterministic"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 

@@ -138,7 +138,7 @@ def test_muon_equals_pytorchs_on_plain_matrices():
 
 
 def test_muon_runs_few_operations_whatever_the_depth():
-    """Matrices of one shape are updated in one batch, and tall ones join the wide: a GPU launches few kernels."""
+    """Matrices of one shape are updated in one batch, and tall ones join the wide; a foreach call counts once."""
 
     class Shapes(TorchDispatchMode):
         """Counts operations that launch kernels, and notes the batches that are orthogonalized."""

@@ -16,6 +16,7 @@ from support.runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, flag
 import train
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.training import checkpoint
+from babygpt.training.distributed import Ranks
 from babygpt.training.metrics import COLUMNS, read_log
 
 # ---------------------------------------------------------------------------------------------------------
@@ -38,6 +39,31 @@ def test_a_run_learns_and_writes_its_files(unbroken):
     assert sampled == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
     names = load_file(unbroken / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
     assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
+
+
+def test_a_run_uses_the_compiled_model_and_its_switches(dataset, tmp_path, monkeypatch):
+    """What is compiled for training is compiled for validation too; the flags for bfloat16 reach model and ranks."""
+    forwards, wrapped = [], []
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module, dynamic: bool):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            assert self.model.training == self.training
+            assert self.model.bf16_activations
+            forwards.append("training" if self.training else "validation")
+            return self.model(idx, targets)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    monkeypatch.setattr(Ranks, "data_parallel", lambda self, model, bf16: wrapped.append(bf16) or model)
+    changes = {"training__max_steps": 4, "sampling__every_n_steps": 0, "training__compile": "on"}
+    changes |= {"training__bf16_activations": [], "training__bf16_gradients": []}
+    call(train.main, *flags(dataset, tmp_path / "run", **changes))
+    assert forwards.count("training") == 4 * 256 // 16 // 4
+    assert forwards[0] == forwards[-1] == "validation"
+    assert wrapped == [True]
 
 
 def test_a_cosine_follows_the_warm_up(unbroken):
