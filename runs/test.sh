@@ -32,12 +32,13 @@ case "$*" in
         # environments of their own: these packages choose versions of others
         environment .venv-slow "${quick[@]}" tests/requirements.txt tests/requirements-slow.txt
         python -m pytest tests/slow
+        TEST_BACKEND=inductor python -m pytest tests/unit/test_compiled_step.py  # compiles C++ for a minute
         bash runs/gpu_report.sh --rehearse
         requirements=$(mktemp)
         trap 'rm -f "$requirements"' EXIT
         sed 's/^torch==.*/torch==2.11.*/' requirements.txt > "$requirements"
         environment .venv-torch-2.11 "$requirements" tests/requirements-quick.txt  # with CUDA: 5 GB
-        python -m pytest --numprocesses auto tests/unit "${no_transformers[@]}"
+        TEST_BACKEND=inductor python -m pytest --numprocesses auto tests/unit "${no_transformers[@]}"
         python -m pytest tests/distributed/test_compiled_ranks.py
         python tests/mistakes.py 25 26 27 28
         ;;

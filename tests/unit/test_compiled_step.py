@@ -1,6 +1,7 @@
 """What a GPU needs and a CPU can check: a step reads nothing back, compiles to one graph, keeps and moves few bytes."""
 
 import csv
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from train_config import PRESETS, Config, variant
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MICRO_BATCHES = 3
+BACKEND = os.environ.get("TEST_BACKEND", "aot_eager_decomp_partition")  # runs/test.sh --slow: inductor
 PRESETS_OF_BOTH_KINDS = pytest.mark.parametrize("preset", ["gpt2", "modern"])
 
 
@@ -118,11 +120,11 @@ def test_validation_reads_losses_once_at_the_end(monkeypatch):
     assert calls == ["forward"] * 5 + ["read"]
 
 
-@pytest.mark.parametrize(("preset", "backend"), [("gpt2", "aot_eager"), ("modern", "inductor")])
-def test_a_compiled_step_is_one_graph_and_moves_every_weight(preset, backend):
+@PRESETS_OF_BOTH_KINDS
+def test_a_compiled_step_is_one_graph_and_moves_every_weight(preset):
     """Three steps of three micro-batches compile once; the gradient norm is above zero and every parameter moves."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(BACKEND)
     model, step = model_and_step(small(preset))
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
