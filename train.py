@@ -89,7 +89,7 @@ def train_step(
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     status = torch.zeros(5 + 2 * ranks.world_size, device=ranks.device)
     status[0] = loss_sum / data.targets
-    status[4].fill_(float(stop))  # an assignment would copy a number of the host, and wait
+    status[4].fill_(float(stop))  # an assignment would copy it from the host, which waits on CUDA
     status[5 + ranks.rank] = ~loss_sum.isfinite()
     if ranks.bad_gradient is not None:
         status[5 + ranks.rank] += ranks.bad_gradient
@@ -238,8 +238,8 @@ SCORES = {"val_loss", "hellaswag"}  # columns that a picture is drawn for
 
 @dataclass
 class Run:
-    """All that the scenes share. `raw_model` is what is saved, evaluated and sampled; `fast_model` is the same weights,
-    compiled, for validation; `model` is that, wrapped for training on several ranks."""
+    """What the periodic tasks share. `raw_model` is saved, evaluated and sampled. `fast_model` has the same weights and
+    is compiled, for validation. `model` is `fast_model` wrapped for training on several ranks."""
 
     config: Config
     dataset: Dataset
@@ -476,12 +476,12 @@ def main() -> None:
     _, config = parse(sys.argv[1:])
     config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     out, general, saving = config.general.out_dir, config.general, config.saving
-    joined = process_group(general.device, general.timeout_minutes, general.deterministic)
+    group = process_group(general.device, general.timeout_minutes, general.deterministic)
     if "train" not in general.mode:
-        with joined as ranks:
+        with group as ranks:
             return assess(with_micro_batch_size(config, ranks.memory_for(config.training.dtype), 1), dataset, ranks)
     assert dataset is not None, "resolve() opens the data set if the mode includes train"
-    with StopSignals() as signals, joined as ranks:
+    with StopSignals() as signals, group as ranks:
         config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), ranks.world_size)
         try:
             with lock_run_dir(out, ranks), checkpoint.Saver(out, saving.keep, saving.keep_every) as saver:

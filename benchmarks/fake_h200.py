@@ -33,7 +33,7 @@ import sysconfig
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -42,36 +42,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
+from benchmarks.cases import CASES, Case
 from benchmarks.table import show
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "results" / "speed" / "fake-h200.csv"
 FLOPS, BYTES_PER_SECOND = 790e12, 4.3e12
 TOLERANCE = 1.03
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table: a preset with changes."""
-
-    preset: str
-    rows: int
-    bf16_activations: bool = False
-    changes: dict[str, Any] | None = None  # of the model
-    plain_loss: bool = False  # F.cross_entropy of the whole logits
-    deterministic: bool = False
-
-
-CASES = {
-    "gpt2, 16 rows": Case("gpt2", 16),
-    "gpt2, 64 rows": Case("gpt2", 64),
-    "gpt2, 64 rows, bf16 activations": Case("gpt2", 64, bf16_activations=True),
-    "gpt2, 64 rows, bf16 activations, plain F.cross_entropy": Case("gpt2", 64, True, plain_loss=True),
-    "gpt2, 64 rows, bf16 activations, deterministic": Case("gpt2", 64, True, deterministic=True),
-    "modern, 64 rows": Case("modern", 64),
-    "modern, 64 rows, bf16 activations": Case("modern", 64, bf16_activations=True),
-    "modern, 64 rows, bf16 activations, 6 heads of 128": Case("modern", 64, True, {"n_head": 6}),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -251,30 +228,23 @@ def compiler_for_h200() -> Iterator[Callable[[Counts], Callable]]:
 def measure(case: Case) -> dict[str, Any]:
     """Forward and backward of one micro-batch of GPT-2's size."""
     import torch
-    import torch.nn.functional as F
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import model as models
+    from model import GPT
     from train_config import PRESETS
 
     torch._dynamo.reset()
     counts = Counts()
-    config = replace(PRESETS[case.preset].model, vocab_size=50257, **(case.changes or {}))
-
-    def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float | None):
-        logits = (x @ weight.mT).float()
-        return F.cross_entropy(logits[:, :vocab_size], targets, ignore_index=-100, reduction="sum")
-
+    config = replace(PRESETS[case.preset].model, vocab_size=50257, n_head=case.n_head)
     torch.use_deterministic_algorithms(case.deterministic, warn_only=True)
     with compiler_for_h200() as backend, FakeTensorMode(), torch.device("cuda:0"):
-        model = models.GPT(config)
+        model = GPT(config)
         model.bf16_activations = case.bf16_activations
         for parameter in model.parameters():
             counts.hold(parameter.data)
         idx = torch.zeros(case.rows, config.block_size, dtype=torch.int64)
         compiled = torch.compile(model, backend=backend(counts), fullgraph=True, dynamic=False)
-        loss = mock.patch.object(models, "linear_cross_entropy", plain) if case.plain_loss else nullcontext()
-        with loss, torch.autocast("cuda", torch.bfloat16):
+        with case.loss(), torch.autocast("cuda", torch.bfloat16):
             total = compiled(idx, idx)
         total.backward()
     parameters = sum(p.numel() for p in model.parameters())
@@ -331,15 +301,19 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose model and presets are compiled")
-    parser.add_argument("--rows", nargs="*", choices=list(CASES), metavar="ROW", help="only these rows of the table")
+    parser.add_argument(
+        "--rows", nargs="*", choices=[case.name for case in CASES], metavar="ROW", help="only these rows of the table"
+    )
     parser.add_argument("--write", action="store_true", help=f"replace {OUT.relative_to(ROOT)} and its table")
     parser.add_argument("--out", type=Path, default=OUT, help="with --write: another file")
     options = parser.parse_args()
     restart_with_fake_gpu()
     sys.path.insert(0, str(options.checkout.resolve()))
     rows = []
-    for name in options.rows or CASES:
-        rows.append({"case": name} | measure(CASES[name]))
+    for case in CASES:
+        if options.rows and case.name not in options.rows:
+            continue
+        rows.append({"case": case.name} | measure(case))
         print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
     if options.write:
         write(rows, options.out)

@@ -8,7 +8,6 @@ import time
 from contextlib import nullcontext
 
 import torch
-import torch._inductor.config
 
 from babygpt.errors import ConfigError
 
@@ -48,6 +47,8 @@ def make_deterministic() -> None:
     CUDA.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two values that cuBLAS documents for this
+    import torch._inductor.config
+
     torch.use_deterministic_algorithms(True)
     if hasattr(torch._inductor.config, "deterministic"):  # no benchmarking that chooses the order of sums
         torch._inductor.config.deterministic = True

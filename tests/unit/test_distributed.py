@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 
 from babygpt.errors import ConfigError, UserError
 from babygpt.training.device import TESTED_TORCH, Mark, autocast, choose_device, peak_flops, untested_torch_warning
