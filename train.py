@@ -47,6 +47,7 @@ from train_config import (
     Config,
     changed_settings,
     due_tasks,
+    micro_batch_warning,
     parse,
     read_config,
     resolve,
@@ -302,8 +303,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     where = f"{ranks.world_size} x {device.type}, {micro_batches} micro-batches per rank and step, {kernel} attention"
     ranks.print(f"{raw_model.num_params():,} parameters on {where}")
     ranks.print(order.summary(config.training.batch_tokens, config.training.max_steps))
-    if warning := untested_torch_warning():
-        ranks.print(warning)
+    for warning in (untested_torch_warning(), micro_batch_warning(config, ranks.world_size)):
+        if warning:
+            ranks.print(warning)
     if dataset.manifest is None:
         ranks.print(f"warning: {dataset.folder} has no dataset.json: its tokens are taken for GPT-2's, unverified")
     log = Log(out / "log.csv", start.step) if ranks.is_main else NullLog()

@@ -19,7 +19,10 @@ from babygpt.data.shards import Dataset, open_dataset
 from babygpt.errors import ConfigError, UserError
 from model import GPTConfig
 
-ACTIVATION_BYTES = 52  # per token, layer and channel: 31 GB for 64 rows of GPT-2 (results/speed/fake-h200.md)
+# estimates of device memory in bfloat16, on the safe side of results/speed/fake-h200.md: 32 GB for 64 rows of GPT-2
+ACTIVATION_BYTES = 46  # per token, layer and channel
+PARAMETER_BYTES = 20  # per parameter: weight, gradient, two moments of Adam, a bfloat16 copy
+LOGITS_BYTES = 2 << 30
 OUT_PRESET = Path("out/gpt2")  # stands for out/PRESET, whatever the preset is
 Mode = Literal["train", "val", "eval", "sample"]
 
@@ -52,7 +55,7 @@ class Training:
 
     max_steps: int = 19_073  # optimizer steps; 19,073 of 524,288 tokens are 10 B
     batch_tokens: int = 524_288  # tokens an optimizer step, over all ranks
-    micro_batch_size: int = 0  # rows that a rank computes at once; 0: 64 if the GPU has enough memory, else 16
+    micro_batch_size: int = 0  # rows per rank and forward pass; 0: 64 or as many as fit in the GPU, 16 on a CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
     bf16_activations: bool = False  # with bfloat16, also the activations between products: less memory traffic
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
@@ -192,19 +195,16 @@ PRESETS: dict[str, Config] = {
     "gpt2-medium": variant(
         GPT2,
         model={"n_layer": 24, "n_head": 16, "n_embd": 1024},
-        training={"micro_batch_size": 8},
         optimizer={"max_lr": 3e-4},
     ),
     "gpt2-large": variant(
         GPT2,
         model={"n_layer": 36, "n_head": 20, "n_embd": 1280},
-        training={"micro_batch_size": 4},
         optimizer={"max_lr": 2.5e-4},
     ),
     "gpt2-xl": variant(
         GPT2,
         model={"n_layer": 48, "n_head": 25, "n_embd": 1600},
-        training={"micro_batch_size": 2},
         optimizer={"max_lr": 2e-4},
     ),
     # three minutes on a laptop: Python from Python's own standard library
@@ -406,17 +406,38 @@ def check(config: Config, world_size: int) -> list[str]:
 
 
 def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -> Config:
-    """Resolve a micro_batch_size of 0: 64 if 64 rows fit in `device_memory` bytes (0 for a CPU), else 16; in training
-    reduced to the largest number that divides a rank's rows."""
+    """Resolve a micro_batch_size of 0.
+
+    It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes, or 16
+    on a CPU, where that is 0. For training, it is reduced to the largest number that divides the rows of a rank.
+    """
     model, training = config.model, config.training
     if training.micro_batch_size:
         return config
-    row_bytes = ACTIVATION_BYTES * (1.3 if model.x0_shortcut else 1.0)  # the modern recipe keeps more
-    row_bytes *= model.n_layer * model.n_embd * model.block_size
-    most = 64 if 64 * row_bytes < 0.8 * device_memory else 16
+    most = 16
+    if device_memory:
+        tables = (1 if model.tie_head else 2) + model.value_embeddings * model.kv_heads / model.n_head
+        parameters = 12 * model.n_layer * model.n_embd**2 + tables * model.padded_vocab_size * model.n_embd
+        row_bytes = ACTIVATION_BYTES * (1.3 if model.x0_shortcut else 1.0)  # the modern recipe keeps more
+        row_bytes *= model.n_layer * model.n_embd * model.block_size
+        room = 0.8 * device_memory - PARAMETER_BYTES * parameters - LOGITS_BYTES
+        most = next((n for n in (64, 32, 16, 8, 4, 2) if n * row_bytes < room), 1)
     trains = "train" in config.general.mode
     rows = max(1, training.batch_tokens // model.block_size // world_size) if trains else most
     return variant(config, training={"micro_batch_size": max(n for n in range(1, most + 1) if rows % n == 0)})
+
+
+def micro_batch_warning(config: Config, world_size: int) -> str | None:
+    """A warning if a small micro_batch_size follows from a number of rows with few divisors, else None."""
+    rows = config.training.batch_tokens // config.model.block_size // world_size
+    micro = config.training.micro_batch_size
+    if micro >= 8 or micro == rows or any(rows % n == 0 for n in range(micro + 1, 4 * micro + 1)):
+        return None
+    return (
+        f"warning: micro-batches of {micro} are slow. Each rank has {rows:,} rows per step, with no larger divisor up "
+        f"to {4 * micro}. Use a --training.batch-tokens with a multiple of 16 rows per rank, such as "
+        f"{math.ceil(rows / 16) * 16 * world_size * config.model.block_size:,}."
+    )
 
 
 def to_json(config: Config) -> dict:

@@ -50,6 +50,8 @@ def stages(sizes: Sizes, options: argparse.Namespace) -> dict[str, tuple[int, Ca
         "attention": (30, partial(on_gpu.attention_kernels, sizes)),
         "train.py, killed and resumed": (300, partial(on_gpu.killed_and_resumed, sizes, options)),
         "ranks": (90, partial(on_gpu.ranks_agree, sizes)),
+        "profile, gpt2": (60, partial(on_gpu.profile, sizes, CASES[1])),
+        "profile, modern": (60, partial(on_gpu.profile, sizes, CASES[2])),
         "deterministic": (90, partial(on_gpu.deterministic, sizes)),
         "other work": (180, partial(on_gpu.other_work, sizes)),
         **{name: stage for name, stage in steps.items() if name not in first},

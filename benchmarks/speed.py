@@ -1,6 +1,7 @@
 """How fast a training step, sampling and HellaSwag are: ours beside what a user would pick instead, in one run.
 
     python benchmarks/speed.py --nanogpt PATH [--stages step sample hellaswag muon] [--out results/speed/cpu.md]
+    python benchmarks/speed.py --only gpt2 --against OLD --stages step    # OLD: another checkout of BabyGPT
 
 --nanogpt is a checkout of nanoGPT, whose model.py is imported. Every way is a process of its own; the ways take turns.
 All weights are random. On a CPU the step is that of a small model (4 layers, 4 heads, 256 wide, T = 256, batch 8), on
@@ -335,12 +336,15 @@ def ways(options: argparse.Namespace) -> dict[str, dict[str, Way]]:
     }
 
 
-def measure(stage: str, name: str) -> dict:
-    """One way in a process of its own, with this one's options."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", stage, name]
-    done = subprocess.run(command, capture_output=True, text=True)
+def measure(stage: str, name: str, options: argparse.Namespace, root: Path = ROOT) -> dict:
+    """Run one way in a process of its own, by the benchmarks/speed.py of the checkout `root`."""
+    command = [sys.executable, "benchmarks/speed.py", "--threads", str(options.threads)]
+    command += ["--examples", str(options.examples), "--batch-size", str(options.batch_size), "--way", stage, name]
+    for flag, path in (("--nanogpt", options.nanogpt), ("--hellaswag", options.hellaswag)):
+        command += [flag, str(Path(path).resolve())] if path else []
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"error: {name} failed:\n{done.stderr[-3000:]}")
+        sys.exit(f"error: {name} failed in {root}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -400,6 +404,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     parser.add_argument("--stages", nargs="+", default=["step", "sample", "hellaswag"])
     parser.add_argument("--only", default="", help="of a stage only the ways whose name holds this")
+    parser.add_argument("--against", type=Path, help="another checkout of BabyGPT, measured in turns with this one")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--hellaswag", help="a file in HellaSwag's format")
@@ -419,11 +424,15 @@ def main() -> None:
     ]
     for stage in options.stages:
         chosen = [name for name in ways(options)[stage] if options.only in name]
-        found: dict[str, list[dict]] = {name: [] for name in chosen}
+        measured = {name: (name, ROOT) for name in chosen}
+        if options.against:  # before and after, one after the other
+            sides = {f" ({options.against})": options.against, "": ROOT}
+            measured = {name + side: (name, root) for name in chosen for side, root in sides.items()}
+        found: dict[str, list[dict]] = {label: [] for label in measured}
         for _ in range(options.runs):
-            for name in chosen:
-                found[name].append(measure(stage, name))
-                print(f"{stage}, {name}: {found[name][-1]['ms']:,.1f} ms", file=sys.stderr, flush=True)
+            for label, (name, root) in measured.items():
+                found[label].append(measure(stage, name, options, root))
+                print(f"{stage}, {label}: {found[label][-1]['ms']:,.1f} ms", file=sys.stderr, flush=True)
         lines += table(stage, found)
     show(lines, options.out)
 

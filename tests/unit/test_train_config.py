@@ -8,7 +8,18 @@ import torch
 
 from babygpt.errors import ConfigError
 from model import GPT
-from train_config import PRESETS, Config, check, differences, parse, resolve, to_json, variant, with_micro_batch_size
+from train_config import (
+    PRESETS,
+    Config,
+    check,
+    differences,
+    micro_batch_warning,
+    parse,
+    resolve,
+    to_json,
+    variant,
+    with_micro_batch_size,
+)
 
 
 def parameters(name: str, vocab_size: int = 50257) -> int:
@@ -113,22 +124,34 @@ def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
     ("memory", "world_size", "changes", "expected"),
     [
         (0, 1, {}, 16),  # a CPU
-        (24e9, 8, {}, 16),
-        (40e9, 8, {}, 64),
+        (8e9, 8, {}, 4),
+        (25e9, 8, {}, 32),
+        (42e9, 8, {}, 64),
         (141e9, 1, {}, 64),
-        (40e9, 8, {"model": {"x0_shortcut": True}}, 16),
-        (80e9, 8, {"model": {"x0_shortcut": True}}, 64),
-        (40e9, 16, {}, 32),  # each of 16 ranks has 32 of the 512 rows
-        (40e9, 1, {"training": {"batch_tokens": 60 * 1024}}, 60),
-        (40e9, 1, {"training": {"batch_tokens": 67 * 1024}}, 1),
-        (40e9, 1, {"model": {"n_layer": 24, "n_embd": 1024}}, 16),  # the larger model has no room for 64
+        (42e9, 8, PRESETS["modern"], 32),
+        (85e9, 8, PRESETS["modern"], 64),
+        (42e9, 16, {}, 32),  # each of 16 ranks has 32 of the 512 rows
+        (42e9, 1, {"training": {"batch_tokens": 60 * 1024}}, 60),
+        (42e9, 1, {"training": {"batch_tokens": 67 * 1024}}, 1),
+        (85e9, 1, PRESETS["gpt2-medium"], 32),
+        (85e9, 1, PRESETS["gpt2-xl"], 8),
+        (25e9, 1, PRESETS["gpt2-xl"], 1),  # the weights and moments alone need more
         (141e9, 1, {"training": {"micro_batch_size": 5}}, 5),  # an explicit value stays, even if it does not divide
     ],
 )
 def test_micro_batch_size_fits_device_and_batch(memory, world_size, changes, expected):
-    """A micro_batch_size of 0 becomes 16, or 64 with 40 GB for GPT-2 124M, reduced until it divides a rank's rows."""
-    config = with_micro_batch_size(variant(Config(), **changes), int(memory), world_size)
-    assert config.training.micro_batch_size == expected
+    """A micro_batch_size of 0 becomes what fits, at most 64, or 16 on a CPU, and divides the rows of a rank."""
+    config = changes if isinstance(changes, Config) else variant(Config(), **changes)
+    config = variant(config, model={"vocab_size": config.model.vocab_size or 50257})
+    assert with_micro_batch_size(config, int(memory), world_size).training.micro_batch_size == expected
+
+
+@pytest.mark.parametrize(("rows", "micro", "warns"), [(67, 1, True), (512, 16, False), (512, 4, False), (1, 1, False)])
+def test_micro_batches_reduced_to_few_rows_warn(rows, micro, warns):
+    config = variant(Config(), training={"batch_tokens": rows * 1024, "micro_batch_size": micro})
+    warning = micro_batch_warning(config, world_size=1)
+    assert (warning is not None) == warns
+    assert warning is None or "such as 81,920" in warning
 
 
 def test_differences_name_the_field_and_both_values():
