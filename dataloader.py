@@ -249,7 +249,7 @@ class Order:
 
 
 @dataclass
-class Step:
+class Batch:
     """One optimizer step's data on one rank.
 
     `micro_batches` are int64 tensors, (micro_batch_size, T + 1) each, pinned where the device is CUDA.
@@ -274,15 +274,15 @@ class DataLoader:
         self.order, self.rows_per_step, self.micro_batch_size = order, rows_per_step, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.cuda_device = device if device is not None and device.type == "cuda" else None
-        self.steps: queue.Queue[Step | BaseException] = queue.Queue(maxsize=2)
+        self.steps: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True, name="dataloader")
         self.thread.start()
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Step:
+    def __next__(self) -> Batch:
         step = self.steps.get()
         if isinstance(step, BaseException):
             raise step
@@ -306,7 +306,7 @@ class DataLoader:
         except BaseException as error:  # handed to the training thread, which raises it
             self.steps.put(error)
 
-    def _read_step(self, start: Position) -> Step:
+    def _read_step(self, start: Position) -> Batch:
         rows = [n for n in range(start.n, start.n + self.rows_per_step) if n % self.world_size == self.rank]
         micro_batches = []
         for i in range(0, len(rows), self.micro_batch_size):
@@ -317,7 +317,7 @@ class DataLoader:
             self.order.read_rows(start.epoch, rows[i : i + self.micro_batch_size], batch.numpy())
             micro_batches.append(batch)
         end = Position(start.epoch, start.n + self.rows_per_step)
-        return Step(start, end, micro_batches, targets=self.rows_per_step * self.order.block_size)
+        return Batch(start, end, micro_batches, targets=self.rows_per_step * self.order.block_size)
 
 
 def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,6 +334,11 @@ def validation_batches(
     The rows cover the first VAL_TOKENS of the split. All batches are full, the last one with rows whose targets are
     IGNORED. With `pin`, they are in pinned memory.
     """
+    if len(tokens) <= block_size:
+        raise ConfigError(
+            f"The data set has {len(tokens):,} validation tokens, fewer than one row of block_size {block_size:,}. "
+            "Prepare it with more --val-tokens."
+        )
     order = Order(tokens, eot_id=-1, block_size=block_size, num_streams=1, seed=0, shuffle=False)
     rows = [n for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]
     for i in range(0, len(rows), micro_batch_size):

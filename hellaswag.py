@@ -31,12 +31,13 @@ import torch
 import torch.nn.functional as F
 
 from babygpt import files, hub
+from babygpt.console import console
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.evaluation.packing import Example, lay_out, pack, trees
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks, process_group
-from babygpt.training.signals import Stopped
+from babygpt.training.signals import StopRequested
 from model import GPT
 
 Style = Literal["karpathy", "lm-eval"]
@@ -150,7 +151,7 @@ def fetch_examples(
     file: str | None, language: str, tokenizer: Tokenizer, style: Style, limit: int | None, ranks: Ranks
 ) -> list[Example]:
     """Load the examples on every rank, after the first one has downloaded them if needed."""
-    return load_examples(ranks.main_first(lambda: fetch(file, language)), tokenizer, style, limit)
+    return load_examples(ranks.main_process_first(lambda: fetch(file, language)), tokenizer, style, limit)
 
 
 def render(row: dict, tokenizer: Tokenizer, style: Style) -> Example:
@@ -258,7 +259,7 @@ def evaluate(
 ) -> dict[str, Score]:  # fmt: skip
     """`acc` and `acc_norm` over all examples, each scored on one rank, exact counts summed over all.
 
-    The model's training mode is put back as it was. Where `stop()` on any rank, all raise Stopped.
+    The model's training mode is put back as it was. Where `stop()` on any rank, all raise StopRequested.
     """
     from tqdm import tqdm
 
@@ -272,7 +273,7 @@ def evaluate(
     right = [sum(pick == e.label for pick, e in zip(found, mine, strict=True)) for found in picks(sums, mine)]
     acc, acc_norm, total, stops = map(int, ranks.sum([*right, len(mine), stop()]))
     if stops:
-        raise Stopped
+        raise StopRequested
     if total != len(examples):
         raise AssertionError(f"{total} of {len(examples)} examples were scored")
     return {
@@ -311,11 +312,11 @@ def main() -> None:
         if (limit is not None and limit < 1) or batch_size < 1:
             raise UserError("--limit and --batch-size must be at least 1.")
         with process_group(device) as ranks:
-            loaded = ranks.main_first(lambda: GPT.from_pretrained(model, ranks.device))
+            loaded = ranks.main_process_first(lambda: GPT.from_pretrained(model, ranks.device))
             examples = fetch_examples(file, language, loaded.tokenizer, style, limit, ranks)
             scores = evaluate(loaded, examples, style, ranks, dtype, batch_size)
             for score in scores.values():
-                ranks.print(score)
+                console.info(str(score))
 
     tyro.cli(command, prog="hellaswag.py", description=__doc__)
 

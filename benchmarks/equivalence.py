@@ -43,7 +43,11 @@ ROOT = Path(__file__).parent.parent
 POINTS = ("data", "train", "hellaswag", "sample")
 MEASUREMENTS = {"step_ms", "tokens_per_s", "mfu", "memory_mib"}  # columns of log.csv, not compared
 NAMES_ONLY = {"config.json", "state.json", "manifest.json", "plot.png"}  # their content is not compared
-RENAMES: dict[str, str] = {}  # of parameters in OLD and NEW: regular expression to replacement, r"\bw$": "weight"
+RENAMES = {  # of parameters in OLD and NEW: regular expression to replacement
+    r"\bv_mix$": "value_lambdas",
+    r"\bx_mix$": "x0_lambdas",
+    r"\bskip_mix$": "skip_lambdas",
+}
 PRESETS = {"gpt2": ("--optimizer.warmup-steps", 5, "--optimizer.max-lr", 3e-3), "modern": ()}
 TRAIN_FLAGS = (
     "--general.device", "cpu", "--training.compile", "off", "--data.num-streams", 4, "--data.chunk-tokens", 1000,

@@ -230,22 +230,22 @@ def measure(case: Case) -> dict[str, Any]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from model import GPT
-    from train_config import PRESETS
+    from model import build_model
+    from train_config import preset
 
     torch._dynamo.reset()
     counts = Counts()
-    config = replace(PRESETS[case.preset].model, vocab_size=50257, n_head=case.n_head)
+    config = replace(preset(case.preset).model, vocab_size=50257, n_head=case.n_head)
     torch.use_deterministic_algorithms(case.deterministic, warn_only=True)
     with compiler_for_h200() as backend, FakeTensorMode(), torch.device("cuda:0"):
-        model = GPT(config)
+        model = build_model(config)
         model.bf16_activations = case.bf16_activations
         for parameter in model.parameters():
             counts.hold(parameter.data)
         idx = torch.zeros(case.rows, config.block_size, dtype=torch.int64)
         compiled = torch.compile(model, backend=backend(counts), fullgraph=True, dynamic=False)
         with case.loss(), torch.autocast("cuda", torch.bfloat16):
-            total = compiled(idx, idx)
+            total = compiled(idx, idx, reduction="sum")
         total.backward()
     parameters = sum(p.numel() for p in model.parameters())
     tokens = case.rows * config.block_size

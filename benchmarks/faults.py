@@ -47,7 +47,7 @@ from support.runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, r
 import train  # noqa: E402
 from babygpt.errors import UserError  # noqa: E402
 from babygpt.training import checkpoint  # noqa: E402
-from babygpt.training.metrics import read_log  # noqa: E402
+from babygpt.training.log import read_log  # noqa: E402
 from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
 from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
 from benchmarks.table import show  # noqa: E402

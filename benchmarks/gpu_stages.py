@@ -30,20 +30,21 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from babygpt.errors import leave
+from babygpt.errors import exit_now
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn import attention
 from babygpt.training import checkpoint
 from babygpt.training.device import Mark, make_deterministic, peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
-from babygpt.training.guard import Gate, checksum
-from babygpt.training.metrics import read_log
-from babygpt.training.optim import make_optimizers, optimizer_state, set_rates
+from babygpt.training.guard import StepStatus, UpdateGuard, checksum
+from babygpt.training.log import read_log
+from babygpt.training.optim import make_optimizers, optimizer_state, set_learning_rates
+from babygpt.training.schedule import LRSchedule
 from benchmarks.cases import Case
-from dataloader import Position, Step
-from model import GPT
-from train import train_step
-from train_config import PRESETS, Config, variant
+from dataloader import Batch, Position
+from model import build_model
+from train import TrainState, next_token_loss, train_step
+from train_config import Config, preset, variant
 
 ROOT = Path(__file__).parent.parent
 Result = dict[str, Any]
@@ -76,12 +77,12 @@ class Sizes:
         self.group = 1 if rehearse else 40  # of products that are timed together
         self.copy_bytes = 1 << 20 if rehearse else 4 << 30
 
-    def config(self, preset: str, rows: int, **changes: Any) -> Config:
+    def config(self, name: str, rows: int, **changes: Any) -> Config:
         """A preset at this size, with a batch of `batch_rows` in micro-batches of `rows`."""
         shape = self.model | changes
         if self.rehearse:
-            shape["value_embeddings"] = min(1, PRESETS[preset].model.value_embeddings)
-        config = variant(PRESETS[preset], model=shape)
+            shape |= {"value_embeddings": 1} if name == "modern" else {}
+        config = variant(preset(name), model=shape)
         training = {"micro_batch_size": rows, "batch_tokens": self.batch_rows * config.model.block_size}
         return variant(config, training=training)
 
@@ -172,16 +173,19 @@ class Training:
         torch.manual_seed(0)
         self.config, self.sizes = config, sizes
         self.ranks = ranks or Ranks(0, 0, 1, sizes.device)
-        self.raw_model = GPT(config.model).to(sizes.device)
+        self.raw_model = build_model(config.model).to(sizes.device)
         self.raw_model.bf16_activations = config.training.bf16_activations
-        self.raw_model.recompute = config.training.activation_checkpointing
+        self.raw_model.activation_checkpointing = config.training.activation_checkpointing
         self.optimizers = make_optimizers(self.raw_model, asdict(config.optimizer))
-        set_rates(self.optimizers, 10, 0.1, 0, 100)
+        set_learning_rates(self.optimizers, LRSchedule(100, min_lr_ratio=0.1), 10)
         fast = sizes.compile(self.raw_model) if compiled else self.raw_model
         self.model = self.ranks.data_parallel(fast)
         if dist.is_initialized() and self.ranks.world_size == 1:
             self.model = DistributedDataParallel(fast, gradient_as_bucket_view=True)
-        self.gate = Gate(sizes.device)
+        self.state = TrainState(
+            self.model, self.optimizers, UpdateGuard(sizes.device), self.ranks, config.training.dtype,
+            config.optimizer.grad_clip,
+        )  # fmt: skip
         rows = config.training.micro_batch_size
         micro_batches = config.training.batch_tokens // config.model.block_size // rows
         generator = torch.Generator().manual_seed(1)
@@ -190,8 +194,8 @@ class Training:
         self.batches = [batch if sizes.rehearse else batch.pin_memory() for batch in tokens]
 
     def step(self) -> torch.Tensor:
-        data = Step(Position(), Position(), self.batches, self.config.training.batch_tokens)
-        return train_step(self.model, self.optimizers, data, self.config, self.ranks, 0, self.gate, stop=False)
+        batch = Batch(Position(), Position(), self.batches, self.config.training.batch_tokens)
+        return train_step(self.state, batch, next_token_loss, seed=0)
 
 
 def correct(sizes: Sizes, preset: str) -> Result:
@@ -209,8 +213,9 @@ def correct(sizes: Sizes, preset: str) -> Result:
         finally:
             if not sizes.rehearse:
                 torch.cuda.set_sync_debug_mode("default")
-        found[f"{name}, losses"] = [round(status[0].item(), 5) for status in statuses]
-        found[f"{name}, norms"] = [round(status[1].item(), 5) for status in statuses]
+        unpacked = [StepStatus.unpack(status) for status in statuses]
+        found[f"{name}, losses"] = [round(status.loss.item(), 5) for status in unpacked]
+        found[f"{name}, norms"] = [round(status.grad_norm.item(), 5) for status in unpacked]
     for key, tolerance in (("losses", 2e-3), ("norms", 3e-2)):
         for a, b in zip(found[f"eager, {key}"], found[f"compiled, {key}"], strict=True):
             if not (abs(a - b) <= tolerance * abs(a) and b > 0):
@@ -246,7 +251,8 @@ def rank_of_two(rank: int, rehearse: bool, backend: str, world_size: int, folder
     config = variant(config, training={"batch_tokens": tokens})
     training = Training(sizes, config, ranks=Ranks(rank, 0, world_size, sizes.device))
     training.batches = training.batches[rank::world_size]
-    losses = [training.step()[:2].tolist() for _ in range(2)]
+    statuses = [StepStatus.unpack(training.step()) for _ in range(2)]
+    losses = [[status.loss.item(), status.grad_norm.item()] for status in statuses]
     ones = torch.ones(8, device=sizes.device)
     dist.all_reduce(ones)
     assert ones.tolist() == [world_size] * 8
@@ -254,7 +260,7 @@ def rank_of_two(rank: int, rehearse: bool, backend: str, world_size: int, folder
         Path(folder, "losses.json").write_text(json.dumps(losses))
     dist.barrier()
     dist.destroy_process_group()
-    leave(0)
+    exit_now(0)
 
 
 def ranks_agree(sizes: Sizes) -> Result:
@@ -372,33 +378,33 @@ def killed_and_resumed(sizes: Sizes, options: argparse.Namespace) -> Result:
     """train.py: the first 20 losses, a SIGKILL, and a resume, whose losses are compared with an unbroken run's."""
     folder = options.folder.resolve()
     dataset, found, losses = dataset_of(options, folder), {}, {}
-    for preset in ("gpt2", "modern"):
+    for name in ("gpt2", "modern"):
         small = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.block-size", "64"]
         small += ["--training.batch-tokens", "1024", "--general.device", "cpu"]
-        small += ["--model.value-embeddings", "1"] if preset == "modern" else []
+        small += ["--model.value-embeddings", "1"] if name == "modern" else []
         base = [
-            sys.executable, "train.py", preset, "--data.dataset", str(dataset), "--training.max-steps", "20",
+            sys.executable, "train.py", name, "--data.dataset", str(dataset), "--training.max-steps", "20",
             "--general.mode", "train", "val", "--validation.every-n-steps", "20", "--saving.every-n-steps", "5",
             "--general.init-from", "resume", *(small if sizes.rehearse else ["--data.num-streams", "8"]),
         ]  # fmt: skip
-        for name in ("unbroken", "killed"):
-            out = folder / f"run-{preset}-{name}"
+        for kind in ("unbroken", "killed"):
+            out = folder / f"run-{name}-{kind}"
             command = [*base, "--general.out-dir", str(out)]
             shutil.rmtree(out, ignore_errors=True)  # of a stage that was interrupted
-            if name == "killed":
+            if kind == "killed":
                 process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
                 while process.poll() is None and not list(out.glob("checkpoints/step_0000001*")):
                     time.sleep(0.05)
                 process.send_signal(signal.SIGKILL)
                 if process.wait() != -signal.SIGKILL:
-                    raise AssertionError(f"{preset}: the run ended before it could be killed")
+                    raise AssertionError(f"{name}: the run ended before it could be killed")
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            losses[name] = [row["loss"] for row in read_log(out / "log.csv") if row["loss"] is not None]
-        found[f"{preset}, first 20 losses"] = [round(loss, 4) for loss in losses["unbroken"]]
+            losses[kind] = [row["loss"] for row in read_log(out / "log.csv") if row["loss"] is not None]
+        found[f"{name}, first 20 losses"] = [round(loss, 4) for loss in losses["unbroken"]]
         off = max(abs(a - b) / a for a, b in zip(losses["unbroken"], losses["killed"], strict=True))
-        found[f"{preset}, largest relative difference after the kill"] = off
+        found[f"{name}, largest relative difference after the kill"] = off
         if off > (0 if sizes.rehearse else 1e-2):
-            raise AssertionError(f"{preset}: the resumed run differs: {losses}")
+            raise AssertionError(f"{name}: the resumed run differs: {losses}")
     return found
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from babygpt.training.metrics import column, read_log  # noqa: E402
+from babygpt.training.log import column, read_log  # noqa: E402
 from benchmarks.table import show  # noqa: E402
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

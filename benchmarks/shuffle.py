@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
-from babygpt.training.metrics import column, read_log  # noqa: E402
+from babygpt.training.log import column, read_log  # noqa: E402
 from dataloader import Order  # noqa: E402
 
 SOURCES, SOURCE_CHARS, VOCABULARY = 12, 800_000, 4096

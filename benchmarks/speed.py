@@ -41,23 +41,24 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
-from babygpt.errors import leave  # noqa: E402
+from babygpt.errors import exit_now  # noqa: E402
 from babygpt.evaluation.packing import Example  # noqa: E402
-from babygpt.nn.generation import generate, read_on  # noqa: E402
+from babygpt.nn.generation import SamplingParams, generate  # noqa: E402
 from babygpt.training.device import autocast, peak_flops, peak_memory_mib, uses_bfloat16  # noqa: E402
 from babygpt.training.distributed import Ranks  # noqa: E402
-from babygpt.training.guard import Gate  # noqa: E402
+from babygpt.training.guard import UpdateGuard  # noqa: E402
 from babygpt.training.optim import (  # noqa: E402
     make_optimizers,
     muon,
-    set_rates,
+    set_learning_rates,
 )
+from babygpt.training.schedule import LRSchedule  # noqa: E402
 from benchmarks.table import show  # noqa: E402
-from dataloader import Position, Step  # noqa: E402
+from dataloader import Batch, Position  # noqa: E402
 from hellaswag import load_examples, losses, picks  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from train import train_step  # noqa: E402
-from train_config import PRESETS, Config, variant  # noqa: E402
+from model import GPT, GPTConfig, build_model  # noqa: E402
+from train import TrainState, next_token_loss, train_step  # noqa: E402
+from train_config import Config, preset, variant  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -85,30 +86,29 @@ def timed(call: Callable[[], object], times: int, warm_up: int) -> dict:
 # a training step
 
 
-def step_settings(preset: str, dtype: str) -> Config:
-    config = variant(PRESETS[preset], model={"vocab_size": 50257}, training={"dtype": dtype})
+def step_settings(name: str, dtype: str) -> Config:
+    config = variant(preset(name), model={"vocab_size": 50257}, training={"dtype": dtype})
     if CUDA:
         return variant(config, training={"micro_batch_size": 32, "batch_tokens": 32 * 1024})
     return variant(config, model=SMALL, training={"micro_batch_size": 8, "batch_tokens": 8 * 256})
 
 
-def step_ours(preset: str, dtype: str, compiled: bool) -> dict:
-    config, ranks = step_settings(preset, dtype), Ranks(0, 0, 1, DEVICE)
+def step_ours(name: str, dtype: str, compiled: bool) -> dict:
+    config, ranks = step_settings(name, dtype), Ranks(0, 0, 1, DEVICE)
     training = config.training
     torch.manual_seed(0)
-    raw_model = GPT(config.model).to(DEVICE)
+    raw_model = build_model(config.model).to(DEVICE)
     optimizers = make_optimizers(raw_model, asdict(config.optimizer))
     model: torch.nn.Module = raw_model
     if compiled:
         model = cast(torch.nn.Module, torch.compile(raw_model, dynamic=False))  # typed as returning a function
     rows = torch.randint(0, 50257, (training.micro_batch_size, config.model.block_size + 1))
     rows = rows.pin_memory() if CUDA else rows
-    gate = Gate(DEVICE)
-    set_rates(optimizers, 1, 0.1, 0, 100)
+    state = TrainState(model, optimizers, UpdateGuard(DEVICE), ranks, dtype, config.optimizer.grad_clip)
+    set_learning_rates(optimizers, LRSchedule(100, min_lr_ratio=0.1), 1)
 
     def step() -> None:
-        data = Step(Position(), Position(), [rows], training.batch_tokens)
-        train_step(model, optimizers, data, config, ranks, 0, gate, stop=False)
+        train_step(state, Batch(Position(), Position(), [rows], training.batch_tokens), next_token_loss, seed=0)
 
     found = timed(step, 20, 3)
     rate = training.batch_tokens / found["ms"] * 1e3
@@ -151,9 +151,9 @@ def step_nanogpt(bfloat16: bool, compiled: bool) -> dict:
 # sampling
 
 
-def gpt2(config: GPTConfig | None = None) -> GPT:
+def gpt2() -> GPT:
     torch.manual_seed(0)
-    return GPT(config or GPTConfig()).to(DEVICE).eval()
+    return GPT(GPTConfig()).to(DEVICE).eval()
 
 
 def prompt(texts: int) -> torch.Tensor:
@@ -166,13 +166,12 @@ def sampled(call: Callable[[], object], texts: int, times: int) -> dict:
 
 
 def sample_ours(texts: int, dtype: str, compiled: bool = False) -> dict:
-    model, idx = gpt2(), prompt(texts)
-    decode = torch.compile(read_on, dynamic=True) if compiled else read_on
+    model, prompts = gpt2(), prompt(texts).tolist()
+    params = SamplingParams(NEW, top_k=50, compile=compiled)
 
     def write() -> None:
         with autocast(DEVICE, dtype):
-            generator = torch.Generator().manual_seed(0)
-            for _ in generate(model, idx, NEW, 1.0, 50, generator=generator, decode=decode):
+            for _ in generate(model, prompts, params):
                 pass
 
     return sampled(write, texts, 3)
@@ -271,8 +270,8 @@ def muon_rank(rank: int, world_size: int, folder: str) -> None:
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    config = replace(PRESETS["modern"].model, n_layer=6, n_head=6, n_embd=384, vocab_size=256)
-    model = GPT(config)
+    config = replace(preset("modern").model, n_layer=6, n_head=6, n_embd=384, vocab_size=256)
+    model = build_model(config)
     (optimizer, _) = muon(model, 0.04, 0.6, 0.008, 0.04)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -282,7 +281,7 @@ def muon_rank(rank: int, world_size: int, folder: str) -> None:
     if world_size > 1:
         dist.barrier()  # all leave together: gloo aborts a rank whose peers hang up on it
         dist.destroy_process_group()
-        leave(0)
+        exit_now(0)
 
 
 def muon_step(world_size: int) -> dict:

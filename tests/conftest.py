@@ -12,6 +12,7 @@ from support.helpers import call
 from support.runs import flags, tiny_dataset
 
 import train
+from babygpt.training import metrics
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +40,4 @@ def unbroken(dataset, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Runs of a test draw no plot.png, which would take most of their time; `unbroken` draws one."""
-    monkeypatch.setattr(train, "plot", lambda runs, out: None)
+    monkeypatch.setattr(metrics, "plot", lambda runs, out: None)

@@ -18,9 +18,9 @@ from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
 from babygpt.errors import run as run_script
 from babygpt.training.checkpoint import latest, read_state
-from babygpt.training.metrics import read_log
+from babygpt.training.log import read_log
+from babygpt.training.run_dir import read_config
 from dataloader import Order, Position, shard_ranges
-from train_config import read_config
 
 
 def position_of_step(step: int, rows: Sequence[int], order: Order) -> Position:

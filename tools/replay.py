@@ -25,15 +25,17 @@ from typing import Literal
 
 import torch
 
+from babygpt.console import console
+from babygpt.data.shards import open_dataset
 from babygpt.errors import UserError
 from babygpt.errors import run as run_script
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks, process_group
-from babygpt.training.metrics import read_log
-from babygpt.training.run_dir import made_by
+from babygpt.training.log import read_log
+from babygpt.training.run_dir import provenance, read_config
 from babygpt.training.signals import StopSignals
 from train import set_up, train
-from train_config import from_json, read_config, resolve, variant
+from train_config import bind, from_json, resolve, variant
 
 COMPARED = ("tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm")
 # where other hardware rounds otherwise, or other ranks draw other dropout: relative to the value, and for weights to
@@ -115,7 +117,7 @@ def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
         (out / "checkpoints").mkdir(parents=True)
         if segment.begin:
             (out / "checkpoints" / segment.begin.name).symlink_to(segment.begin.resolve())
-    ranks.wait()
+    ranks.barrier()
     for steps, launch in segment.pieces:
         config = variant(
             from_json(launch["config"]),
@@ -126,8 +128,8 @@ def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
             saving={"every_n_steps": steps.stop, "keep": 0},
             logging={"every_n_steps": 0},
         )  # fmt: skip
-        config, dataset = resolve(config, ranks.world_size)
-        assert dataset is not None, "resolve() opens the data set if the mode includes train"
+        dataset = open_dataset(config.data.dataset)
+        config = bind(resolve(config, ranks.world_size), dataset)
         with checkpoint.Saver(out, 0, 0) as saver:
             run = set_up(config, dataset, ranks)
             train(run, StopSignals(), saver, until=steps.stop)
@@ -200,18 +202,19 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
     found = segments(run)
     chosen = random.Random(seed).sample(found, min(samples, len(found)))
     complaints = list(complaints_about_the_record(run))
-    ranks.print(*complaints, sep="\n", end="\n" if complaints else "")
-    now = made_by(ranks)
+    for complaint in complaints:
+        console.info(complaint)
+    now = provenance(ranks)
     # ranks of a node have a parent in common
     whose = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"audit-{whose}-{os.getppid()}"
     if ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of an audit that was killed
     for segment in sorted(chosen, key=lambda segment: segment.steps.start):
-        made = [launch["made_by"] for _, launch in segment.pieces]
+        made = [launch["provenance"] for _, launch in segment.pieces]
         changed = {name: value for then in made for name, value in then.items() if now[name] != value}
         for name, value in changed.items():
-            ranks.print(f"{segment}: {name} was {value}, is {now[name]}")
+            console.info(f"{segment}: {name} was {value}, is {now[name]}")
         exact = ranks.device.type == "cpu" and not changed.keys() - {"commit"}
         try:
             with redirect_stdout(io.StringIO()):
@@ -220,16 +223,16 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
                 wrong = list(complaints_about_a_segment(run, segment, again, questions, exact))
                 ends = [checkpoint.load(path) for path in (segment.end, again / "checkpoints" / segment.end.name)]
                 verdict = "equal to the bit" if exact else f"{distance(segment, *ends):.2g} of their way apart"
-                ranks.print(
+                console.info(
                     f"{segment}: " + ("\n  ".join(["NOT what training again gives", *wrong]) if wrong else verdict)
                 )
                 complaints += wrong
-            ranks.wait()
+            ranks.barrier()
         finally:
             if ranks.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
     count = ranks.sum([len(complaints)])[0]  # of rank 0, which alone compares
-    ranks.print(f"{run} " + ("is NOT what it says" if count else "is what it says") + f", by {len(chosen)} samples")
+    console.info(f"{run} " + ("is NOT what it says" if count else "is what it says") + f", by {len(chosen)} samples")
     return not count
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from babygpt import files
+from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError
 
 HEADER_BYTES = 256 * 4
@@ -146,6 +147,11 @@ class Dataset:
     tokenizer: str  # what `load_tokenizer` takes: "gpt2" or the path of a tokenizer file
     tokenizer_sha256: str | None
     fingerprint: str  # sha256 over the shards' contents, the same wherever the folder lies
+
+    def check_tokenizer(self, tokenizer: Tokenizer, source: str) -> None:
+        """ConfigError if the data set was prepared with another tokenizer than that of `source`."""
+        if self.tokenizer_sha256 not in (None, tokenizer.sha256):
+            raise ConfigError(f"{source} does not have the tokenizer that {self.folder} was prepared with.")
 
 
 def open_dataset(folder: str | Path) -> Dataset:

@@ -223,6 +223,27 @@ def is_gpt2(tokenizer: Tokenizer) -> bool:
     return plain and merges == merged and tokenizer.bpe.get_vocab(with_added_tokens=True) == vocabulary
 
 
+def tokenizer_of_model(folder: Path, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a Hugging Face model directory: its tokenizer.json, or GPT-2's if the size fits.
+
+    UserError if there is no tokenizer.json and the vocabulary is not GPT-2's, or if it has more entries than the model.
+    """
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size:,} entries, but the model of {folder} has only "
+                f"{vocab_size:,}. Use the tokenizer.json that the model was trained with."
+            )
+        return load_tokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer  # one tokenizer has one sha256
+    if vocab_size != load_tokenizer("gpt2").vocab_size:
+        raise UserError(
+            f"{folder} has no tokenizer.json, and its vocabulary of {vocab_size:,} is not GPT-2's. Add the "
+            "tokenizer.json that the model was trained with."
+        )
+    return load_tokenizer("gpt2")
+
+
 def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids as they come, piece by piece; a character waits until all its bytes are there."""
     seen: list[int] = []

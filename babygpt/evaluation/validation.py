@@ -9,7 +9,7 @@ from torch import nn
 from babygpt.nn.cross_entropy import IGNORED
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
-from babygpt.training.signals import Stopped
+from babygpt.training.signals import StopRequested
 
 
 @torch.no_grad()
@@ -20,8 +20,8 @@ def mean_loss(
     """Mean loss over the targets of all ranks' batches, in nats per token, and the same in bits per byte of their text.
 
     `batches` are this rank's inputs and targets, (B, T) int64 each; `token_bytes`, (V,) int64, is the length of each
-    token's text in UTF-8 bytes. The model returns the summed loss; its training mode is restored. If `stop()` is true
-    on any rank, all raise Stopped.
+    token's text in UTF-8 bytes. The model takes `reduction="sum"`; its training mode is restored. If `stop()` is true
+    on any rank, all raise StopRequested.
     """
     was_training = model.training
     model.eval()
@@ -31,7 +31,8 @@ def mean_loss(
         if stop():
             break
         with autocast(ranks.device, dtype):
-            losses.append(model(idx.to(ranks.device, non_blocking=True), targets.to(ranks.device, non_blocking=True)))
+            idx_, targets_ = (part.to(ranks.device, non_blocking=True) for part in (idx, targets))
+            losses.append(model(idx_, targets_, reduction="sum"))
         counted = targets[targets != IGNORED]
         count += counted.numel()
         text_bytes += token_bytes[counted].sum().item()
@@ -39,5 +40,5 @@ def mean_loss(
     nats = sum(torch.stack(losses).tolist()) if losses else 0.0
     nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
     if stops:
-        raise Stopped
+        raise StopRequested
     return nats / count, nats / math.log(2) / text_bytes

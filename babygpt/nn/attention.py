@@ -1,55 +1,149 @@
-"""Attention, plain and fused, its KV cache, and rotary embeddings.
+"""Attention, its masks, its KV cache, and rotary embeddings.
 
-Shapes: B batch, T time, H heads, K key/value heads, D head size; S is the time of keys and values, T or more with a
+Shapes: B batch, T time, H query heads, K key and value heads, D head size; S is the number of keys, T or more with a
 cache.
 """
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-# Without cuDNN, which PyTorch prefers on sm_90: it builds a plan for each new shape, and each decoded token has one
+# without cuDNN, which PyTorch prefers on sm_90: it builds a plan for each new shape, and each decode step has one
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+FLEX_DEVICES = ("cuda",)  # on which compiled masks use FlexAttention
+
+# (B or 1, 1, T, S) bool, or FlexAttention's, which skips blocks of keys; None: each query attends to itself and all
+# earlier keys
+Mask = torch.Tensor | BlockMask | None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# KV cache
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for a batch of B sequences of up to `block_size` tokens.
+    """Keys and values of all previous tokens, for B sequences of up to `block_size` tokens.
 
-    Sequences of different lengths end together: `begins`, (B,), is the slot at which each begins.
+    Sequences of different lengths are padded on the left: `starts`, (B,) int64, is the slot of the first token of each.
     """
 
     def __init__(
         self, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype,
-        begins: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
     ):  # fmt: skip
-        """`shape` is that of one layer's keys: (B, K, block_size, D)."""
+        """`shape` is that of the keys of one layer: (B, K, block_size, D)."""
         batch_size, _, block_size, _ = shape
-        # a tensor a layer: a compiler writes to it in place, but would copy the whole of one for all layers
+        # one tensor per layer: a compiler updates it in place, but would copy one tensor for all layers
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.documents = torch.zeros(batch_size, block_size, device=device, dtype=torch.int64)
-        self.begins = begins
+        self.starts = starts
         self.length = 0  # slots in use
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts k, v (B, K, T, D) of new tokens behind the old ones; returns all, (B, K, length + T, D)."""
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, K, T, D) of new tokens; return those of all tokens, (B, K, length + T, D)."""
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
+def token_positions(idx: torch.Tensor, cache: KVCache | None, block_size: int) -> torch.Tensor:
+    """Return the positions of token ids (B, T) in their texts, (B or 1, T) int64. ValueError beyond block_size."""
+    T, start = idx.size(1), cache.length if cache is not None else 0
+    if start + T > block_size:
+        raise ValueError(f"{start + T} tokens are more than the block size of {block_size}")
+    positions = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
+    if cache is not None and cache.starts is not None:
+        positions = (positions - cache.starts[:, None]).clamp(min=0)  # (B, T)
+    return positions
+
+
+# ---------------------------------------------------------------------------------------------------------
+# masks
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What limits attention besides causality."""
+
+    window: int | None = None  # number of keys, its own included, that a query attends to; None: all
+    eot_id: int | None = None  # attention stays inside documents, which start with this token; None: it does not
+
+    @property
+    def causal_only(self) -> bool:
+        return self.window is None and self.eot_id is None
+
+
+def attention_mask(
+    idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None, given: torch.Tensor | None = None,
+    rule: MaskRule = MaskRule(), flex: bool = False,
+) -> Mask:  # fmt: skip
+    """Return which of the S keys each of the T queries attends to.
+
+    idx is (B, T) int64, positions (B or 1, T) int64, `given` another mask that holds as well, (B, 1, T, T) bool. With
+    `flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, unless it has a cache or another mask.
+    """
+    padded = cache is not None and cache.starts is not None
+    if rule.causal_only and not padded:
+        return given
+    documents = torch.zeros_like(idx[:1])  # (1, T): all tokens are of one document
+    if rule.eot_id is not None:
+        documents = (idx == rule.eot_id).cumsum(dim=1)  # (B, T)
+    if flex and cache is None and given is None and _can_compile_flex_attention(idx.device):
+        return _flex_mask(documents, rule)
+
+    key_positions, key_documents = positions, documents
+    if cache is not None:
+        start, end = cache.length, cache.length + idx.size(1)
+        key_positions = torch.arange(end, device=idx.device)[None]  # slots
+        positions = key_positions[:, start:]
+        if start:
+            documents = documents + cache.documents[:, start - 1 : start]
+        if cache.starts is not None:
+            documents = documents.masked_fill(positions < cache.starts[:, None], -1)
+        cache.documents[:, start:end] = documents
+        key_documents = cache.documents[:, :end]  # (B, S)
+    distance = positions[:, :, None] - key_positions[:, None, :]  # (B or 1, T, S)
+    attends = (distance >= 0) & (documents[:, :, None] == key_documents[:, None, :])
+    if rule.window is not None:
+        attends = attends & (distance < rule.window)
+    return attends[:, None] if given is None else attends[:, None] & given
+
+
+def _can_compile_flex_attention(device: torch.device) -> bool:
+    return torch.compiler.is_compiling() and device.type in FLEX_DEVICES
+
+
+def _flex_mask(documents: torch.Tensor, rule: MaskRule) -> BlockMask:
+    """Return FlexAttention's mask for documents (B or 1, T)."""
+    T = documents.size(1)
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        near = q >= k if rule.window is None else (q >= k) & (q - k < rule.window)
+        return near if rule.eot_id is None else near & (documents[b, q] == documents[b, k])
+
+    batch_size = None if rule.eot_id is None else documents.size(0)
+    return create_block_mask(mask_mod, batch_size, None, T, T, documents.device)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# attention
+
+
 def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Attention written out; q (B, H, T, D), k and v (B, K, S, D), the T queries being the last of S.
+    """Attention without fused kernels: the explanation of `attention`, to which the tests compare it.
 
-    `mask`, (B or 1, 1, T, S) bool, tells which keys a query sees: all up to its own unless given. What `attention`
-    computes with a fused kernel; the tests hold the two equal.
+    q is (B, H, T, D), k and v are (B, K, S, D); the T queries are the last of S. `mask`, (B or 1, 1, T, S) bool, says
+    which keys a query attends to; by default, all up to its own. Returns (B, H, T, D).
     """
     groups = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
@@ -62,51 +156,65 @@ def plain_attention(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: "torch.Tensor | BlockMask | None" = None,
-    scale: float | None = None, dropout: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None, scale: float | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention by PyTorch's fused kernels; arguments as in `plain_attention`, or FlexAttention's mask."""
+    """Attention with PyTorch's fused kernels. The arguments are those of `plain_attention`."""
     T, S = q.size(2), k.size(2)
     grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    if mask is None and 1 < T < S:  # several new tokens behind a filled cache; is_causal counts from the wrong corner
+    if mask is None and 1 < T < S:  # several new tokens and a filled cache; is_causal aligns the first query and key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
-    with torch.autocast(q.device.type, enabled=False), backends:  # in the dtype it is given
+    with torch.autocast(q.device.type, enabled=False), backends:  # in the dtype of the arguments
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
         )
 
 
-def attention_backend(q: torch.Tensor, kv_heads: int, mask: torch.Tensor | None = None, dropout: float = 0.0) -> str:
-    """Return the name of PyTorch's kernel that computes attention for queries like q, (B, H, T, D).
+def training_backend(config: Any, rule: MaskRule, device: torch.device, bfloat16: bool, compiled: bool) -> str:
+    """Return the name of the attention kernel in training: flash, efficient, math, or flex for compiled masks.
 
-    It is flash, efficient or math; on other devices than CPU and CUDA there is no choice, and it is the device's.
+    `config` has the fields of model.GPTConfig. On other devices than CPU and CUDA it is the name of the device, as
+    there is no choice.
     """
-    if q.device.type not in ("cpu", "cuda"):
-        return q.device.type
-    k = q[:, :kv_heads]
+    if device.type not in ("cpu", "cuda"):
+        return device.type
+    T, D = config.block_size, config.head_size
+    if not rule.causal_only and compiled and device.type in FLEX_DEVICES and D >= 16 and not config.dropout:
+        return "flex"
+    positions = torch.arange(T, device=device)[None]
+    mask = cast("torch.Tensor | None", attention_mask(torch.zeros_like(positions), positions, rule=rule))
+    q = torch.empty(1, config.n_head, T, D, dtype=torch.bfloat16 if bfloat16 else torch.float32, device=device)
+    k = q[:, : config.kv_heads]
     backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
     with backends:  # private API, by which scaled_dot_product_attention chooses
-        choice = torch._fused_sdp_choice(q, k, k, mask, dropout, mask is None, enable_gqa=kv_heads != q.size(1))
+        choice = torch._fused_sdp_choice(
+            q, k, k, mask, config.dropout, mask is None, enable_gqa=config.kv_heads != config.n_head
+        )
     return SDPBackend(choice).name.split("_")[0].lower()
 
 
-def rotation(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, (B or 1, 1, T, D / 2) each, by which queries and keys at `positions` (B or 1, T) are turned.
+# ---------------------------------------------------------------------------------------------------------
+# rotary embeddings
 
-    Half of the pairs turn, from 1 radian a token down to 1 / 1024; the others stay (modded-nanogpt's half-truncated
-    RoPE).
+
+def rotary_cos_sin(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines of the rotary embedding of positions (B or 1, T), (B or 1, 1, T, D / 2) each.
+
+    Half of the frequencies go from 1 radian per token down to 1 / 1024, the others are 0 (the half-truncated RoPE of
+    modded-nanogpt).
     """
     half = head_size // 4
-    speeds = (1 / 1024) ** torch.linspace(0, 1, half, device=positions.device)
-    speeds = F.pad(speeds, (0, head_size // 2 - half))
-    angles = positions[:, None, :, None] * speeds
+    inv_freq = (1 / 1024) ** torch.linspace(0, 1, half, device=positions.device)
+    inv_freq = F.pad(inv_freq, (0, head_size // 2 - half))
+    angles = positions[:, None, :, None] * inv_freq
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, D): its pairs (d, d + D / 2) turned by their position's angles."""
+def apply_rotary_emb(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the pairs (d, d + D / 2) of x (B, H, T, D) by the angles of their positions."""
+    cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x)

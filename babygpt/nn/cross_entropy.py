@@ -18,6 +18,11 @@ COMPILED_CUDA_CHUNK_BYTES = 2 << 30  # larger products are faster, and compiled 
 SLICE_BYTES = 2 << 20  # of float32 logits that a CPU turns into probabilities at once: what its cache holds
 
 
+def padded_vocab_size(vocab_size: int) -> int:
+    """Return the vocabulary size rounded up to a multiple of 128, the tile of a matrix product: 50,257 to 50,304."""
+    return math.ceil(vocab_size / 128) * 128
+
+
 def chunk_rows(rows: int, row_bytes: int, device_type: str, compiled: bool) -> int:
     """Return how many of `rows` rows of logits to compute at a time.
 

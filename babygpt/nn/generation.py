@@ -1,103 +1,146 @@
 """The decoding loop: one prefill, then one decode step per token.
 
->>> for token in generate(model, prompts, max_new_tokens=50): ...
+>>> params = SamplingParams(max_new_tokens=50, temperature=0.8)
+>>> for tokens in generate(model, [[50256, 464], [50256, 1026, 373]], params, eot_id=50256):
+...     ...  # the next token of each of the two texts
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
 import torch
+from annotated_types import Ge
 from torch import nn
 
+from babygpt.constraints import Positive, Probability
 from babygpt.nn.attention import KVCache
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are sampled."""
+
+    max_new_tokens: Positive = 200  # longest continuation, in tokens
+    temperature: Annotated[float, Ge(0)] = 1.0  # divides the logits; 0: greedy decoding
+    top_k: Positive | None = 50  # sample from the k most probable tokens; None: from all
+    top_p: Probability | None = None  # from the most probable with this total probability
+    seed: int = 1337  # the same seed gives the same texts
+    compile: bool = False  # compile the decode step, on CUDA
+
+
 class Decoder(Protocol):
-    """The interface that decoding needs; model.GPT implements it."""
+    """The interface of a model that decoding needs; model.GPT implements it."""
 
     config: Any  # with block_size
     wte: nn.Embedding
+    training: bool
 
     def hidden(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor: ...
     def logits(self, x: torch.Tensor) -> torch.Tensor: ...
-    def make_cache(self, batch_size: int, dtype: torch.dtype, begins: torch.Tensor | None = None) -> KVCache: ...
-
-
-def choose(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> torch.Tensor:
-    """The next token of each row: logits (B, V) to ids (B,) int64.
-
-    Temperature 0 takes the likeliest. Else logits are divided by the temperature, cut to the top_k likeliest
-    and to the fewest that hold top_p of the probability (Holtzman et al. 2019), and drawn from.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    ids = None
-    if top_k is not None or top_p is not None:  # the likeliest first
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
-    probabilities = logits.softmax(dim=-1)
-    if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
-        probabilities = probabilities.cpu()  # MPS has no float64, CUDA no deterministic cumulative sum
-    if top_p is not None:
-        before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier ones hold
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    # one number a row, drawn on the CPU: the same seed gives the same whatever the device
-    drawn = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64)
-    up_to = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    chosen = torch.searchsorted(up_to, drawn.to(up_to.device) * up_to[:, -1:], right=True)  # the first that lies above
-    chosen = chosen.clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last where logits are NaN
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
-
-
-def read_on(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """The logits behind the last of tokens (B, T) int64, (B, V), given what the cache holds."""
-    return model.logits(model.hidden(tokens, cache)[:, -1])
+    def make_cache(self, batch_size: int, dtype: torch.dtype, starts: torch.Tensor | None = None) -> KVCache: ...
+    def train(self, mode: bool = True) -> Any: ...
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder, prompts: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float | None = None, generator: torch.Generator | None = None, begins: torch.Tensor | None = None,
-    decode: Callable[[Decoder, torch.Tensor, KVCache], torch.Tensor] = read_on,
-) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Yields the next token of each row, (B,) int64, `max_new_tokens` times; prompts are (B, T) int64.
+    model: Decoder, prompts: Sequence[Sequence[int]], params: SamplingParams, eot_id: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[list[int | None]]:  # fmt: skip
+    """Yield the next token of each prompt, until all texts have ended, `max_new_tokens` are reached, or `stop()`.
 
-    Prompts of different lengths end together: row b begins at `begins[b]`, (B,) int64, what stands before is not read.
-    Keys and values of the past are kept, so a token costs one token's work. Where the longest row's context is full,
-    the older half of all is let go and the newer half read in again: learned positions can't be moved on.
-    `decode` is `read_on`, or that compiled; prompts are always read by the plain one.
+    A text ends with `eot_id`; its tokens are None from there on. If the context of the longest text is full, the newer
+    half of it is prefilled again, since learned positions cannot be shifted. Runs in eval mode and restores the mode.
     """
-    T = model.config.block_size
-    tokens, begins = _last(prompts, begins, T)
-    cache, logits = _read_in(model, tokens, begins)
-    for i in range(max_new_tokens):
-        next_token = choose(logits, temperature, top_k, top_p, generator)
-        yield next_token
-        if i == max_new_tokens - 1:
-            return
-        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
-        if cache.length < T:
-            logits = decode(model, next_token[:, None], cache)
-        else:
-            tokens, begins = _last(tokens, begins, max(1, T // 2))
-            cache, logits = _read_in(model, tokens, begins)
+    was_training = model.training
+    model.train(False)
+    try:
+        T = model.config.block_size
+        decode = compile_decode_step() if params.compile else decode_step
+        generator = torch.Generator().manual_seed(params.seed)
+        tokens, starts = keep_last(*pad_left(prompts, eot_id or 0, model.wte.weight.device), T)
+        cache, logits = prefill(model, tokens, starts)
+        ended = [False] * len(prompts)
+        for _ in range(params.max_new_tokens - 1):
+            next_token = sample_token(logits, params, generator)
+            yield without_ended(next_token, ended, eot_id)
+            if all(ended) or stop():
+                return
+            tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+            if cache.length < T:
+                logits = decode(model, next_token[:, None], cache)
+            else:
+                tokens, starts = keep_last(tokens, starts, max(1, T // 2))
+                cache, logits = prefill(model, tokens, starts)
+        yield without_ended(sample_token(logits, params, generator), ended, eot_id)
+    finally:
+        model.train(was_training)
 
 
-def _last(tokens: torch.Tensor, begins: torch.Tensor | None, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The last `length` tokens of each row, and where the rows begin in them: None where all do at once."""
-    if begins is not None:
-        begins = (begins - max(0, tokens.size(1) - length)).clamp(min=0)
-        begins = begins if begins.any() else None
-    return tokens[:, -length:], begins
-
-
-def _read_in(model: Decoder, tokens: torch.Tensor, begins: torch.Tensor | None) -> tuple[KVCache, torch.Tensor]:
-    """A cache filled with tokens (B, T), and the logits behind the last, (B, V)."""
+def prefill(model: Decoder, tokens: torch.Tensor, starts: torch.Tensor | None) -> tuple[KVCache, torch.Tensor]:
+    """Return a cache filled with tokens (B, T) int64, and the logits of the next token, (B, V)."""
     weight = model.wte.weight
-    dtype = weight.dtype  # on a CPU attention of one query is faster in float32 than in bfloat16
+    dtype = weight.dtype  # on a CPU, attention of one query is faster in float32 than in bfloat16
     if weight.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
-    cache = model.make_cache(tokens.size(0), dtype, begins)
-    return cache, read_on(model, tokens, cache)
+    cache = model.make_cache(tokens.size(0), dtype, starts)
+    return cache, decode_step(model, tokens, cache)
+
+
+def decode_step(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Return the logits after the last of tokens (B, T) int64, which follow those in the cache, (B, V)."""
+    return model.logits(model.hidden(tokens, cache)[:, -1])
+
+
+def compile_decode_step() -> Callable[[Decoder, torch.Tensor, KVCache], torch.Tensor]:
+    return torch.compile(decode_step, dynamic=True)
+
+
+def sample_token(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:
+    """Sample the next token of each row of logits (B, V), (B,) int64.
+
+    `generator` is one of the CPU, so that a seed gives the same tokens on all devices. For top_p, see Holtzman et al.
+    2019 (arXiv:1904.09751).
+    """
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / params.temperature
+    ids = None
+    if params.top_k is not None or params.top_p is not None:  # most probable first
+        logits, ids = logits.topk(min(params.top_k or logits.size(-1), logits.size(-1)))
+    probabilities = logits.softmax(dim=-1)
+    if logits.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
+        probabilities = probabilities.cpu()  # MPS has no float64, CUDA no deterministic cumulative sum
+    if params.top_p is not None:
+        more_probable = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(more_probable >= params.top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
+    index = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+    index = index.clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last if logits are NaN
+    return (index if ids is None else ids.gather(-1, index))[:, 0]
+
+
+def without_ended(next_token: torch.Tensor, ended: list[bool], eot_id: int | None) -> list[int | None]:
+    """Return the tokens (B,) as a list, None for ended texts; mark those in `ended` that end with this token."""
+    tokens = next_token.tolist()
+    for row, token in enumerate(tokens):
+        ended[row] |= token == eot_id
+    return [None if end else token for token, end in zip(tokens, ended, strict=True)]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts as one tensor (B, T) int64, padded on the left, and the index of the first token of each, (B,)."""
+    length = max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    return tokens, torch.tensor([length - len(prompt) for prompt in prompts], device=device)
+
+
+def keep_last(
+    tokens: torch.Tensor, starts: torch.Tensor | None, length: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the last `length` tokens of each row, and where the texts start in them; None if all start at 0."""
+    if starts is not None:
+        starts = (starts - max(0, tokens.size(1) - length)).clamp(min=0)
+        starts = starts if starts.any() else None
+    return tokens[:, -length:], starts

@@ -1,76 +1,90 @@
-"""Read and write Hugging Face's GPT-2 format."""
+"""Hugging Face's GPT-2 format: configuration and state dict, in both directions.
+
+The state dict has the names of model.GPT with the prefix `transformer.` (except for lm_head), and the matrices of its
+Conv1D layers are transposed.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from babygpt.errors import UserError
+from babygpt.nn.cross_entropy import padded_vocab_size
 
-# its Conv1D keeps these matrices transposed
+FILES = CONFIG, WEIGHTS = ("config.json", "model.safetensors")
+FIELDS = {
+    "n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd",
+}  # fmt: skip
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TABLES = ("wte.weight", "lm_head.weight")  # with a row per vocabulary entry
 
 
-def read_config(config_json: Path) -> dict:
-    """The fields of the architecture in a `config.json` of Hugging Face's GPT-2; UserError if ours differs from it."""
+def is_model(folder: Path) -> bool:
+    """Return whether a directory has the files of a Hugging Face model."""
+    return all((folder / name).exists() for name in FILES)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the fields of GPTConfig and the state dict of a directory. UserError if it is not an intact GPT-2."""
+    path = folder / WEIGHTS
     try:
-        values = json.loads(config_json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_json} is not JSON: {error}") from None
-    if values.get("model_type") != "gpt2" or values.get("activation_function", "gelu_new") != "gelu_new":
-        raise UserError(f"{config_json} is no GPT-2: model_type is {values.get('model_type')!r}.")
-    names = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head"}
-    names |= {"n_embd": "n_embd"}
-    if missing := [theirs for theirs in names.values() if not isinstance(values.get(theirs), int)]:
-        raise UserError(f"{config_json} lacks {', '.join(missing)}.")
-    fields = {ours: values[theirs] for ours, theirs in names.items()}
-    return fields | {"tie_head": values.get("tie_word_embeddings", True)}
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a model.safetensors; UserError if it is corrupted."""
-    try:
-        return load_file(path)
+        return read_config(folder / CONFIG), load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is corrupted ({error}). Copy or download it again.") from None
 
 
-def load_tensors(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], vocab_size: int, tie_head: bool
-) -> None:
-    """Copies Hugging Face's GPT-2 tensors into a model's own state dict. Fewer positions keep the first ones; rows of
-    the tables from `vocab_size` on are padding. UserError if names or shapes differ."""
-    loaded = set()
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the fields of GPTConfig in the config.json of a GPT-2. UserError if it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if values.get("model_type") != "gpt2" or values.get("activation_function", "gelu_new") != "gelu_new":
+        raise UserError(f"{path} is not a GPT-2: its model_type is {values.get('model_type')!r}.")
+    if missing := [theirs for theirs in FIELDS if not isinstance(values.get(theirs), int)]:
+        raise UserError(f"{path} lacks {', '.join(missing)}.")
+    config = {ours: values[theirs] for theirs, ours in FIELDS.items()}
+    return config | {"tie_head": values.get("tie_word_embeddings", True)}
+
+
+def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors under the names and shapes of model.GPT, tables padded with zeros.
+
+    Rows of the tables beyond `config["vocab_size"]` are dropped. UserError if a table has fewer rows.
+    """
+    vocab_size, tensors = config["vocab_size"], {}
     for name, tensor in theirs.items():
         name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, not a parameter
-        if name not in ours:
-            raise UserError(f"these GPT-2 weights have a tensor {name} that the model has not.")
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        target = ours[name]
-        if name in ("wte.weight", "lm_head.weight"):
-            target.zero_()
-            target = target[:vocab_size]  # the rows below pad
-        elif name == "wpe.weight":
-            tensor = tensor[: target.size(0)]
-        if target.shape != tensor.shape:
-            raise UserError(f"{name} is {tuple(tensor.shape)} in the weights, {tuple(target.shape)} in the model.")
-        target.copy_(tensor)
-        loaded.add(name)
-    missing = set(ours) - loaded - ({"lm_head.weight"} if tie_head else set())
-    if missing:
-        raise UserError(f"these GPT-2 weights lack {', '.join(sorted(missing))}.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config["tie_head"]):
+            continue  # a causal mask, and a second name of wte.weight
+        if name in TABLES:
+            if len(tensor) < vocab_size:
+                raise UserError(f"{name} has {len(tensor):,} rows, fewer than the vocabulary's {vocab_size:,}.")
+            tensor = F.pad(tensor[:vocab_size], (0, 0, 0, padded_vocab_size(vocab_size) - vocab_size))
+        tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    return tensors
 
 
-def export_tensors(ours: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
-    """A model's state dict under Hugging Face's GPT-2 names and shapes, padding cut off."""
+def export_tensors(ours: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model.GPT as the state dict of GPT2LMHeadModel, without the padding of the tables.
+
+    `config` has the fields of GPTConfig. UserError if the format cannot express the model.
+    """
+    if config["n_kv_head"] not in (None, config["n_head"]) or not config["bias"] or "rope" in config:
+        raise UserError(
+            "Hugging Face's GPT-2 format cannot express this model: it has grouped key and value heads, no biases, or "
+            "the architecture of the modern recipe."
+        )
     state = {}
     for name, tensor in ours.items():
+        if name in TABLES:
+            tensor = tensor[: config["vocab_size"]]
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        if name in ("wte.weight", "lm_head.weight"):
-            tensor = tensor[:vocab_size]
         state[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor.contiguous()
     return state

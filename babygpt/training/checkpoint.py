@@ -16,7 +16,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -26,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from babygpt.console import spoken
+from babygpt.console import console
 from babygpt.errors import UserError
 from babygpt.files import sha256, write_json
 
+FORMAT = 2  # of a checkpoint's files; 1 had other parameter names
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step
 
@@ -88,7 +88,7 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
         _save_tensors(optimizer, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        (temporary / STATE).write_text(json.dumps({"format": FORMAT} | state, indent=1) + "\n", encoding="utf-8")
         hashes = {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
         (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
@@ -229,9 +229,21 @@ def latest(run: str | Path) -> Path | None:
             verify(path)
             return path
         except UserError as error:
-            with spoken():
-                print(f"warning: {error}", file=sys.stderr)
+            console.warning(str(error))
     return None
+
+
+def resolve(path: Path) -> Path | None:
+    """Return `path` if it is a checkpoint, or the latest intact checkpoint of a run directory; None if it is neither.
+
+    UserError if none of the run's checkpoints is intact.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    found = latest(path)
+    if found is None and checkpoints(path):
+        raise UserError(f"None of the {len(checkpoints(path))} checkpoints of {path} is intact.")
+    return found
 
 
 def verify(path: Path) -> None:
@@ -246,15 +258,21 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """`state.json` of a checkpoint that has been verified; UserError where it lacks what all readers need."""
+    """Return `state.json` of a verified checkpoint. UserError if it lacks required fields or has another format."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        parts = state["step"], state["model"], state["tokenizer"]["name"]
-        if all(map(isinstance, parts, (int, dict, str))):
-            return state
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path / STATE} is no state of a run.")
+        parts, format = (state["step"], state["model"], state["tokenizer"]["name"]), state.get("format", 1)
+        valid = all(map(isinstance, parts, (int, dict, str)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path / STATE} is not the state of a run.")
+    if format != FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "
+            "version that wrote it, or train again."
+        )
+    return state
 
 
 def load(path: Path) -> Checkpoint:

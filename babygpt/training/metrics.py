@@ -1,155 +1,92 @@
-"""The two records of a run: `log.csv`, a row a step, which plots and comparisons read, and `samples.txt`.
+"""What a run reports: log.csv, samples.txt, the console, the progress bar and plot.png."""
 
-Row k holds the scores of the weights after k updates, then loss, norm and learning rate of update k; the last
-row has scores alone. Floats are written so that they read back to the bit; what wasn't measured is empty.
-"""
-
-import csv
-import io
-import math
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from babygpt import files
-from babygpt.errors import UserError
-from babygpt.training.device import Mark, peak_flops, peak_memory_mib
+from babygpt.console import console
+from babygpt.training.device import peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
+from babygpt.training.guard import StepStatus, check_status
+from babygpt.training.log import Log, Row, Samples
+from babygpt.training.plots import plot
 
-COLUMNS = (
-    "step", "tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm", "tokens_per_s",
-    "mfu", "step_ms", "memory_mib",
-)  # fmt: skip
-INTEGERS = ("step", "tokens", "epoch")
-Row = dict[str, Any]  # by column: an int for INTEGERS, else a float, or None where it wasn't measured
-
-
-class Log:
-    """Appends rows to `path`. What a run resumed at `step` had written from there on is cut first."""
-
-    def __init__(self, path: Path, step: int = 0):
-        kept = read_log(path, step) if step > 0 and path.exists() else []
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, kept)])
-        files.write(path, text.getvalue().encode())
-        self.file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115, it stays open as long as the run
-        self.writer = csv.writer(self.file, lineterminator="\n")
-
-    def write(self, row: Row) -> None:
-        self.writer.writerow(_cells(row))
-        self.file.flush()
-
-    def sync(self) -> None:
-        """Until the rows are on the disk: a checkpoint must not be there before them."""
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class NullLog(Log):
-    """A log that discards its rows, for ranks other than 0."""
-
-    def __init__(self):
-        pass
-
-    def write(self, row: Row) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _cells(row: Row) -> list:
-    return [row.get(column) for column in COLUMNS]  # csv writes None as an empty cell and floats by repr: exact
-
-
-def read_log(path: Path, before: float = math.inf) -> list[Row]:
-    """The rows of a log of steps `before` this one, empty cells as None. A last line that a kill cut short is left
-    out."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    if lines and tuple(lines[0].split(",")) != COLUMNS:
-        raise UserError(f"{path} is no log of BabyGPT: its columns are {lines[0]!r:.300}.")
-    rows: list[Row] = []
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            cells = zip(COLUMNS, next(csv.reader([line])), strict=True)
-            row: Row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
-            if row["step"] < before:
-                rows.append(row)
-        except (ValueError, csv.Error):
-            if rows and rows[-1]["step"] >= before - 1:
-                break  # what comes would be cut anyway; a power cut may have damaged it
-            raise UserError(f"{path}, line {number} is damaged: {line!r:.300}") from None
-    return rows
-
-
-def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values where a column was measured."""
-    pairs = [(row["step"], row[name]) for row in rows if row[name] is not None and math.isfinite(row[name])]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-class Samples:
-    """`samples.txt`: a row of a Markdown table a sample."""
-
-    HEADER = "| step | sample |\n|---:|---|\n"
-
-    def __init__(self, path: Path, step: int):
-        """Cuts what a run resumed at `step` had written from there on."""
-        self.path = path
-        rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[2:] if path.exists() else []
-        kept = [row + "\n" for row in rows if (found := re.match(r"\| (\d+) \|", row)) and int(found[1]) < step]
-        files.write(path, (self.HEADER + "".join(kept)).encode())
-
-    def write(self, step: int, texts: list[str]) -> None:
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            for text in texts:
-                cell = text.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
-                file.write(f"| {step} | {cell} |\n")
-
-
-class NullSamples(Samples):
-    """Samples that are discarded, for ranks other than 0."""
-
-    def __init__(self):
-        pass
-
-    def write(self, step: int, texts: list[str]) -> None:
-        pass
+SCORES = {"val_loss", "hellaswag"}  # columns for which the plot is drawn anew
+SPIKE = 6.0  # a loss this many standard deviations above recent losses is reported
 
 
 @dataclass
-class Pending:
-    """A step that is on its way: its row of the log, and what the host will read of it a step later."""
+class Metrics:
+    """Everything that a run reports. Only the main rank writes files and prints."""
 
-    row: Row
-    status: torch.Tensor  # on the host, complete once `end` has been waited for
-    begin: Mark
-    end: Mark
+    out: Path
+    ranks: Ranks
+    start: int  # step at which the run starts
+    max_steps: int
+    batch_tokens: int
+    flops_per_token: int | None  # for MFU, whose peak is bfloat16's; None: unknown
+    compare_every: int  # steps after which the weights of the ranks are compared
+    console_every: int  # steps after which a line is printed; 0: never
 
-    def speed(self, tokens: int, flops_per_token: int | None, ranks: Ranks) -> dict[str, float]:
-        """Time, throughput, memory and MFU of a step of so many tokens, for the log; `end` must have been waited for.
+    def __post_init__(self) -> None:
+        self.log = Log(self.out / "log.csv", self.start) if self.ranks.is_main else None
+        self.samples = Samples(self.out / "samples.txt", self.start) if self.ranks.is_main else None
+        disable = None if self.ranks.is_main else True  # None: unless stderr is a terminal
+        self.bar = tqdm(total=self.max_steps, initial=self.start, unit="step", disable=disable)
 
-        There is no MFU without FLOPs per token, or if the device's peak is unknown.
+    def record(self, row: Row, status: StepStatus, ms: float) -> bool:
+        """Check the status of a finished step that took `ms`; complete, write and print its row.
+
+        Returns whether a plot was drawn, which takes a second. ConfigError if the status is that of a broken run.
         """
-        found = {"step_ms": self.end.ms_since(self.begin), "memory_mib": peak_memory_mib(ranks.device)}
-        found["tokens_per_s"] = tokens / found["step_ms"] * 1e3
-        if flops_per_token and (peak := peak_flops(ranks.device)):
-            found["mfu"] = found["tokens_per_s"] * flops_per_token / (peak * ranks.world_size)
-        return found
+        check_status(row["step"], status, self.compare_every)
+        row |= {"loss": status.loss.item(), "grad_norm": status.grad_norm.item()}
+        row |= throughput(ms, self.batch_tokens, self.flops_per_token, self.ranks)
+        step, z_score, skipped = row["step"], status.z_score.item(), status.skip_update.item() > 0
+        if z_score > SPIKE or skipped:
+            console.info(
+                f"step {step:>6} | the loss of {row['loss']:.4f} is {z_score:.1f} standard deviations above recent "
+                + ("losses: its update is skipped" if skipped else "losses")
+            )
+        self.write(row)
+        if SCORES & row.keys():
+            self.plot()
+        self.bar.update()
+        if self.console_every and step % self.console_every == 0:
+            console.info(console_line(row))
+        if step == self.start + 10:
+            hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
+            console.info(f"about {hours:.1f} hours of training to go, without evaluations")
+        return bool(SCORES & row.keys())
+
+    def write(self, row: Row) -> None:
+        if self.log is not None:
+            self.log.write(row)
+
+    def plot(self) -> None:
+        if self.ranks.is_main:
+            plot([self.out], self.out / "plot.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.log is not None:
+            self.log.close()
+
+
+def throughput(ms: float, tokens: int, flops_per_token: int | None, ranks: Ranks) -> Row:
+    """Return the columns for time, throughput, memory and MFU of a step of `tokens` that took `ms`.
+
+    There is no MFU without FLOPs per token, or if the peak of the device is unknown.
+    """
+    columns: Row = {"step_ms": ms, "memory_mib": peak_memory_mib(ranks.device), "tokens_per_s": tokens / ms * 1e3}
+    if flops_per_token and (peak := peak_flops(ranks.device)):
+        columns["mfu"] = columns["tokens_per_s"] * flops_per_token / (peak * ranks.world_size)
+    return columns
 
 
 def console_line(row: Row) -> str:
-    """A step's row of the log, for the console."""
+    """Return the line of a step for the console."""
     mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     return (
         f"step {row['step']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f} | "

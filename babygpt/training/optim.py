@@ -2,7 +2,7 @@
 
 >>> optimizers = adamw(model, max_lr=6e-4, weight_decay=0.1)
 >>> optimizers = muon(model, max_lr=0.04, embedding_lr=0.6, head_lr=0.008, scalar_lr=0.04)
->>> learning_rate(step=0, max_lr=6e-4, min_lr_ratio=0.1, warmup_steps=715, max_steps=19_073)
+>>> set_learning_rates(optimizers, LRSchedule(max_steps=19_073, warmup_steps=715, min_lr_ratio=0.1), step=0)
 
 Each returns a list of PyTorch's optimizers, whose groups carry their highest learning rate as `max_lr`. All leave
 parameters and state alone where `optimizer.found_inf`, a float32 tensor on the device, is 1: the gate of the training
@@ -15,6 +15,8 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+from babygpt.training.schedule import LRSchedule
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -178,37 +180,20 @@ def make_optimizers(model: nn.Module, settings: dict) -> Optimizers:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the rates of a step
+# the learning rates of a step
 
 
-def learning_rate(
-    step: int, max_lr: float, min_lr_ratio: float, warmup_steps: int, max_steps: int, cooldown: float | None = None
-) -> float:
-    """Of update `step`, counted from 0: linear warm-up to max_lr, then half a cosine down to its ratio.
-
-    The cosine runs over what the warm-up leaves, so that it ends at max_steps. With `cooldown` the rate is constant
-    instead, and falls linearly in this share of all steps, at the end.
-    """
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    if cooldown is not None:
-        left = min(1.0, (max_steps - step) / max(1.0, cooldown * max_steps))
-        return max_lr * (min_lr_ratio + (1.0 - min_lr_ratio) * left)
-    done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return max_lr * (min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done)))
+def parameters_of(optimizers: Optimizers) -> list[nn.Parameter]:
+    """Return all parameters that the optimizers update."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
-def set_rates(
-    optimizers: Optimizers, step: int, min_lr_ratio: float, warmup_steps: int, max_steps: int,
-    cooldown: float | None = None, momentum_warmup_steps: int = 0,
-) -> float:  # fmt: skip
-    """Gives every group the learning rate of update `step`, and Muon its momentum, which rises from 0.85 to 0.95 over
-    the first steps; returns the first group's rate."""
+def set_learning_rates(optimizers: Optimizers, schedule: LRSchedule, step: int) -> float:
+    """Set the learning rates of all groups, and Muon's momentum, for update `step`; return the first group's."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = learning_rate(step, group["max_lr"], min_lr_ratio, warmup_steps, max_steps, cooldown)
+        group["lr"] = schedule.learning_rate(step, group["max_lr"])
         if "momentum" in group:
-            risen = min(1.0, step / momentum_warmup_steps) if momentum_warmup_steps else 1.0
-            group["momentum"] = 0.85 + 0.1 * risen
+            group["momentum"] = schedule.momentum(step)
     return optimizers[0].param_groups[0]["lr"]
 
 

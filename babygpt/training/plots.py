@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from babygpt.training.metrics import column, read_log
+from babygpt.training.log import column, read_log
 
 GPT2_124M_HELLASWAG = 0.2955  # OpenAI's weights, karpathy acc_norm, as build-nanogpt reports
 HELLASWAG_EXAMPLES = 10_042

@@ -1,14 +1,15 @@
-"""The run directory: lock, markers, provenance, and the settings that a resumed run must keep."""
+"""The run directory: lock, markers, settings, and provenance."""
 
 import fcntl
 import functools
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -17,41 +18,41 @@ from babygpt.training import checkpoint
 from babygpt.training.device import uses_bfloat16
 from babygpt.training.distributed import Ranks
 
-# empty files in a run's folder, for scripts: it has done all its steps, or was told to stop and has saved
+# empty files in a run directory, for scripts: the run has finished, or has stopped on request and saved
 FINISHED, STOPPED = "finished", "stopped"
-LOCK = ".lock"  # held by the process that trains in the folder
+LOCK = ".lock"  # locked by the process that trains in the directory
 
 
 @contextmanager
 def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Makes a run's folder and keeps other processes from training in it meanwhile; ConfigError where one does."""
+    """Create a run directory and lock it. ConfigError if another process has locked it."""
 
     def lock() -> TextIO | None:
         if not ranks.is_main:
             return None
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"--general.out-dir {out} is a file.")
+            raise ConfigError(f"--general.out-dir {out} is a file. Use the path of a directory.")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            file = open(out / LOCK, "w")  # noqa: SIM115, held as long as the run
+            file = open(out / LOCK, "w")  # noqa: SIM115, locked during the run
         except OSError as error:
-            raise ConfigError(f"--general.out-dir {out} can't be written to ({error}).") from None
+            raise ConfigError(f"--general.out-dir {out} cannot be written to ({error}). Use another one.") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ConfigError(f"another process trains in {out} now. Give another --general.out-dir.") from None
+            raise ConfigError(f"Another process is training in {out}. Use another --general.out-dir.") from None
         except OSError:  # a file system without locks
             pass
-        if not (out / LOCK).exists():  # a run that was refused has just deleted it
+        if not (out / LOCK).exists():  # another run that was refused has just deleted it
             file.close()
             return lock()
         (out / STOPPED).unlink(missing_ok=True)
-        for stale in out.glob("*.tmp"):  # of a process that was killed
+        for stale in out.glob("*.tmp"):  # left by a killed process
             stale.unlink()
         return file
 
-    file = ranks.main_first(lock)
+    file = ranks.main_process_first(lock)
     try:
         yield
     finally:
@@ -63,18 +64,23 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
-    """The newest intact checkpoint of a run, the same on all ranks, or None if there is none at all."""
+    """Return the newest intact checkpoint of a run, the same on all ranks; None if the run has no checkpoints."""
     found = checkpoint.latest(out)
     if len(steps := set(ranks.gather(checkpoint.step_of(found) if found else -1))) > 1:
-        raise ConfigError(f"the ranks see different checkpoints in {out} (steps {sorted(map(int, steps))}): share it.")
+        raise ConfigError(
+            f"The ranks see different checkpoints in {out} (steps {sorted(map(int, steps))}). Use a directory that all "
+            "nodes share."
+        )
     if found is None and checkpoint.checkpoints(out):
-        raise ConfigError(f"none of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is intact.")
+        raise ConfigError(
+            f"None of the {len(checkpoint.checkpoints(out))} checkpoints of {out} is intact. Restore one of them, "
+            "or start again with another --general.out-dir."
+        )
     return found
 
 
 def check_identity(found: Path, state: dict, now: dict[str, dict]) -> None:
-    """ConfigError if a run's settings are not those of its checkpoint `found`: of each section of `now`, all that a
-    resumed run may not change (architecture, optimizer, data and their order, tokenizer)."""
+    """ConfigError if the settings that a resume must keep (`now`) differ from those of the checkpoint `found`."""
     wrong = [
         f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
         for section, values in now.items()
@@ -83,20 +89,56 @@ def check_identity(found: Path, state: dict, now: dict[str, dict]) -> None:
     ]
     if wrong:
         raise ConfigError(
-            f"{found} can't be gone on with: model, optimizer and order of the data must stay.\n{''.join(wrong)}"
-            "Give the earlier values, or begin anew with another --general.out-dir."
+            f"{found} cannot be resumed with another model, optimizer or data order:\n{''.join(wrong)}Use the earlier "
+            "values, or start again with another --general.out-dir."
         )
 
 
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the sections of a run's config.json; none if it is missing or corrupted, as checkpoints have all of it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: section for name, section in found.items() if isinstance(section, dict)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
+    """Return the fields in which two configs differ: section.name, earlier value, value now."""
+    keys = [(section, name) for section in now if section in earlier for name in now[section]]
+    return [
+        (f"{section}.{name}", earlier[section].get(name), now[section][name])
+        for section, name in keys
+        if earlier[section].get(name) != now[section][name]
+    ]
+
+
+def changed_settings(path: Path, config: dict) -> list[str]:
+    """Return the settings that differ from a run's config.json, one line each, except those of `general`."""
+    return [
+        f"  {name} was {earlier}, is now {value}"
+        for name, earlier, value in differences(read_config(path), config)
+        if not name.startswith("general.")
+    ]
+
+
+def settings_text(config: dict) -> str:
+    """Return the settings, one line per section."""
+    return "\n".join(
+        f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items())
+        for section, values in config.items()
+    )
+
+
 def record_launch(launches: list[dict], step: int, settings: dict, ranks: Ranks) -> None:
-    """Record that training continues at `step` with these settings and machine, unless nothing has changed."""
-    launch = {"config": settings, "made_by": made_by(ranks)}
+    """Append that training continues at `step` with these settings and provenance, unless nothing has changed."""
+    launch = {"config": settings, "provenance": provenance(ranks)}
     if not launches or launches[-1] | launch != launches[-1]:
         launches.append({"step": step} | launch)
 
 
-def made_by(ranks: Ranks) -> dict:
-    """What decides about the last bits of a run's numbers: versions, device, ranks and threads."""
+def provenance(ranks: Ranks) -> dict:
+    """Return what decides the last bits of a run's numbers: versions, device, ranks and threads."""
     cuda = ranks.device.type == "cuda"
     return {
         "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
@@ -108,7 +150,7 @@ def made_by(ranks: Ranks) -> dict:
 
 @functools.cache
 def _commit() -> str | None:
-    """Of the code, with a + where it was changed since; None without git."""
+    """Return the commit of the code, with a + if it was changed since; None without git."""
     here = Path(__file__).parents[2]
     try:
         commit, changed = (

@@ -10,21 +10,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from babygpt.errors import leave
+from babygpt.errors import exit_now
 from babygpt.training import distributed
 from babygpt.training.distributed import Ranks
-from babygpt.training.guard import Gate
-from dataloader import Position, Step
-from model import GPT
-from train import train_step
-from train_config import PRESETS, variant
+from babygpt.training.guard import UpdateGuard
+from dataloader import Batch, Position
+from model import GPT, build_model
+from train import TrainState, next_token_loss, train_step
+from train_config import preset, variant
 
 WORLD, MICRO_BATCHES, ROWS, T = 2, 3, 2, 64
 CASES = {
     "gpt2": ("gpt2", {}, False),
     "modern": ("modern", {"value_embeddings": 1}, False),
     "activation checkpointing": ("gpt2", {}, True),
-    "FlexAttention": ("modern", {"window": 40, "document_mask": True, "eot_id": 0}, False),
+    "FlexAttention": ("modern", {"window": 40, "document_mask": True, "eot_id": 0, "value_embeddings": 0}, False),
 }
 
 
@@ -42,21 +42,21 @@ class Keep(torch.optim.Optimizer):
 def gradients(model: GPT, wrapped: nn.Module, batches: list[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
     """The gradients that one step of training hands to the optimizer."""
     keep = Keep(model)
-    config = variant(PRESETS["gpt2"], training={"dtype": "float32"}, optimizer={"grad_clip": 0.0})
-    data = Step(Position(), Position(), batches, targets=WORLD * MICRO_BATCHES * ROWS * T)
+    state = TrainState(wrapped, [keep], UpdateGuard(ranks.device), ranks, "float32")
+    batch = Batch(Position(), Position(), batches, targets=WORLD * MICRO_BATCHES * ROWS * T)
     for _ in range(2):  # DDP may only reorder its buckets after the first step
-        train_step(wrapped, [keep], data, config, ranks, 0, Gate(ranks.device), stop=False)
+        train_step(state, batch, next_token_loss, seed=0)
     return keep.grads
 
 
 def both_ways(rank: int, case: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    preset, fields, recompute = CASES[case]
-    shape = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": T, "value_embeddings": 0}
+    name, fields, activation_checkpointing = CASES[case]
+    shape = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": T}
     torch.manual_seed(0)
-    model = GPT(variant(PRESETS[preset], model=shape | fields).model)
-    model.recompute = recompute
+    model = build_model(variant(preset(name), model=shape | fields).model)
+    model.activation_checkpointing = activation_checkpointing
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))  # what starts at zero hides mistakes
@@ -70,7 +70,7 @@ def both_ways(rank: int, case: str, folder: str) -> None:
     several_buckets = partial(DistributedDataParallel, bucket_cap_mb=0.05)
     dist._DEFAULT_FIRST_BUCKET_BYTES = 50_000
     if case == "FlexAttention":
-        mock.patch("model.FLEX_DEVICES", ("cpu",)).start()
+        mock.patch("babygpt.nn.attention.FLEX_DEVICES", ("cpu",)).start()
         mock.patch("torch.nn.attention.flex_attention._validate_device").start()  # has no backward pass on a CPU
 
     def aot_eager(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
@@ -85,12 +85,12 @@ def both_ways(rank: int, case: str, folder: str) -> None:
         for (name, _), a, b in zip(model.named_parameters(), found, expected, strict=True):
             off = ((a - b).norm() / b.norm()).item()
             assert off < (2e-2 if bf16 else 1e-4), f"{name}: {off}"
-    if not recompute and case != "FlexAttention":  # higher-order operators stay in one graph
+    if not activation_checkpointing and case != "FlexAttention":  # higher-order operators stay in one graph
         assert len(graphs) > 2, "one graph per bucket: the all-reduce of a bucket overlaps with the backward pass"
     Path(folder, f"passed-{rank}").touch()
     dist.barrier()
     dist.destroy_process_group()
-    leave(0)
+    exit_now(0)
 
 
 @pytest.mark.parametrize("case", CASES)

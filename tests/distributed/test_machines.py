@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.runs import ROOT, STEPS, assert_equal_to_the_bit, flags, forked_ranks
 
-from babygpt.training.metrics import read_log
+from babygpt.training.log import read_log
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
@@ -155,7 +155,7 @@ def test_a_cable_that_is_out_for_seconds_delays_and_one_out_for_longer_ends_all(
             ends_well(processes, log)
         else:
             assert all(process.wait(90) != 0 for process in processes)
-            assert "another rank has ended, or was silent for 0.2 minutes, in step" in log.read_text()
+            assert "Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
             ends_well([host.start(static(i), line, log) for i, host in enumerate(hosts)], log)
         assert_equal_to_the_bit(run, slow_on_one_machine)
 
@@ -169,7 +169,7 @@ def test_where_a_host_is_killed_the_other_ends_and_the_same_commands_go_on(
     wait_for_step(tmp_path / "run", 3)
     hosts[1].kill()
     assert first.wait(120) != 0
-    assert "error: another rank has ended, or was silent for 0.2 minutes, in step" in log.read_text()
+    assert "error: Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
     ends_well([host.start(rendezvous(i), line, log) for i, host in enumerate(hosts)], log)
     assert_equal_to_the_bit(tmp_path / "run", slow_on_one_machine)
     assert len(read_log(tmp_path / "run" / "log.csv")) == STEPS + 1

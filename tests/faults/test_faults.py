@@ -31,10 +31,10 @@ from support.runs import (
 
 import train
 from babygpt.errors import ConfigError, UserError
-from babygpt.training import checkpoint
+from babygpt.training import checkpoint, metrics
 from babygpt.training.checkpoint import Saver, checkpoints, latest, load
 from babygpt.training.distributed import Ranks
-from babygpt.training.metrics import read_log
+from babygpt.training.log import read_log
 from babygpt.training.run_dir import FINISHED, STOPPED, lock_run_dir
 
 STATE = {"step": 1, "model": {}, "tokenizer": {"name": "gpt2"}}
@@ -58,7 +58,7 @@ def save(run: Path, step: int, **settings: int) -> Path:
     [
         "babygpt.evaluation.validation.autocast",
         "hellaswag.lay_out",
-        "babygpt.nn.generation.choose",
+        "babygpt.nn.generation.sample_token",
         "babygpt.training.checkpoint._sync",
     ],
     ids=["validation", "evaluation", "sampling", "saving"],
@@ -139,7 +139,7 @@ def test_other_words_are_heard_where_some_are_lost(dataset, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*command, *line], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert "error: step 3: loss is nan" in done.stderr
+    assert "error: Step 3: the loss is nan" in done.stderr
     for i, end in enumerate((">&-", "2>&-", "> /dev/null")):
         line = flags(dataset, tmp_path / str(i), sampling__prompt="żółw")
         shell = f"{shlex.join([*command, *line])} {end}"
@@ -167,7 +167,7 @@ def test_a_signal_before_the_first_step_is_done_ends_at_once(dataset, tmp_path):
 
 def test_a_signal_while_the_first_step_is_written_down_loses_nothing(dataset, tmp_path):
     if (pid := os.fork()) == 0:
-        train.Run.plot = lambda run: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1)
+        metrics.Metrics.plot = lambda _: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1)
         call(train.main, *flags(dataset, tmp_path / "run"))
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
@@ -179,12 +179,12 @@ def test_a_signal_while_the_first_step_is_written_down_loses_nothing(dataset, tm
 
 
 def test_a_spike_is_told_of_and_its_update_left_out_where_that_is_asked_for(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("babygpt.training.guard.Gate.WINDOW", 4)
+    monkeypatch.setattr("babygpt.training.guard.UpdateGuard.WINDOW", 4)
     step_of, forward, updates = train.train_step, train.GPT.forward, []
     monkeypatch.setattr("train.train_step", lambda *args, **named: (step_of(*args, **named), updates.append(0))[0])
     monkeypatch.setattr(
         "train.GPT.forward",
-        lambda self, *args: forward(self, *args) * (3 if self.training and len(updates) == 8 else 1),
+        lambda self, *args, **named: forward(self, *args, **named) * (3 if self.training and len(updates) == 8 else 1),
     )
     changes = {"optimizer__max_lr": 1e-3, "validation__every_n_steps": 0, "sampling__every_n_steps": 0}
     weights = {}
@@ -194,7 +194,7 @@ def test_a_spike_is_told_of_and_its_update_left_out_where_that_is_asked_for(data
         call(train.main, *flags(dataset, run, **changes), *skip)
         told = [line for line in capsys.readouterr().out.splitlines() if "standard deviations above" in line]
         assert [line.split("|")[0].split() for line in told] == [["step", "8"]]
-        assert ("is left out" in told[0]) == bool(skip)
+        assert ("is skipped" in told[0]) == bool(skip)
         weights[len(skip)] = [load(checkpoints(run)[i]).model["wte.weight"] for i in (6, 7, 8, 9)]  # of steps 7 to 10
     assert not torch.equal(weights[0][1], weights[0][2])
     assert torch.equal(weights[2][1], weights[2][2]), "update 8 is left out"
@@ -342,7 +342,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path):
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     line = flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2)
     with lock_run_dir(tmp_path / "run", ranks):
-        with pytest.raises(ConfigError, match=r"another process trains in .*run now"):
+        with pytest.raises(ConfigError, match=r"Another process is training in .*run"):
             call(train.main, *line)
         assert os.listdir(tmp_path / "run") == [".lock"], "it touches nothing"
     assert not (tmp_path / "run").exists(), "nothing came of it"
@@ -353,7 +353,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path):
     markers = [name for name in (STOPPED, FINISHED) if (tmp_path / "run" / name).exists()]
     assert markers == [FINISHED], "a start that is refused has not been stopped, nor undone what is finished"
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"out-dir .* can't be written to"):
+    with pytest.raises(ConfigError, match=r"out-dir .* cannot be written to"):
         call(train.main, *flags(dataset, tmp_path / "file" / "run"))
     assert (tmp_path / "file").read_text() == ""
 
@@ -374,7 +374,9 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_at_that_step(kind, ra
     done = torchrun(2, *line, fault=f"{kind} {rank} {step}", check=False)
     assert done.returncode != 0
     loss = r"nan" if kind == "nan" else r"\d\.\d+"
-    assert re.search(f"error: step {step}: loss is {loss}, gradient norm nan, first on rank {rank}\\.", done.stderr)
+    assert re.search(
+        f"error: Step {step}: the loss is {loss}, the gradient norm nan, first on rank {rank}\\.", done.stderr
+    )
     assert "exitcode  : 2" in done.stderr
     assert no_traceback_of_ours(done.stderr)
     assert checkpoint.step_of(latest(tmp_path / "run")) == step
@@ -386,7 +388,7 @@ def test_ranks_whose_weights_differ_are_told_of_by_name(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", training__compare_ranks_every_n_steps=2, **QUIET)
     done = torchrun(2, *line, fault="flip 1 5", check=False)
     assert done.returncode != 0
-    assert "error: step 6: the weights of rank 1 are not those of the others" in done.stderr
+    assert "error: Step 6: the weights of rank 1 differ from those of the other ranks" in done.stderr
     assert "exitcode  : 2" in done.stderr
     assert no_traceback_of_ours(done.stderr)
     assert checkpoint.step_of(latest(tmp_path / "run")) == 6
@@ -398,7 +400,7 @@ def test_where_a_rank_is_lost_the_others_end_in_time_and_say_in_what(kind, datas
     line = flags(dataset, tmp_path / "run", general__timeout_minutes=0.1, **QUIET)
     first, second = alone(line, (0, 1), fault=f"{kind} 1 5")
     assert first.wait(60) == 2
-    assert "error: another rank has ended, or was silent for 0.1 minutes, in step 5;" in (said := first.stderr.read())
+    assert "error: Another rank exited, or did not respond for 0.1 minutes, in step 5;" in (said := first.stderr.read())
     assert no_traceback_of_ours(said)
     assert second.wait(60) == (-signal.SIGKILL if kind == "kill" else 2)
     assert checkpoint.step_of(latest(tmp_path / "run")) in (4, 5)
@@ -408,7 +410,7 @@ def test_where_a_rank_is_lost_the_others_end_in_time_and_say_in_what(kind, datas
 def test_a_rank_that_waits_for_one_that_never_comes_says_so(rank, dataset, tmp_path):
     (process,) = alone(flags(dataset, tmp_path / "run", general__timeout_minutes=0.05), (rank,))
     assert process.wait(60) == 2
-    assert "another rank has ended, or was silent for 0.05 minutes, in the start;" in (said := process.stderr.read())
+    assert "Another rank exited, or did not respond for 0.05 minutes, in the start;" in (said := process.stderr.read())
     assert no_traceback_of_ours(said)
     assert not (tmp_path / "run").exists()
 
@@ -463,7 +465,7 @@ def test_where_memory_is_short_the_ways_to_less_are_told(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", **QUIET)
     done = torchrun(2, *line, fault="memory 1 2", check=False)
     assert (
-        "error (rank 1): out of memory in step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Give" in done.stderr
+        "error (rank 1): Out of memory in step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Use" in done.stderr
     )
     assert "--training.micro-batch-size 2: " in done.stderr
     assert no_traceback_of_ours(done.stderr)
@@ -495,7 +497,7 @@ def test_a_state_that_was_rewritten_is_refused_in_a_sentence(name, value, unbrok
     run = cut_back_to(unbroken, 1, tmp_path / "run")
     found = load(latest(run))
     checkpoint.save(run, 1, found.model, found.optimizer, found.state | {name: value}, keep=0)
-    with pytest.raises(UserError, match=r"lacks what a run goes on with|is no state of a run"):
+    with pytest.raises(UserError, match=r"lacks what a resume needs|is not the state of a run"):
         call(train.main, *flags(dataset, run, general__init_from="resume"))
 
 

@@ -29,9 +29,10 @@ import torch
 
 import train
 from babygpt.errors import run
+from babygpt.training import metrics
 
 KIND, RANK, STEP = os.environ["FAULT"].split()
-step_of, calls = train.train_step, []
+step_of, set_up_of, calls, OUT = train.train_step, train.set_up, [], [Path()]
 FIRST_TRY = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 
 
@@ -73,21 +74,27 @@ def strike(weight: torch.Tensor, out: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
 
 
-def faulty_step(model, optimizers, data, config, ranks, *rest, **named):
+def faulty_step(state, batch, *rest, **named):
     calls.append(0)
+    rank = state.ranks.rank
     if KIND in ("rows", "stop"):
-        rows = [row.tolist() for batch in data.micro_batches for row in batch]
-        with open(Path(config.general.out_dir) / f"rows_{ranks.rank}.jsonl", "a") as file:
-            file.write(json.dumps([data.start.epoch, data.start.n, rows]) + "\n")
-    if (ranks.rank, len(calls) - 1) == (int(RANK), int(STEP)) and FIRST_TRY:
+        rows = [row.tolist() for micro_batch in batch.micro_batches for row in micro_batch]
+        with open(OUT[0] / f"rows_{rank}.jsonl", "a") as file:
+            file.write(json.dumps([batch.start.epoch, batch.start.n, rows]) + "\n")
+    if (rank, len(calls) - 1) == (int(RANK), int(STEP)) and FIRST_TRY:
         with torch.no_grad():
-            strike(next(model.parameters()), Path(config.general.out_dir))
-    return step_of(model, optimizers, data, config, ranks, *rest, **named)
+            strike(next(state.model.parameters()), OUT[0])
+    return step_of(state, batch, *rest, **named)
 
 
-train.train_step = faulty_step
+def set_up(config, *rest):
+    OUT[:] = [Path(config.general.out_dir)]
+    return set_up_of(config, *rest)
+
+
+train.train_step, train.set_up = faulty_step, set_up
 if KIND not in ("gone", "locked", "full"):  # there the picture is a file that cannot be written
-    train.plot = lambda runs, out: None  # elsewhere it would take most of the time
+    metrics.plot = lambda runs, out: None  # elsewhere it would take most of the time
 
 if __name__ == "__main__":
     if KIND == "kill" and os.environ["RANK"] == RANK and not FIRST_TRY:

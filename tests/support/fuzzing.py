@@ -29,7 +29,7 @@ from babygpt.data.sources import documents, find
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
 from babygpt.training import checkpoint
-from babygpt.training.metrics import COLUMNS, Log, read_log
+from babygpt.training.log import COLUMNS, Log, read_log
 from hellaswag import load_examples
 from model import GPT, GPTConfig
 from support.helpers import call, save_hellaswag, save_jsonl

@@ -18,7 +18,7 @@ import fineweb
 import train
 from babygpt.errors import run
 from babygpt.training import checkpoint
-from babygpt.training.metrics import read_log
+from babygpt.training.log import read_log
 from support.helpers import call, save_jsonl
 from tools.train_tokenizer import train_tokenizer
 

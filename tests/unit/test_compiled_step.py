@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_leaves
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn import cross_entropy
 from babygpt.training.distributed import Ranks
-from babygpt.training.guard import Gate
-from babygpt.training.optim import Optimizers, make_optimizers, set_rates
-from dataloader import Position, Step
-from model import GPT
-from train import train_step
-from train_config import PRESETS, Config, variant
+from babygpt.training.guard import StepStatus, UpdateGuard
+from babygpt.training.optim import Optimizers, make_optimizers, set_learning_rates
+from babygpt.training.schedule import LRSchedule
+from dataloader import Batch, Position
+from model import GPT, build_model
+from train import TrainState, next_token_loss, train_step
+from train_config import Config, preset, variant
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -37,11 +38,11 @@ BACKEND = os.environ.get("TEST_BACKEND", "aot_eager_decomp_partition")  # runs/t
 PRESETS_OF_BOTH_KINDS = pytest.mark.parametrize("preset", ["gpt2", "modern"])
 
 
-def small(preset: str) -> Config:
+def small(name: str) -> Config:
     """A preset with a model of two layers, in bfloat16."""
     shape = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
-    shape["value_embeddings"] = min(1, PRESETS[preset].model.value_embeddings)
-    return variant(PRESETS[preset], model=shape, training={"dtype": "bfloat16", "bf16_activations": True})
+    shape |= {"value_embeddings": 1} if name == "modern" else {}
+    return variant(preset(name), model=shape, training={"dtype": "bfloat16", "bf16_activations": True})
 
 
 def model_and_step(
@@ -50,16 +51,17 @@ def model_and_step(
     """A model, and a function that takes one step of training with it, compiled or not."""
     torch.manual_seed(0)
     with device if device != CPU else nullcontext():
-        model = GPT(config.model)
+        model = build_model(config.model)
     model.bf16_activations = config.training.bf16_activations
     optimizers: Optimizers = make_optimizers(model, asdict(config.optimizer))
-    ranks, gate = Ranks(0, 0, 1, device), Gate(device, skip_spikes=6.0)
+    guard, ranks = UpdateGuard(device, skip_spikes=6.0), Ranks(0, 0, 1, device)
+    state = TrainState(model, optimizers, guard, ranks, config.training.dtype, config.optimizer.grad_clip)
     batches = list(torch.randint(300, (MICRO_BATCHES, 4, config.model.block_size + 1)))
 
     def step(compiled: torch.nn.Module, number: int) -> torch.Tensor:
-        set_rates(optimizers, number, 0.1, 0, 100)
-        data = Step(Position(), Position(), batches, targets=MICRO_BATCHES * 4 * config.model.block_size)
-        return train_step(compiled, optimizers, data, config, ranks, 0, gate, stop=False, compare=True)
+        set_learning_rates(optimizers, LRSchedule(100, min_lr_ratio=0.1), number)
+        batch = Batch(Position(), Position(), batches, targets=MICRO_BATCHES * 4 * config.model.block_size)
+        return train_step(replace(state, model=compiled), batch, next_token_loss, seed=0, compare=True)
 
     return model, step
 
@@ -99,10 +101,10 @@ def test_a_step_copies_nothing_but_batches(preset, monkeypatch):
 
 def test_validation_reads_losses_once_at_the_end(monkeypatch):
     """The host does not wait for a batch before it launches the next one."""
-    model = GPT(small("gpt2").model)
+    model = build_model(small("gpt2").model)
     idx, calls = torch.randint(300, (5, 2, 32)), []
     forward, stack = model.forward, torch.stack
-    monkeypatch.setattr(model, "forward", lambda *batch: calls.append("forward") or forward(*batch))
+    monkeypatch.setattr(model, "forward", lambda *batch, **kind: calls.append("forward") or forward(*batch, **kind))
     monkeypatch.setattr(torch, "stack", lambda losses: calls.append("read") or stack(losses))
     item = torch.Tensor.item
 
@@ -130,9 +132,9 @@ def test_a_compiled_step_is_one_graph_and_moves_every_weight(preset):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in range(3):
-            _, norm, _, held, *_ = step(compiled, number).tolist()
-            assert norm > 0
-            assert held == 0
+            status = StepStatus.unpack(step(compiled, number))
+            assert status.grad_norm > 0
+            assert status.skip_update == 0
     assert counter.frame_count == 1
     assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
 
@@ -163,16 +165,16 @@ def graphs(request) -> tuple[str, list[torch.fx.GraphModule]]:
         decompositions=select_decomp_table(),
     )  # fmt: skip
     shape = {"vocab_size": 50257, "n_layer": LAYERS}
-    shape["value_embeddings"] = min(1, PRESETS[request.param].model.value_embeddings)
+    shape |= {"value_embeddings": 1} if request.param == "modern" else {}
     with (
         mock.patch.object(cross_entropy, "chunk_rows", for_cuda),
         FakeTensorMode(),
         torch.autocast("cpu", torch.bfloat16),
     ):
-        model = GPT(variant(PRESETS[request.param], model=shape).model)
+        model = build_model(variant(preset(request.param), model=shape).model)
         model.bf16_activations = True
         idx = torch.zeros(ROWS, T, dtype=torch.int64)
-        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(idx, idx).backward()
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(idx, idx, reduction="sum").backward()
     assert len(found) == 2
     return request.param, found
 

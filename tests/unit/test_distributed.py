@@ -24,19 +24,19 @@ CPU = torch.device("cpu")
 def test_a_stop_signal_is_noted_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
-        signals.nothing_to_lose = False
-        assert not signals.told()
+        signals.nothing_to_save = False
+        assert not signals.requested
         os.kill(os.getpid(), number)
-        assert signals.told()
+        assert signals.requested
     assert signal.getsignal(number) is before
 
 
-def end_of_one_in_a_compiler(*numbers: int, marker: Path | None = None, nothing_to_lose: bool = True) -> int:
+def end_of_one_in_a_compiler(*numbers: int, marker: Path | None = None, nothing_to_save: bool = True) -> int:
     """The exit code of a process that gets signals while its main thread is outside Python for long."""
     pid = os.fork()
     if pid == 0:
         with StopSignals() as signals:
-            signals.marker, signals.nothing_to_lose = marker, nothing_to_lose
+            signals.marker, signals.nothing_to_save = marker, nothing_to_save
             signal.alarm(10)  # kills it
             for i, number in enumerate(numbers):
                 threading.Timer(0.1 + 0.1 * i, os.kill, (os.getpid(), number)).start()
@@ -49,7 +49,7 @@ def end_of_one_in_a_compiler(*numbers: int, marker: Path | None = None, nothing_
 
 def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd, tmp_path, monkeypatch):
     assert end_of_one_in_a_compiler(signal.SIGTERM, marker=tmp_path / "stopped") == 0
-    assert "SIGTERM before the first step was done" in capfd.readouterr().err
+    assert "SIGTERM before the end of the first step" in capfd.readouterr().err
     assert (tmp_path / "stopped").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # which sends SIGTERM where another rank has crashed
     for number, told in ((signal.SIGTERM, False), (signal.SIGINT, True)):
@@ -60,7 +60,7 @@ def test_before_the_first_step_a_signal_ends_at_once_and_well(capfd, tmp_path, m
 
 
 def test_a_second_interrupt_ends_at_once():
-    assert end_of_one_in_a_compiler(signal.SIGINT, signal.SIGTERM, signal.SIGINT, nothing_to_lose=False) == 130
+    assert end_of_one_in_a_compiler(signal.SIGINT, signal.SIGTERM, signal.SIGINT, nothing_to_save=False) == 130
 
 
 def test_deterministic_runs_ask_pytorch_for_such_kernels(monkeypatch):
@@ -120,7 +120,7 @@ def test_what_the_main_rank_fetches_the_others_find(monkeypatch):
     calls = []
     monkeypatch.setattr(Ranks, "gather", lambda self, number: calls.append("all wait") or [0.0])
     for rank, local_rank in ((0, 0), (4, 0), (5, 1)):
-        Ranks(rank, local_rank, 8, CPU).main_first(lambda rank=rank: calls.append(rank))
+        Ranks(rank, local_rank, 8, CPU).main_process_first(lambda rank=rank: calls.append(rank))
     wait = "all wait"
     assert calls == [0, wait, wait, wait, wait, 4, wait, wait, wait, wait, 5, wait]
 
@@ -131,9 +131,9 @@ def test_where_one_rank_fails_to_fetch_all_end_and_it_says_why(monkeypatch):
 
     monkeypatch.setattr(Ranks, "gather", lambda self, number: [1.0, 0.0])
     with pytest.raises(UserError, match="no network"):
-        Ranks(0, 0, 2, CPU).main_first(fail)
-    with pytest.raises(ConfigError, match="rank 0 failed"):
-        Ranks(1, 1, 2, CPU).main_first(lambda: None)
+        Ranks(0, 0, 2, CPU).main_process_first(fail)
+    with pytest.raises(ConfigError, match="Rank 0 failed"):
+        Ranks(1, 1, 2, CPU).main_process_first(lambda: None)
 
 
 def test_marks_measure_time():

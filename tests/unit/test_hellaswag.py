@@ -15,7 +15,7 @@ from babygpt.training.checkpoint import model_tensors
 from babygpt.training.checkpoint import save as save_checkpoint
 from babygpt.training.distributed import Ranks
 from hellaswag import Score, evaluate, load_examples, losses, picks, render
-from model import GPT, GPTConfig
+from model import GPT, build_model, config_from_dict
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 0, 1, CPU)
@@ -28,7 +28,8 @@ ROW = {
 
 def make_model(block_size: int = 64, **fields: object) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=block_size, vocab_size=300, n_layer=2, n_head=2, n_embd=16, **fields)).eval()
+    shape = {"block_size": block_size, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return build_model(config_from_dict(shape | fields)).eval()
 
 
 @pytest.fixture

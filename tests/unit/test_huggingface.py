@@ -17,8 +17,9 @@ import hellaswag
 import sample
 from babygpt.data.tokenizer import byte_level_bpe, is_gpt2, load_tokenizer
 from babygpt.errors import UserError
-from babygpt.nn.huggingface import read_config
-from model import GPT, GPTConfig, from_gpt2, to_gpt2
+from babygpt.nn.huggingface import export_tensors, import_tensors, read_config
+from babygpt.pretrained import Pretrained
+from model import GPT, GPTConfig, ModernConfig
 from tools.train_tokenizer import train_tokenizer
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
@@ -30,8 +31,14 @@ def reference(vocab_size: int = 300, **fields: object) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
+def imported(state: dict[str, torch.Tensor], vocab_size: int = 300) -> Pretrained:
+    config = vars(TINY) | {"vocab_size": vocab_size}
+    return Pretrained(config, import_tensors(state, config), load_tokenizer("gpt2"), "transformers")
+
+
 def ours_from(theirs: GPT2LMHeadModel) -> GPT:
-    return from_gpt2(theirs.state_dict(), GPTConfig(**{**vars(TINY), "vocab_size": theirs.config.vocab_size})).eval()
+    found = imported(theirs.state_dict(), theirs.config.vocab_size)
+    return found.build(lambda config: GPT(GPTConfig(**config))).eval()
 
 
 @torch.no_grad()
@@ -49,14 +56,15 @@ def test_loss_equals_transformers_where_all_logits_are_negative():
     theirs.transformer.ln_f.weight.mul_(0.01)
     theirs.transformer.ln_f.bias.fill_(-20.0)  # as in real GPT-2: far below the 0 of an empty row
     assert theirs(idx).logits.max() < -1
-    loss = ours_from(theirs)(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel()
+    loss = ours_from(theirs)(idx[:, :-1], idx[:, 1:])
     torch.testing.assert_close(loss, theirs(idx, labels=idx).loss, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 300])
 def test_weights_come_back_from_us_to_transformers_equal_to_the_bit(vocab_size):
     theirs = reference(vocab_size)
-    back = to_gpt2(ours_from(theirs))
+    ours = ours_from(theirs)
+    back = export_tensors(ours.state_dict(), vars(ours.config))
     expected = theirs.state_dict()
     assert set(expected) - {"lm_head.weight"} == set(back) - {"lm_head.weight"}
     assert all(torch.equal(back[name], expected[name]) for name in back)
@@ -68,24 +76,35 @@ def test_a_hugging_face_config_tells_the_architecture(tmp_path):
     reference().config.save_pretrained(tmp_path)
     assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"no GPT-2"):
+    with pytest.raises(UserError, match=r"is not a GPT-2: its model_type is 'llama'"):
         read_config(tmp_path / "config.json")
 
 
 def test_weights_of_another_shape_or_with_tensors_missing_are_refused_by_name():
     state = reference().state_dict()
-    with pytest.raises(UserError, match=r"wte.weight is \(300, 32\) in the weights, \(200, 32\) in the model"):
-        from_gpt2(state, GPTConfig(**{**vars(TINY), "vocab_size": 200}))
+    with pytest.raises(UserError, match=r"wte.weight has 300 rows, fewer than the vocabulary's 301"):
+        imported(state, 301)
+    state["transformer.h.0.mlp.c_fc.bias"] = torch.zeros(9)
     del state["transformer.h.1.mlp.c_fc.bias"]
-    with pytest.raises(UserError, match=r"lack h\.1\.mlp\.c_fc\.bias"):
-        from_gpt2(state, TINY)
+    state["transformer.surplus"] = torch.zeros(1)
+    with pytest.raises(UserError) as caught:
+        imported(state).build(lambda config: GPT(GPTConfig(**config)))
+    for line in ("h.0.mlp.c_fc.bias: (9,)", "h.1.mlp.c_fc.bias: missing", "surplus: (1,) in the weights, missing"):
+        assert line in str(caught.value)
 
 
 @torch.no_grad()
 def test_a_smaller_block_size_keeps_the_first_positions():
     theirs, idx = reference(), torch.randint(0, 300, (2, 16))
-    ours = from_gpt2(theirs.state_dict(), GPTConfig(**{**vars(TINY), "block_size": 16})).eval()
+    found = imported(theirs.state_dict()).adapt(vars(TINY) | {"block_size": 16, "dropout": 0.1})
+    ours = found.build(lambda config: GPT(GPTConfig(**config))).eval()
     torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fields", [{"n_kv_head": 2}, {"bias": False}, vars(ModernConfig())])
+def test_models_that_the_format_cannot_express_are_refused(fields):
+    with pytest.raises(UserError, match="cannot express this model"):
+        export_tensors({}, vars(TINY) | fields)
 
 
 @pytest.fixture(scope="module")

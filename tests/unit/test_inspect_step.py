@@ -39,9 +39,9 @@ def retold(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]:
     """A run over three epochs that was resumed at step 5 with half the batch, and the rows that each step was given."""
     out, steps, train_step = tmp_path_factory.mktemp("runs") / "retold", [], train.train_step
 
-    def traced(model, optimizer, data, *rest, **named):
-        steps.append([row.tolist() for batch in data.micro_batches for row in batch])
-        return train_step(model, optimizer, data, *rest, **named)
+    def traced(state, batch, *rest, **named):
+        steps.append([row.tolist() for micro_batch in batch.micro_batches for row in micro_batch])
+        return train_step(state, batch, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", traced)

@@ -1,21 +1,21 @@
-"""GPT-2, exactly: compared with a plain attention and published counts; and each switch by itself."""
+"""GPT-2, compared with a plain attention and published counts; the modern GPT, each switch by itself."""
 
 import math
 
 import pytest
 import torch
 
-from babygpt.errors import UserError
-from babygpt.nn.attention import attention, plain_attention, rotate, rotation
-from model import GPT, GPTConfig, Shared, norm, to_gpt2
-from train_config import PRESETS
+import model as model_script
+from babygpt.nn.attention import apply_rotary_emb, attention, plain_attention, rotary_cos_sin, training_backend
+from model import GPT, BlockInputs, GPTConfig, ModernConfig, ModernGPT, build_model, config_from_dict, norm
+from train_config import preset
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
 
 
 def tiny(**fields: object) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**vars(TINY), **fields})).eval()
+    return build_model(config_from_dict(vars(TINY) | fields)).eval()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -68,14 +68,15 @@ def test_the_loss_is_the_sum_over_the_targets_that_count():
     expected = sum(
         -logits[b, t, :300].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(32) if targets[b, t] >= 0
     )
-    torch.testing.assert_close(model(idx, targets), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model(idx, targets, reduction="sum"), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model(idx, targets), expected / 37, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
 def test_a_new_model_believes_in_nothing():
     model = GPT(GPTConfig(block_size=64, vocab_size=5000, n_layer=2, n_head=4, n_embd=128))
     idx = torch.randint(0, 5000, (4, 64))
-    assert abs(model(idx, torch.randint(0, 5000, (4, 64))) / 256 - math.log(5000)) < 0.1
+    assert abs(model(idx, torch.randint(0, 5000, (4, 64))) - math.log(5000)) < 0.1
 
 
 def test_initial_weights_have_gpt2s_deviations():
@@ -134,10 +135,30 @@ def test_more_tokens_than_the_block_size_are_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# what was found since GPT-2: each switch by itself
+# the modern GPT: each switch by itself
 
-MODERN = {name: value for name, value in vars(PRESETS["modern"].model).items() if value != vars(GPTConfig())[name]}
+MODERN = {name: value for name, value in vars(preset("modern").model).items() if value != vars(ModernConfig())[name]}
 MODERN = {name: value for name, value in MODERN.items() if name != "vocab_size"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"bias": False, "tie_head": False, "n_kv_head": 2}])
+def test_modern_gpt_with_all_switches_off_is_gpt2(fields):
+    """Weights, logits, losses and gradients are equal to the bit, with dropout too."""
+    models, found = [], []
+    for build, config in ((GPT, GPTConfig), (ModernGPT, ModernConfig)):
+        torch.manual_seed(0)
+        models.append(build(config(**vars(TINY) | fields)).train())
+    gpt2, modern = models
+    assert gpt2.state_dict().keys() == modern.state_dict().keys()
+    assert all(map(torch.equal, gpt2.parameters(), modern.parameters()))
+    for model in models:
+        torch.manual_seed(1)
+        loss = model(rows(), rows(seed=4))
+        loss.backward()
+        found.append([model(rows()), loss, *(parameter.grad for parameter in model.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 LONG_ROWS = {"document_mask": True, "eot_id": 299, "window": 9}
 
 
@@ -166,7 +187,7 @@ def test_every_switch_changes_the_logits(name):
     if name != "zero_init":
         switched.load_state_dict(plain.state_dict(), strict=False)  # of what both have
     for part, parameter in switched.named_parameters():
-        if part.endswith("_mix"):
+        if part.endswith("_lambdas"):
             parameter.add_(0.3)
     assert not torch.allclose(plain(idx)[..., :300], switched(idx)[..., :300], atol=1e-5)
 
@@ -176,12 +197,12 @@ def test_rope_depends_on_distances_alone_and_leaves_half_of_the_pairs_alone():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(i: int, j: int) -> torch.Tensor:
-        turned = [rotate(x, *rotation(torch.tensor([[at]]), 16)) for x, at in ((q, i), (k, j))]
-        return (turned[0] * turned[1]).sum()
+        rotated = [apply_rotary_emb(x, rotary_cos_sin(torch.tensor([[p]]), 16)) for x, p in ((q, i), (k, j))]
+        return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score(900, 880), score(20, 0), atol=1e-4, rtol=1e-4)
     assert abs(score(20, 0) - score(3, 0)) > 1e-3
-    cos, sin = rotation(torch.tensor([[1]]), 16)
+    cos, sin = rotary_cos_sin(torch.tensor([[1]]), 16)
     torch.testing.assert_close(torch.atan2(sin, cos)[0, 0, 0, [0, 3]], torch.tensor([1.0, 1 / 1024]))
     assert (cos[..., 4:] == 1).all()
     assert (sin[..., 4:] == 0).all()
@@ -221,7 +242,7 @@ def test_a_normed_embedding_has_no_scale():
 @torch.no_grad()
 def test_with_zero_init_a_new_model_is_exactly_undecided_and_its_blocks_pass_on_what_they_get():
     model, idx = tiny(zero_init=True, tie_head=False, bias=False), rows()
-    assert model(idx, idx) / idx.numel() == pytest.approx(math.log(300), rel=1e-6)
+    assert model(idx, idx) == pytest.approx(math.log(300), rel=1e-6)
     x = model.wte(idx) + model.wpe(torch.arange(32))
     torch.testing.assert_close(model.hidden(idx), model.ln_f(x))
 
@@ -231,7 +252,7 @@ def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
     model, idx = stirred(value_embeddings=2, n_layer=5, bias=False), rows()
     assert [block.attn.table for block in model.h] == [0, 1, -1, 0, 1]
     for block in (*model.h[:2], *model.h[3:]):
-        block.attn.v_mix.copy_(torch.tensor([0.0, 1.0]))
+        block.attn.value_lambdas.copy_(torch.tensor([0.0, 1.0]))
     before = model(idx)
     model.h[0].attn.c_attn.weight[64:].normal_()  # its own values, which nobody reads any more
     assert torch.equal(model(idx), before)
@@ -244,7 +265,7 @@ def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
 @torch.no_grad()
 def test_an_x0_shortcut_can_begin_anew_from_the_embedding():
     model, idx = stirred(x0_shortcut=True), rows()
-    model.h[2].x_mix.copy_(torch.tensor([0.0, 1.0]))
+    model.h[2].x0_lambdas.copy_(torch.tensor([0.0, 1.0]))
     before = model(idx)
     model.h[0].mlp.c_fc.weight.normal_()
     model.h[1].attn.c_attn.weight.normal_()
@@ -255,14 +276,14 @@ def test_an_x0_shortcut_can_begin_anew_from_the_embedding():
 @pytest.mark.parametrize("n_layer", [4, 5])
 def test_a_unet_hands_outputs_over_last_to_first(n_layer):
     model, idx = stirred(unet=True, n_layer=n_layer), rows()
-    model.skip_mix.copy_(torch.tensor([0.5, -2.0]))
+    model.skip_lambdas.copy_(torch.tensor([0.5, -2.0]))
     x, seen = model.wte(idx) + model.wpe(torch.arange(32)), []
     for i, block in enumerate(model.h):
         if i == n_layer - 2:
             x = x + 0.5 * seen[1]
         if i == n_layer - 1:
             x = x - 2.0 * seen[0]
-        x = x + block.attn(block.ln_1(x), Shared(None, None, None, None, []))
+        x = x + block.attn(block.ln_1(x), BlockInputs(None, None, x, None, []))
         x = x + block.mlp(block.ln_2(x))
         seen.append(x)
     torch.testing.assert_close(model.hidden(idx), model.ln_f(x))
@@ -275,7 +296,7 @@ def test_a_softcap_bounds_the_logits_that_are_sampled_and_scored():
     torch.testing.assert_close(capped(idx)[..., :300], expected, atol=1e-5, rtol=1e-5)
     assert (capped(idx)[..., 300:] == float("-inf")).all()
     targets = rows(seed=4)
-    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(capped(idx, targets), loss, rtol=1e-5, atol=0)
 
 
@@ -316,8 +337,8 @@ def test_a_cache_changes_nothing_with_any_switch(fields, pieces):
 def test_sequences_of_different_lengths_in_one_cache_are_as_each_alone(fields):
     model, idx = stirred(**fields), rows()
     idx[:, 20] = 299
-    begins = torch.tensor([0, 9])
-    cache = model.make_cache(2, torch.float32, begins)
+    starts = torch.tensor([0, 9])
+    cache = model.make_cache(2, torch.float32, starts)
     parts = [model(part, cache=cache) for part in idx.split([15, 1, 1, 15], dim=1)]
     together = torch.cat(parts, dim=1)[..., :300]
     torch.testing.assert_close(together[0], model(idx[:1])[0, :, :300], atol=1e-4, rtol=1e-4)
@@ -360,15 +381,15 @@ def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatc
         masks.append((type(mask).__name__, mask.shape[0]))
         return attention(q, k, v, mask, *rest)
 
-    monkeypatch.setattr("model.attention", seen)
+    monkeypatch.setattr(model_script, "attention", seen)
     for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=False)):
         model.zero_grad()
         loss = run(idx, targets)
         loss.backward()
         results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
+        monkeypatch.setattr("babygpt.nn.attention.FLEX_DEVICES", ("cpu",))
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # no CPU backward
-    texts = 2 if model.config.document_mask else 1
+    texts = 2 if model.config.document_mask else 1  # a mask for each, or one for both
     assert masks == [("Tensor", texts)] * 3 + [("BlockMask", texts)] * 3
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
@@ -386,12 +407,6 @@ def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatc
 )
 def test_the_attention_kernel_is_named(fields, compiled, expected, monkeypatch):
     """The start of a run prints the kernel that training will use: PyTorch's choice, or FlexAttention's."""
-    monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
-    assert tiny(**fields).train().attention_backend(compiled, bfloat16=True) == expected
-
-
-def test_a_modern_model_is_no_gpt2_for_hugging_face():
-    for name, value in MODERN.items():
-        if name != "tie_head":
-            with pytest.raises(UserError, match="no GPT-2"):
-                to_gpt2(tiny(**{name: value}))
+    monkeypatch.setattr("babygpt.nn.attention.FLEX_DEVICES", ("cpu",))
+    config = config_from_dict(vars(TINY) | fields)
+    assert training_backend(config, config.mask_rule, torch.device("cpu"), True, compiled) == expected

@@ -1,4 +1,4 @@
-"""The optimizer: who decays, how the rate moves, and a gate that the device alone works."""
+"""The optimizer: who decays, how the rate moves, and a guard that the device alone works."""
 
 import math
 import statistics
@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from babygpt.training.guard import Gate
+from babygpt.training.guard import UpdateGuard
 from babygpt.training.optim import (
     Muon,
     adamw,
-    learning_rate,
     load_optimizer_state,
     muon,
     optimizer_state,
     orthogonalize,
     parameter_groups,
-    set_rates,
+    set_learning_rates,
 )
-from model import GPT, GPTConfig
+from babygpt.training.schedule import LRSchedule
+from model import GPT, GPTConfig, ModernConfig, ModernGPT
 
 CPU = torch.device("cpu")
 
@@ -41,14 +41,14 @@ def test_matrices_decay_and_the_rest_does_not():
 
 def test_the_rate_warms_up_and_falls_by_a_cosine_over_what_is_left():
     def rate(step):
-        return learning_rate(step, max_lr=1.0, min_lr_ratio=0.1, warmup_steps=10, max_steps=110)
+        return LRSchedule(max_steps=110, warmup_steps=10, min_lr_ratio=0.1).learning_rate(step, max_lr=1.0)
 
     assert [rate(0), rate(4), rate(9)] == pytest.approx([0.1, 0.5, 1.0])
     assert rate(10) == 1.0
     assert rate(60) == pytest.approx(0.55), "half way between warm-up and end, not between 0 and end"
     assert rate(110) == pytest.approx(0.1)
     assert rate(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert learning_rate(0, 1.0, 0.1, warmup_steps=0, max_steps=1) == 1.0
+    assert LRSchedule(max_steps=1, min_lr_ratio=0.1).learning_rate(0, max_lr=1.0) == 1.0
 
 
 def test_a_step_equals_adamw_written_out():
@@ -73,15 +73,15 @@ def test_a_shut_gate_leaves_weights_and_moments_alone():
     (optimizer,) = optimizers = adamw(model, max_lr=0.01, weight_decay=0.1)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
-    for gate in (0.0, 1.0):
+    for guard in (0.0, 1.0):
         before = [p.detach().clone() for p in model.parameters()]
         state = optimizer_state(optimizers, model)
         optimizer.zero_grad()
-        (model(torch.arange(16)[None], torch.arange(16)[None]) * (1.0 if gate == 0 else math.nan)).backward()
-        optimizer.found_inf = torch.tensor(gate)
+        (model(torch.arange(16)[None], torch.arange(16)[None]) * (1.0 if guard == 0 else math.nan)).backward()
+        optimizer.found_inf = torch.tensor(guard)
         optimizer.step()
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        assert same == (gate == 1)
+        assert same == (guard == 1)
     after = optimizer_state(optimizers, model)
     assert all(torch.equal(after[name][key], state[name][key]) for name in state for key in state[name])
     assert after["wte.weight"]["step"] == 1
@@ -189,7 +189,7 @@ def test_queries_keys_and_values_are_orthogonalised_apart():
 def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
     torch.manual_seed(0)
     fields = {"tie_head": False, "value_embeddings": 1, "x0_shortcut": True, "unet": True, "n_kv_head": 1}
-    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **fields))
+    model = ModernGPT(ModernConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **fields))
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
     names = {p: name for name, p in model.named_parameters()}
     rates = {names[p]: g["max_lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -198,7 +198,8 @@ def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
         f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     assert (rates["wte.weight"], rates["vte.0.weight"], rates["lm_head.weight"]) == (0.6, 0.6, 0.008)
-    assert rates["skip_mix"] == rates["h.1.attn.v_mix"] == rates["h.0.x_mix"] == rates["ln_f.bias"] == 0.03
+    scalars = ("skip_lambdas", "h.1.attn.value_lambdas", "h.0.x0_lambdas", "ln_f.bias")
+    assert {rates[name] for name in scalars} == {0.03}
     assert optimizers[0].splits[model.h[0].attn.c_attn.weight] == [8, 4, 4]
 
 
@@ -240,7 +241,7 @@ def test_a_shut_gate_leaves_muon_alone_too():
 
 def test_a_constant_rate_cools_down_linearly():
     def rate(step):
-        return learning_rate(step, 1.0, 0.0, warmup_steps=0, max_steps=100, cooldown=0.4)
+        return LRSchedule(max_steps=100, cooldown=0.4).learning_rate(step, max_lr=1.0)
 
     assert [rate(0), rate(30), rate(60)] == [1.0, 1.0, 1.0]
     assert [rate(70), rate(80), rate(99), rate(100)] == pytest.approx([0.75, 0.5, 0.025, 0.0])
@@ -249,60 +250,61 @@ def test_a_constant_rate_cools_down_linearly():
 def test_momentum_warms_up_and_every_group_gets_its_own_rate():
     model = tiny()
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
-    assert set_rates(optimizers, 0, 0.0, 2, 100, 0.4, momentum_warmup_steps=10) == 0.02
+    schedule = LRSchedule(max_steps=100, warmup_steps=2, cooldown=0.4, momentum_warmup_steps=10)
+    assert set_learning_rates(optimizers, schedule, 0) == 0.02
     assert optimizers[0].param_groups[0]["momentum"] == 0.85
-    set_rates(optimizers, 5, 0.0, 2, 100, 0.4, momentum_warmup_steps=10)
+    set_learning_rates(optimizers, schedule, 5)
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.90)
-    set_rates(optimizers, 80, 0.0, 2, 100, 0.4, momentum_warmup_steps=10)
+    set_learning_rates(optimizers, schedule, 80)
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
     assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.02, 0.3, 0.004, 0.015])
     assert optimizers[1].param_groups[1]["params"] == [model.wte.weight], "a tied table is a head"
-    set_rates(optimizers, 0, 0.0, 2, 100, 0.4, momentum_warmup_steps=0)
+    set_learning_rates(optimizers, LRSchedule(max_steps=100), 0)
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the gate
+# the guard
 
 
-def judged(gate: Gate, losses: list[float]) -> list[tuple[float, float]]:
-    return [tuple(t.item() for t in gate.judge(torch.tensor(loss), torch.tensor(1.0))) for loss in losses]
+def judged(guard: UpdateGuard, losses: list[float]) -> list[tuple[float, float]]:
+    return [tuple(t.item() for t in guard.judge(torch.tensor(loss), torch.tensor(1.0))) for loss in losses]
 
 
 def test_a_spike_is_held_back_and_changes_little_of_what_is_usual():
     generator = torch.Generator().manual_seed(0)
-    usual = (3 + 0.1 * torch.randn(Gate.WINDOW, generator=generator)).tolist()
-    gate = Gate(CPU, skip_spikes=6.0)
-    assert all(held == 0 and z == 0 for held, z in judged(gate, usual)), "nothing is known yet"
-    [(held, z)] = judged(gate, [5.0])
+    usual = (3 + 0.1 * torch.randn(UpdateGuard.WINDOW, generator=generator)).tolist()
+    guard = UpdateGuard(CPU, skip_spikes=6.0)
+    assert all(held == 0 and z == 0 for held, z in judged(guard, usual)), "nothing is known yet"
+    [(held, z)] = judged(guard, [5.0])
     assert held == 1
     assert z == pytest.approx((5.0 - statistics.mean(usual)) / statistics.stdev(usual), rel=1e-4)
-    [(held, z), (held_again, _)] = judged(gate, [3.1, 5.0])
+    [(held, z), (held_again, _)] = judged(guard, [3.1, 5.0])
     assert (held, held_again) == (0, 1)
     assert abs(z) < 2
-    assert judged(Gate(CPU, None, usual), [5.0])[0][0] == 0, "only where it is asked for"
-    assert judged(Gate(CPU, 6.0, gate.losses()), [5.0])[0] == judged(gate, [5.0])[0], "goes on as it was"
+    assert judged(UpdateGuard(CPU, None, usual), [5.0])[0][0] == 0, "only where it is asked for"
+    assert judged(UpdateGuard(CPU, 6.0, guard.losses()), [5.0])[0] == judged(guard, [5.0])[0], "goes on as it was"
 
 
 def test_a_rise_that_lasts_is_not_held_back_for_ever():
-    gate = Gate(CPU, skip_spikes=3.0)
-    judged(gate, [3.0 + 0.01 * (i % 5) for i in range(Gate.WINDOW)])
-    held = [held for held, _ in judged(gate, [4.0] * 200)]
+    guard = UpdateGuard(CPU, skip_spikes=3.0)
+    judged(guard, [3.0 + 0.01 * (i % 5) for i in range(UpdateGuard.WINDOW)])
+    held = [held for held, _ in judged(guard, [4.0] * 200)]
     assert held[0] == 1
     assert held[-1] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_holds_back_all_that_follows(bad):
-    for gate in (Gate(CPU), Gate(CPU, 6.0)):
-        assert judged(gate, [3.0, bad, 3.0])[0][0] == 0
-        assert [held for held, _ in judged(gate, [3.0, 3.0])] == [1, 1]
-    gate = Gate(CPU)
-    assert gate.judge(torch.tensor(3.0), torch.tensor(bad))[0] == 1
+    for guard in (UpdateGuard(CPU), UpdateGuard(CPU, 6.0)):
+        assert judged(guard, [3.0, bad, 3.0])[0][0] == 0
+        assert [held for held, _ in judged(guard, [3.0, 3.0])] == [1, 1]
+    guard = UpdateGuard(CPU)
+    assert guard.judge(torch.tensor(3.0), torch.tensor(bad))[0] == 1
 
 
 def test_zero_gradient_norm_halts_all_updates():
     """A norm of exactly zero is an error of the model or a kernel: no update is applied from there on."""
-    gate = Gate(CPU)
+    guard = UpdateGuard(CPU)
     loss = torch.tensor(3.0)
-    assert [gate.judge(loss, torch.tensor(norm))[0] for norm in (1e-30, 0.0, 1.0)] == [0, 1, 1]
+    assert [guard.judge(loss, torch.tensor(norm))[0] for norm in (1e-30, 0.0, 1.0)] == [0, 1, 1]

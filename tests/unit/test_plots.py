@@ -5,7 +5,7 @@ from support.helpers import call
 
 from babygpt.errors import UserError
 from babygpt.training import plots
-from babygpt.training.metrics import Log
+from babygpt.training.log import Log
 from tools import plot
 
 

@@ -8,29 +8,33 @@ from torch._dynamo.testing import CompileCounter
 import sample as sample_script
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
-from babygpt.nn.generation import choose, generate, read_on
+from babygpt.nn import generation
+from babygpt.nn.generation import SamplingParams, decode_step, generate, sample_token
 from babygpt.training.checkpoint import model_tensors, save
-from model import GPT, GPTConfig
+from model import GPT, build_model, config_from_dict
 from sample import sample
 
 
 def make_model(**fields: object) -> GPT:
     torch.manual_seed(0)
     config = {"block_size": 256, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.2}
-    model = GPT(GPTConfig(**config | fields))
+    model = build_model(config_from_dict(config | fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)  # sharper than at the start, so that one token leads clearly
     return model.eval()
 
 
+def greedy(max_new_tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens, temperature=0)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_greedy_tokens_with_a_cache_equal_those_without_over_200_tokens(kv_heads):
     model = make_model(n_kv_head=kv_heads)
-    prompt = torch.randint(0, 300, (2, 10))
-    cached = torch.stack(list(generate(model, prompt, 200, temperature=0)), dim=1)
-    tokens = prompt
+    tokens = torch.randint(0, 300, (2, 10))
+    cached = torch.tensor(list(generate(model, tokens.tolist(), greedy(200)))).T
     for _ in range(200):
         tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(cached, tokens[:, 10:])
@@ -41,23 +45,22 @@ def test_a_token_costs_one_tokens_work(monkeypatch):
     lengths = []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda idx, cache: (lengths.append(idx.size(1)), hidden(idx, cache))[1])
-    list(generate(model, torch.zeros(1, 10, dtype=torch.int64), 50))
+    list(generate(model, [[0] * 10], SamplingParams(50)))
     assert lengths == [10] + [1] * 49
 
 
 @torch.no_grad()
 def test_a_full_context_lets_its_older_half_go_and_writing_goes_on():
     model = make_model(block_size=16)
-    prompt = torch.randint(0, 300, (1, 10))
-    context = prompt[0].tolist()
-    for token in generate(model, prompt, 60, temperature=0):
+    context = torch.randint(0, 300, (10,)).tolist()
+    for (token,) in generate(model, [context[:]], greedy(60)):
         assert token == model(torch.tensor([context]))[0, -1].argmax()
-        context.append(token.item())
+        context.append(token)
         if len(context) > 16:
             context = context[-8:]
     torch.manual_seed(1)
     prompt = torch.randint(0, 300, (1, 40))
-    first = next(generate(model, prompt, 1, temperature=0))
+    (first,) = next(generate(model, prompt.tolist(), greedy(1)))
     assert first == model(prompt[:, -16:])[:, -1].argmax()
 
 
@@ -73,8 +76,8 @@ def test_several_prompts_at_once_get_what_each_gets_alone(fields, dataset):
         long += " of data"
     prompts = ["the", long, "a shard"]
     assert len(tokenizer.encode(long)) < 64, "its context gets full, and theirs is moved on with it"
-    together = sample(model, tokenizer, prompts, 25, 0.0, None, None, 0, "float32")
-    assert together == [sample(model, tokenizer, [p], 25, 0.0, None, None, 0, "float32")[0] for p in prompts]
+    together = sample(model, tokenizer, prompts, greedy(25))
+    assert together == [sample(model, tokenizer, [prompt], greedy(25))[0] for prompt in prompts]
     assert len(set(together)) == 3
 
 
@@ -85,8 +88,8 @@ def test_padding_is_never_drawn_even_where_all_logits_are_negative():
         model.ln_f.weight.mul_(0.01)
         model.ln_f.bias.fill_(-5.0)
     for temperature in (0.0, 5.0):
-        tokens = torch.cat(list(generate(model, torch.zeros(64, 1, dtype=torch.int64), 15, temperature, top_k=None)))
-        assert tokens.max() < 300
+        params = SamplingParams(15, temperature, top_k=None)
+        assert torch.tensor(list(generate(model, [[0]] * 64, params))).max() < 300
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
@@ -94,7 +97,8 @@ def test_top_k_and_top_p_keep_the_likeliest():
     generator = torch.Generator().manual_seed(0)
 
     def drawn(top_k=None, top_p=None, temperature=1.0):
-        return torch.bincount(choose(logits, temperature, top_k, top_p, generator), minlength=5) / 2000
+        params = SamplingParams(1, temperature, top_k, top_p)
+        return torch.bincount(sample_token(logits, params, generator), minlength=5) / 2000
 
     torch.testing.assert_close(drawn(), torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), atol=0.04, rtol=0)
     torch.testing.assert_close(drawn(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=0.04, rtol=0)
@@ -108,7 +112,7 @@ def test_a_seed_gives_the_same_texts_and_no_random_state_is_touched(dataset):
     model.train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    texts = [sample(model, tokenizer, ["the model"] * 3, 20, 1.0, 50, None, seed) for seed in (1, 1, 2)]
+    texts = [sample(model, tokenizer, ["the model"] * 3, SamplingParams(20, seed=seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert len(set(texts[0])) == 3
     assert torch.equal(before, torch.get_rng_state())
@@ -117,12 +121,13 @@ def test_a_seed_gives_the_same_texts_and_no_random_state_is_touched(dataset):
 
 def test_a_text_ends_at_its_end_of_text(dataset, monkeypatch):
     model, tokenizer = make_model(), load_tokenizer(dataset)
-    script = [[10, 11], [12, tokenizer.eot_id], [13, 14], [tokenizer.eot_id, 15], [16, 17]]
-    monkeypatch.setattr(sample_script, "generate", lambda *args: iter(torch.tensor(script)))
+    script = iter([[10, 11], [12, tokenizer.eot_id], [13, 14], [tokenizer.eot_id, 15], [16, 17]])
+    monkeypatch.setattr(generation, "sample_token", lambda *_: torch.tensor(next(script)))
     shown = []
-    texts = sample(model, tokenizer, ["the"] * 2, 5, 1.0, None, None, 0, show=shown.append)
+    texts = sample(model, tokenizer, ["the"] * 2, SamplingParams(5), shown.append)
     assert texts == [tokenizer.decode([10, 12, 13]), tokenizer.decode([11])]
     assert "".join(shown) == texts[0]
+    assert next(script) == [16, 17], "no token is sampled after all texts have ended"
 
 
 @pytest.fixture
@@ -137,13 +142,23 @@ def test_a_prompt_comes_behind_an_end_of_text(dataset, monkeypatch):
     model, tokenizer, seen = make_model(), load_tokenizer(dataset), []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda idx, cache: (seen.append(idx.tolist()), hidden(idx, cache))[1])
-    sample(model, tokenizer, ["the model"] * 2, 1, 1.0, None, None, 0)
+    sample(model, tokenizer, ["the model"] * 2, SamplingParams(1))
     assert seen == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
 
 
 def test_sampling_works_under_bfloat16(dataset):
     model, tokenizer = make_model(), load_tokenizer(dataset)
-    assert len(sample(model, tokenizer, ["the model"] * 2, 20, 1.0, 50, 0.9, 0, dtype="bfloat16")) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(sample(model, tokenizer, ["the model"] * 2, SamplingParams(20, top_p=0.9))) == 2
+
+
+def test_generate_returns_prompt_and_continuation(run):
+    """GPT.generate writes the same text as sample.py."""
+    model = GPT.from_pretrained(run)
+    text = model.generate("the model", max_new_tokens=20, seed=3)
+    params = SamplingParams(20, seed=3)
+    assert text == "the model" + sample(model, model.tokenizer, ["the model"], params)[0]
+    assert text != model.generate("the model", max_new_tokens=20, seed=4)
 
 
 def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):
@@ -163,15 +178,15 @@ def test_without_a_prompt_it_asks_until_an_empty_line(run, capsys, monkeypatch):
     assert "a shard" in out
 
 
-def test_compiled_decoding_writes_the_same_and_is_not_compiled_anew_for_every_token():
+def test_compiled_decoding_writes_the_same_and_is_not_compiled_anew_for_every_token(monkeypatch):
     torch._dynamo.reset()
     model, counter = make_model(document_mask=True, eot_id=299, window=9), CompileCounter()
-    prompts, begins = torch.randint(0, 300, (2, 10)), torch.tensor([0, 4])
-    plain = list(generate(model, prompts, 60, 1.0, generator=torch.Generator().manual_seed(0), begins=begins))
-    decode = torch.compile(read_on, dynamic=True, fullgraph=True, backend=counter)
-    generator = torch.Generator().manual_seed(0)
-    compiled = list(generate(model, prompts, 60, 1.0, generator=generator, begins=begins, decode=decode))
-    assert all(map(torch.equal, plain, compiled))
+    prompts = torch.randint(0, 300, (2, 10)).tolist()
+    prompts[1] = prompts[1][4:]
+    plain = list(generate(model, prompts, SamplingParams(60)))
+    compiled_decode_step = torch.compile(decode_step, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(generation, "compile_decode_step", lambda: compiled_decode_step)
+    assert list(generate(model, prompts, SamplingParams(60, compile=True))) == plain
     assert counter.frame_count == 1
 
 

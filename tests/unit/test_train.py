@@ -17,7 +17,8 @@ import train
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks
-from babygpt.training.metrics import COLUMNS, read_log
+from babygpt.training.log import COLUMNS, read_log
+from model import GPT
 
 # ---------------------------------------------------------------------------------------------------------
 # what a run leaves
@@ -50,11 +51,11 @@ def test_a_run_uses_the_compiled_model_and_its_switches(dataset, tmp_path, monke
             super().__init__()
             self.model, self.config = model, model.config
 
-        def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        def forward(self, idx: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
             assert self.model.training == self.training
             assert self.model.bf16_activations
             forwards.append("training" if self.training else "validation")
-            return self.model(idx, targets)
+            return self.model(idx, targets, reduction=reduction)
 
     monkeypatch.setattr(torch, "compile", Compiled)
     monkeypatch.setattr(Ranks, "data_parallel", lambda self, model, bf16: wrapped.append(bf16) or model)
@@ -106,7 +107,7 @@ def test_a_stop_signal_saves_ends_well_and_loses_nothing(unbroken, dataset, tmp_
             break
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    stopped_at = int(re.search(r"stopped at step (\d+), saved", rest).group(1))
+    stopped_at = int(re.search(r"stopped at step (\d+) and saved", rest).group(1))
     assert 4 <= stopped_at < STEPS
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
     call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
@@ -155,9 +156,9 @@ def test_a_step_is_the_same_whatever_the_micro_batch(dataset, tmp_path):
 def test_looking_on_is_done_without_gradients_and_without_dropout(dataset, tmp_path, monkeypatch):
     forward, seen = train.GPT.hidden, []
 
-    def watched(self, idx, cache=None, **layout):
+    def watched(self, *args, **kwargs):
         seen.append((torch.is_grad_enabled(), self.training))
-        return forward(self, idx, cache, **layout)
+        return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(train.GPT, "hidden", watched)
     line = flags(
@@ -204,12 +205,13 @@ def test_a_step_that_is_not_finite_is_not_applied_logged_or_saved(dataset, tmp_p
     step_of = train.train_step
     steps = []
 
-    def poisoned(model, optimizer, data, *rest, **named):
+    def poisoned(state, *rest, **named):
+        model = state.model
         before = [p.detach().clone() for p in model.parameters()]
         if len(steps) == 5:
             with torch.no_grad():
                 model.wte.weight[0, 0] = float("inf")  # in the forward pass of this step alone
-        status = step_of(model, optimizer, data, *rest, **named)
+        status = step_of(state, *rest, **named)
         if len(steps) == 5:
             with torch.no_grad():
                 model.wte.weight[0, 0] = before[0][0, 0]
@@ -217,7 +219,7 @@ def test_a_step_that_is_not_finite_is_not_applied_logged_or_saved(dataset, tmp_p
         return status
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(UserError, match=r"step 5: loss is .*, gradient norm nan"):
+    with pytest.raises(UserError, match=r"Step 5: the loss is .*, the gradient norm nan"):
         call(
             train.main,
             *flags(
@@ -241,19 +243,19 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
     forward, applied = train.GPT.forward, []
     step_of = train.train_step
 
-    def counted(model, *args, **named):
-        before = [p.detach().clone() for p in model.parameters()]
-        status = step_of(model, *args, **named)
-        applied.append(not all(map(torch.equal, before, model.parameters())))
+    def counted(state, *args, **named):
+        before = [p.detach().clone() for p in state.model.parameters()]
+        status = step_of(state, *args, **named)
+        applied.append(not all(map(torch.equal, before, state.model.parameters())))
         return status
 
-    def constant(self, *args):
-        loss = forward(self, *args)
+    def constant(self, *args, **named):
+        loss = forward(self, *args, **named)
         return loss - loss + loss.detach() if len(applied) == 3 and self.training else loss
 
     monkeypatch.setattr(train, "train_step", counted)
     monkeypatch.setattr(train.GPT, "forward", constant)
-    with pytest.raises(UserError, match=r"step 3: the gradient norm is exactly 0 at a loss of \d\.\d+\."):
+    with pytest.raises(UserError, match=r"Step 3: the gradient norm is exactly 0 at a loss of \d\.\d+, "):
         call(train.main, *flags(dataset, tmp_path / "zero", saving__every_n_steps=7, optimizer__grad_clip=clip))
     assert applied[:4] == [True, True, True, False]
     assert not any(applied[4:])
@@ -266,7 +268,7 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
 
 def test_a_folder_with_a_run_is_not_overwritten(unbroken, dataset):
     before = (unbroken / "log.csv").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a run already.*--general.init-from resume.*--general.out-dir"):
+    with pytest.raises(ConfigError, match=r"already contains a run.*--general.init-from resume.*--general.out-dir"):
         call(train.main, *flags(dataset, unbroken))
     assert (unbroken / "log.csv").read_bytes() == before
 
@@ -292,7 +294,7 @@ def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(
     for path in checkpoint.checkpoints(out):
         (path / "model.safetensors").write_bytes(b"")
     before = {name: (out / name).read_bytes() for name in ("log.csv", "samples.txt", "config.json")}
-    with pytest.raises(ConfigError, match="none of the 2 checkpoints"):
+    with pytest.raises(ConfigError, match="None of the 2 checkpoints"):
         call(train.main, *flags(dataset, out, general__init_from="resume"))
     assert before == {name: (out / name).read_bytes() for name in before}
 
@@ -308,19 +310,21 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_bega
 
 def test_ranks_that_see_different_checkpoints_do_not_begin(unbroken, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Ranks, "gather", lambda self, number: [number, number if number >= 0 else number - 1])
-    with pytest.raises(ConfigError, match="the ranks see different checkpoints"):
+    with pytest.raises(ConfigError, match="The ranks see different checkpoints"):
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
 
 
-def test_a_checkpoint_from_before_a_switch_of_the_model_existed_goes_on(unbroken, dataset, tmp_path):
-    out = cut_back_to(unbroken, 6, tmp_path / "older")
+@pytest.mark.parametrize("version", [1, 3])
+def test_checkpoint_of_another_format_is_refused(version, unbroken, dataset, tmp_path):
+    """Neither a resume nor a reader of the weights takes a checkpoint that an earlier or later version wrote."""
+    out = cut_back_to(unbroken, 6, tmp_path / "other")
     found = checkpoint.load(checkpoint.latest(out))
-    del found.state["optimizer"]
-    for name in ("rope", "window", "document_mask", "logit_softcap"):
-        del found.state["model"][name]
-    checkpoint.save(out, 6, found.model, found.optimizer, found.state, keep=0)
-    call(train.main, *flags(dataset, out, general__init_from="resume"))
-    assert_equal_to_the_bit(out, unbroken)
+    checkpoint.save(out, 6, found.model, found.optimizer, found.state | {"format": version}, keep=0)
+    message = f"has checkpoint format {version}, but this version of BabyGPT reads format 2"
+    with pytest.raises(UserError, match=message):
+        call(train.main, *flags(dataset, out, general__init_from="resume"))
+    with pytest.raises(UserError, match=message):
+        GPT.from_pretrained(out)
 
 
 def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
@@ -331,7 +335,7 @@ def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
 def test_a_resume_tells_what_else_has_changed(unbroken, dataset, tmp_path, capsys):
     out = cut_back_to(unbroken, 10, tmp_path / "stopped")
     call(train.main, *flags(dataset, out, general__init_from="resume", optimizer__max_lr=1e-3))
-    assert "optimizer.max_lr was 0.01, is 0.001 now" in capsys.readouterr().out
+    assert "optimizer.max_lr was 0.01, is now 0.001" in capsys.readouterr().out
 
 
 def test_weights_of_another_run_can_begin_one(unbroken, dataset, tmp_path):
@@ -371,23 +375,28 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"training__batch_tokens": 250}, "--training.batch-tokens 250: must be a multiple of micro_batch_size 4"),
-        ({"model__n_head": 3}, "--model.n-embd 16: must be a multiple of n_head 3"),
+        ({"training__batch_tokens": 250}, "--training.batch-tokens 250 is not divisible by micro_batch_size x"),
+        ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by n_head 3"),
         ({"data__dataset": "data/none"}, "there is no data set at data/none"),
         ({"training__batch_tokens": 4096}, "an epoch has no step"),
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
-        ({"model__eot_id": 7}, "--model.eot-id 7 is not the 299"),
-        ({"model__value_embeddings": 2}, "--model.value-embeddings 2: give at most half of n_layer 2"),
-        ({"model__block_size": 512}, "validation tokens, not one row of block_size 512"),
-        ({"general__init_from": "out/none"}, "there is no model at out/none"),
+        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not the 299"),
+        ({"preset": "modern", "model__value_embeddings": 2}, "--model.value-embeddings 2 is more than half of n_layer"),
+        ({"model__rope": []}, "--model.rope: the preset gpt2 has no such switch"),
+        (
+            {"model__block_size": 512, "training__batch_tokens": 2048},
+            "validation tokens, fewer than one row of",
+        ),
+        ({"general__init_from": "out/none"}, "There is no model at out/none"),
     ],
 )
 def test_user_errors_are_one_message(change, words, dataset, tmp_path, capsys):
     """Exit code 2, a message, no traceback, and nothing is left of the run."""
+    tables = {"model__value_embeddings": 1} if change.get("preset") == "modern" else {}
     with pytest.raises(SystemExit) as end:
-        call(lambda: run(train.main), *flags(dataset, tmp_path / "never", **change))
+        call(lambda: run(train.main), *flags(dataset, tmp_path / "never", **tables | change))
     assert end.value.code == 2
     out, err = capsys.readouterr()
     assert words in err + out
@@ -400,10 +409,10 @@ def test_user_error_ends_the_script_with_exit_code_2(dataset, tmp_path):
     line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", model__n_head=3)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --model.n-embd 16: must be a multiple of n_head 3."
+    assert done.stderr.strip() == "error: --model.n-embd 16 is not divisible by n_head 3. Use a multiple of 3."
 
 
 def test_all_mistakes_are_told_at_once(dataset, tmp_path):
     with pytest.raises(ConfigError) as raised:
-        call(train.main, *flags("data/none", tmp_path, model__n_head=3, sampling__top_p=2.0))
-    assert all(words in str(raised.value) for words in ("data/none", "n_head 3", "--sampling.top-p 2.0"))
+        call(train.main, *flags(dataset, tmp_path, model__n_head=3, sampling__top_p=2.0, optimizer__eps=0))
+    assert all(words in str(raised.value) for words in ("n_head 3", "--sampling.top-p 2.0", "--optimizer.eps 0.0"))

@@ -1,20 +1,21 @@
 """Settings: presets are what they say, flags change one field, mistakes are told."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from babygpt.errors import ConfigError
-from model import GPT
+from babygpt.training.run_dir import differences
+from model import ModernConfig, build_model
 from train_config import (
     PRESETS,
     Config,
-    check,
-    differences,
     micro_batch_warning,
     parse,
+    preset,
     resolve,
     to_json,
     variant,
@@ -22,9 +23,17 @@ from train_config import (
 )
 
 
+def problems(config: Config, world_size: int = 1) -> list[str]:
+    try:
+        resolve(config, world_size)
+    except ConfigError as error:
+        return [line.strip() for line in str(error).splitlines() if line.strip().startswith("--")]
+    return []
+
+
 def parameters(name: str, vocab_size: int = 50257) -> int:
     with torch.device("meta"):
-        return GPT(dataclasses.replace(PRESETS[name].model, vocab_size=vocab_size)).num_params()
+        return build_model(dataclasses.replace(preset(name).model, vocab_size=vocab_size)).num_params()
 
 
 def test_the_default_is_gpt2_124m_on_10_billion_tokens():
@@ -53,13 +62,13 @@ def test_presets_have_the_size_they_are_known_by(name, millions):
 def test_every_preset_passes_the_checks(name, world_size):
     if (name, world_size) == ("demo", 8):
         return  # a demo is for one or two processes
-    assert check(variant(PRESETS[name], model={"vocab_size": 50257}), world_size) == []
+    assert problems(preset(name), world_size) == []
 
 
 def test_a_flag_changes_its_field_alone():
     _, config = parse(["smollgpt", "--model.dropout", "0.2", "--general.mode", "val", "eval", "--model.no-bias"])
     expected = variant(
-        PRESETS["smollgpt"],
+        preset("smollgpt"),
         model={"dropout": 0.2, "bias": False},
         general={"mode": ("val", "eval"), "out_dir": Path("out/smollgpt")},
     )
@@ -74,11 +83,11 @@ def test_help_shows_every_field_with_its_comment(capsys):
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default_factory()):
             assert f"--{section.name}.{field.name.replace('_', '-')}" in text or field.type is bool
-    assert "tokens an optimizer step, over all ranks" in text
+    assert "tokens per optimizer step, over all ranks" in text
 
 
 def test_an_unknown_preset_gets_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"no preset 'gpt2-medum'. Did you mean gpt2-medium\?"):
+    with pytest.raises(ConfigError, match=r"no preset 'gpt2-medum'. Did you mean 'gpt2-medium'\?"):
         parse(["gpt2-medum"])
 
 
@@ -95,7 +104,7 @@ def test_an_unknown_preset_gets_the_nearest_name():
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_told_with_its_flag(section, field, value):
-    (problem,) = check(variant(Config(), **{section: {field: value}}), world_size=8)
+    (problem,) = problems(variant(Config(), **{section: {field: value}}), world_size=8)
     assert problem.startswith(f"--{section}.{field.replace('_', '-')} ")
 
 
@@ -108,16 +117,16 @@ def test_text_that_no_file_can_hold_is_refused_by_its_flag():
 
 def test_all_problems_are_told_whatever_their_kind():
     config = variant(Config(), training={"max_steps": 0}, optimizer={"beta1": 2.0}, sampling={"top_p": 2.0})
-    assert len(check(config, 1)) == 3
-    assert len(check(variant(Config(), model={"n_head": 7}, sampling={"top_p": 2.0}), 1)) == 2
+    assert len(problems(config)) == 3
+    assert len(problems(variant(Config(), model={"n_head": 7}, sampling={"top_p": 2.0}))) == 2
 
 
 def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
-    (problem,) = check(variant(Config(), training={"micro_batch_size": 16}), world_size=3)
-    assert "micro_batch_size 16 x block_size 1,024 x 3 ranks = 49,152, such as 491,520" in problem
-    (problem,) = check(Config(), world_size=3)
-    assert "multiple of block_size 1,024 x 3 ranks = 3,072, such as 522,240" in problem
-    assert check(variant(Config(), general={"mode": ("eval",)}), world_size=3) == []
+    (problem,) = problems(variant(Config(), training={"micro_batch_size": 16}), world_size=3)
+    assert "micro_batch_size x block_size x ranks = 16 x 1,024 x 3 = 49,152. Use a multiple of 49,152" in problem
+    (problem,) = problems(Config(), world_size=3)
+    assert "block_size x ranks = 1,024 x 3 = 3,072. Use a multiple of 3,072, such as 522,240." in problem
+    assert problems(variant(Config(), general={"mode": ("eval",)}), world_size=3) == []
 
 
 @pytest.mark.parametrize(
@@ -128,14 +137,14 @@ def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
         (25e9, 8, {}, 32),
         (42e9, 8, {}, 64),
         (141e9, 1, {}, 64),
-        (42e9, 8, PRESETS["modern"], 32),
-        (85e9, 8, PRESETS["modern"], 64),
+        (42e9, 8, preset("modern"), 32),
+        (85e9, 8, preset("modern"), 64),
         (42e9, 16, {}, 32),  # each of 16 ranks has 32 of the 512 rows
         (42e9, 1, {"training": {"batch_tokens": 60 * 1024}}, 60),
         (42e9, 1, {"training": {"batch_tokens": 67 * 1024}}, 1),
-        (85e9, 1, PRESETS["gpt2-medium"], 32),
-        (85e9, 1, PRESETS["gpt2-xl"], 8),
-        (25e9, 1, PRESETS["gpt2-xl"], 1),  # the weights and moments alone need more
+        (85e9, 1, preset("gpt2-medium"), 32),
+        (85e9, 1, preset("gpt2-xl"), 8),
+        (25e9, 1, preset("gpt2-xl"), 1),  # the weights and moments alone need more
         (141e9, 1, {"training": {"micro_batch_size": 5}}, 5),  # an explicit value stays, even if it does not divide
     ],
 )
@@ -160,3 +169,41 @@ def test_differences_name_the_field_and_both_values():
         ("model.n_layer", 12, 6),
         ("optimizer.max_lr", 6e-4, 1e-3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"training": {"max_step": 10}}, "training has no field 'max_step'. Did you mean 'max_steps'?"),
+        ({"trainig": {"max_steps": 10}}, "has no section 'trainig'. Did you mean 'training'?"),
+        ({"training": {"max_steps": "10"}}, "--training.max-steps '10' is not an integer. Use an integer."),
+        ({"optimizer": {"max_lr": (3e-4,)}}, "--optimizer.max-lr (0.0003,) is not a number. Use a number."),
+        ({"training": ({"max_steps": 10},)}, "training is ({'max_steps': 10},), not a dictionary. Remove a comma"),
+        ({"general": {"mode": "train"}}, "--general.mode 'train' is not a tuple"),
+        ({"training": {"max_steps": 0}, "optimizer": {"eps": 0.0}}, "--optimizer.eps 0.0 is out of range"),
+        ({"model": {"rop": True}}, "model has no field 'rop'. Did you mean 'rope'?"),
+    ],
+)
+def test_mistake_in_a_preset_names_preset_section_and_field(sections, words, monkeypatch):
+    """The one file to edit: a wrong name, type or value is a message, not a traceback."""
+    monkeypatch.setitem(PRESETS, "mine", sections)
+    with pytest.raises(ConfigError, match=re.escape(words)) as raised:
+        parse(["mine"])
+    assert str(raised.value).startswith("The preset 'mine' in train_config.py does not work:")
+
+
+def test_modern_switch_on_a_classic_preset_names_modern():
+    for flag in ("--model.rope", "--model.no-unet", "--model.window=5"):
+        with pytest.raises(ConfigError, match=f"{flag.split('=')[0]}: the preset smollgpt .* preset modern"):
+            parse(["smollgpt", flag])
+    _, config = parse(["modern", "--model.no-rope", "--model.window", "5"])
+    assert isinstance(config.model, ModernConfig)
+    assert (config.model.rope, config.model.window) == (False, 5)
+
+
+def test_resolve_reads_no_files(monkeypatch):
+    """Checking a configuration does no I/O: a data set in an object store is not downloaded for it."""
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
+    monkeypatch.setattr("os.stat", lambda *_, **__: pytest.fail("a path was looked up"))
+    config = variant(preset("modern"), data={"dataset": "s3://bucket/data"})
+    assert resolve(config, 8) == config

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from babygpt.errors import UserError
-from babygpt.training.metrics import Log, Samples, read_log
+from babygpt.training.log import Log, Samples, read_log
 
 
 def row(step: int) -> dict:
@@ -38,7 +38,7 @@ def test_a_resume_keeps_earlier_rows_and_every_step_stands_once(cut, tmp_path):
 
 def test_a_file_that_is_no_log_is_refused_and_a_bad_line_named(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"other.csv is no log"):
+    with pytest.raises(UserError, match=r"other.csv is not a log"):
         read_log(tmp_path / "other.csv")
     Log(tmp_path / "log.csv").write(row(0))
     with open(tmp_path / "log.csv", "a") as file:

@@ -1,0 +1,120 @@
+"""Types and ranges of dataclass fields, declared as annotations and checked together.
+
+>>> @dataclass
+... class Training:
+...     max_steps: Annotated[int, Ge(1)] = 100
+>>> violations(Training(max_steps=0), "training.")
+['--training.max-steps 0 is out of range. Use at least 1.']
+"""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import BaseMetadata, Ge, Gt, Le, Lt, MinLen
+
+Positive = Annotated[int, Ge(1)]
+NonNegative = Annotated[int, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Probability = Annotated[float, Gt(0), Le(1)]
+
+
+def violations(values: Any, prefix: str = "") -> list[str]:
+    """Return one sentence for each field of a dataclass, and of those in it, whose value its annotation forbids."""
+    found = []
+    hints = get_type_hints(type(values), include_extras=True)
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if is_dataclass(value):
+            found += violations(value, f"{prefix}{field.name}.")
+        elif problem := _problem(value, hints[field.name]):
+            found.append(f"{flag(prefix + field.name)} {_shown(value)} {problem}")
+    return found
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field: "training.max_steps" is --training.max-steps."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value!r:.50}"
+
+
+def _problem(value: Any, hint: Any) -> str | None:
+    """Return what is wrong with a value of this annotation, as the end of a sentence, or None."""
+    if not _has_type(value, hint):
+        return f"is not {_type_name(hint)}. Use {_type_name(hint)}."
+    if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "replace").decode()):
+        return "has characters that no file name or text file can hold. Use other characters."
+    if value is None or all(_holds(value, limit) for limit in _limits(hint)):
+        return None
+    return f"is out of range. Use {' and '.join(map(_phrase, _limits(hint)))}."
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _has_type(value, arguments[0])
+    if origin in (Union, UnionType):
+        return any(_has_type(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:  # tuple[X, ...]
+        return isinstance(value, tuple) and all(_has_type(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    names = {int: "an integer", float: "a number", str: "text", bool: "True or False", Path: "a path", NoneType: "None"}
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, UnionType):
+        return " or ".join(map(_type_name, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a tuple, each item {_type_name(arguments[0])}"
+    return names[hint]
+
+
+def _limits(hint: Any) -> list[Any]:
+    """Return the limits that an annotation declares, also inside a union."""
+    if get_origin(hint) in (Union, UnionType):
+        return [limit for option in get_args(hint) for limit in _limits(option)]
+    metadata = hint.__metadata__ if get_origin(hint) is Annotated else ()
+    return [limit for limit in metadata if isinstance(limit, BaseMetadata)]
+
+
+def _holds(value: Any, limit: Any) -> bool:
+    match limit:
+        case Ge(ge):
+            return value >= ge
+        case Gt(gt):
+            return value > gt
+        case Le(le):
+            return value <= le
+        case Lt(lt):
+            return value < lt
+        case MinLen(length):
+            return len(value) >= length
+    raise TypeError(f"unknown constraint {limit}")
+
+
+def _phrase(limit: Any) -> str:
+    match limit:
+        case Ge(ge):
+            return f"at least {ge:,}"
+        case Gt(gt):
+            return f"more than {gt:,}"
+        case Le(le):
+            return f"at most {le:,}"
+        case Lt(lt):
+            return f"less than {lt:,}"
+    return f"at least {limit.min_length:,} item"
