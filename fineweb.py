@@ -1,213 +1,171 @@
 #!/usr/bin/env python
-"""Raw text to a data set of token shards, from the hub or from files. A killed run goes on where it was.
+"""Prepare a data set of token shards from a Hugging Face data set or from files.
 
     python fineweb.py                                        # FineWeb-Edu 10BT into data/fineweb-edu-10BT
     python fineweb.py fineweb2-pl --tokenizer data/pl.json   # or fineweb-10BT, wikipedia-en, stdlib, OWNER/NAME
     python fineweb.py files --input 'pages/*.jsonl.gz' --out-dir data/pages
     python fineweb.py fineweb-edu-100BT --min-score 3.5 --out-dir s3://bucket/edu
-    python fineweb.py verify data/pages
+    python fineweb.py verify data/pages                      # check every byte of a data set
 
-Three stages. Map: workers read, filter, encode and index tasks that the source fixes. Plan: from the indexes alone,
-drop doubles, split train from validation by document, and place every document. Write: a worker a shard.
-Each task is committed whole or not at all, so the bytes follow from source and settings, not from the workers.
+Three stages. Tokenize: worker processes read, filter and encode the source, one task at a time. Plan: drop
+duplicates, choose validation documents, and place every document in a shard. Write: copy the tokens into shards.
+Each task is committed by a rename, so the same command resumes a stopped run. The bytes depend on the source and
+the settings, not on the number of workers.
 """
 
-import json
 import os
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
+from tqdm import tqdm
+from tyro.conf import Positional
 
 from babygpt import files
 from babygpt.data.filters import Filters
-from babygpt.data.plan import plan
-from babygpt.data.quality import QualityModel, check
-from babygpt.data.resources import check_room
-from babygpt.data.shards import MANIFEST, open_dataset, verify
-from babygpt.data.sources import Source, find
-from babygpt.data.stages import MapStage, write_shards
+from babygpt.data.plan import plan_shards
+from babygpt.data.quality import QualityModel
+from babygpt.data.resources import check_resources
+from babygpt.data.shards import open_dataset, verify
+from babygpt.data.sources import find
+from babygpt.data.stages import tokenize, write_shards
 from babygpt.data.tokenizer import load_tokenizer
-from babygpt.data.workers import Pool, Setup, local_workers, ray_workers, warm_up
-from babygpt.data.workspace import (
-    FORMAT,
-    dataset_name,
-    finished,
-    lock_folder,
-    open_source,
-    remove_leftovers,
-    remove_parts,
-    report_failures,
-    tokenizer_file,
-)  # fmt: skip
+from babygpt.data.workers import Pool, Setup, local_workers, preload_workers, ray_workers
+from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError, run
-from babygpt.files import write_json
+
+LIMITS = {  # smallest and largest value of an argument
+    "val_tokens": (0, 2**31 - 1), "shard_tokens": (1, 2**31 - 1), "max_tokens": (1, 10**15), "min_chars": (0, 10**9),
+    "workers": (1, 10**4),
+}  # fmt: skip
 
 
-def prepare(
-    source: Source, folder: str, settings: dict, setup: Setup, workers: int | None, ray_address: str | None
-) -> dict:
-    """Runs map, plan and write, going on where an earlier run of the same settings stopped; returns the manifest."""
-    tokenizer, parts = setup.tokenizer, f"{folder}/parts"
-    here = files.cache(folder)
-    scratch = here / "parts"  # what only this machine needs
-    if (manifest := finished(source, folder, settings)) is not None:
-        remove_parts(parts, scratch)  # of a run killed in its last breath
-        print(f"{folder} is complete already.")
-        return manifest
-    open_source(source, folder, settings)
-    count = check_room(source, settings, folder, workers, tokenizer.vocab_size) if ray_address is None else 0
-    begun = {"format": FORMAT} | settings | {"revision": source.revision}
-    remove_leftovers(here)
-    if not files.is_remote(folder):
-        os.makedirs(parts, exist_ok=True)
-    write_json(f"{parts}/settings.json", begun)
-
-    # other machines need what is downloaded too
-    downloads = f"{parts if ray_address else scratch}/download"
-    engine: AbstractContextManager[tuple[Pool, int]]
-    engine = local_workers(count, setup) if ray_address is None else ray_workers(ray_address, setup)
-    with report_failures(), engine as (pool, count):
-        max_tokens, wanted = settings["max_tokens"], settings["val_tokens"]
-        stage = MapStage(source, parts, downloads, scratch / "buckets", pool, max_tokens)
-        stems = stage.run(ahead=max(8, 2 * count) if max_tokens else 4096)
-        placed = plan(stems, wanted, max_tokens, scratch / "buckets") if stems else None
-        if placed is None or placed.documents["kept"] == 0:
-            filtered = " that the filters leave" if placed and placed.documents["filtered"] else ""
-            where = f"in its {len(source.units):,} files or batches"
-            raise UserError(f"the source {source.name} has no text{filtered} {where}.")
-        if wanted and placed.tokens["val"] > 2 * wanted:
-            print(f"warning: {placed.tokens['val']:,} tokens validate, as documents stay whole and some are large.")
-        print("plan: " + ", ".join(f"{count:,} {what}" for what, count in placed.documents.items()))
-        shards = write_shards(placed, folder, pool, max(8, 2 * count), settings["shard_tokens"], tokenizer.vocab_size)
-
-    beside = f"{folder}/{tokenizer_file(tokenizer)}"
-    if not (files.exists(beside) and files.read_bytes(beside) == tokenizer.data):
-        files.write(beside, tokenizer.data)
-    if json.loads(files.read_bytes(f"{parts}/settings.json")) != begun:
-        raise UserError(f"another fineweb.py with other settings writes to {folder}. Give each its own --out-dir.")
-    counts = {"documents": placed.documents, "tokens": placed.tokens, "text_bytes": placed.bytes}
-    manifest = {
-        "format": 1,
-        "name": dataset_name(folder),
-        "settings": settings | {"revision": source.revision},
-        "tokenizer": {"name": tokenizer.name, "file": tokenizer_file(tokenizer), "sha256": tokenizer.sha256},
-        "eot_id": tokenizer.eot_id,
-        "vocab_size": tokenizer.vocab_size,
-        "split_rule": "by document: the smallest xxh3-128 hashes of the text validate",
-        "counts": counts | {"filtered_by": placed.filtered_by},
-        "shards": shards,
-    }
-    write_json(f"{folder}/{MANIFEST}", manifest)
-    remove_parts(parts, scratch)
-    return manifest
+def shown(default: str, **options: Any) -> Any:
+    """Show a description in --help where the default is None or empty."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", **options)
 
 
-def verify_command(arguments: list[str]) -> None:
-    from tqdm import tqdm
+Threshold = Annotated[float | None, shown("off")]
 
-    if len(arguments) != 1:
-        raise UserError("give one folder: python fineweb.py verify data/NAME")
-    folder = arguments[0]
-    size = sum(path.stat().st_size for path in open_dataset(folder).folder.glob("*.bin"))
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """The command line: each field is a flag, and its comment is the help."""
+
+    # fineweb-edu-10BT, fineweb-edu-100BT, fineweb-10BT, fineweb2-pl (or another language), wikipedia-en, stdlib (source
+    # code of Python's standard library), files (with --input), or OWNER/NAME of a Hugging Face data set
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="[SOURCE]")] = "fineweb-edu-10BT"
+    # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt; .jsonl and .txt may be
+    # compressed (.gz, .xz, .zst)
+    input: Annotated[tuple[str, ...], shown("none", metavar="PATH [PATH ...]")] = ()
+    out_dir: Annotated[str | None, shown("data/SOURCE")] = None  # directory, or a URL such as s3://bucket/name
+    tokenizer: str = "gpt2"  # gpt2, or the path of a tokenizer.json
+    # validation tokens, rounded up to whole documents
+    val_tokens: Annotated[int | None, shown("11 M, or 5 % of all tokens if that is less")] = None
+    shard_tokens: int = 100_000_000  # tokens per shard
+    # keep documents in source order, up to the document that reaches this number of tokens
+    max_tokens: Annotated[int | None, shown("no limit")] = None
+    min_chars: Annotated[int | None, shown("off")] = None  # drop documents with fewer characters
+    min_score: Threshold = None  # drop documents with a lower `score`, a column of FineWeb-Edu (0 to 5)
+    min_language_score: Threshold = None  # drop documents with a lower `language_score`, a column of FineWeb (0 to 1)
+    min_quality: Threshold = None  # drop documents with a lower score of the model --quality (0 to 1)
+    quality: Annotated[Path | None, shown("none")] = None  # quality model, written by tools.train_quality_filter
+    workers: Annotated[int | None, shown("one per core, if memory allows")] = None  # worker processes
+    engine: Literal["local", "ray"] = "local"  # run workers on this machine or on a Ray cluster (pip install ray)
+    address: str = "auto"  # address of the Ray cluster; auto: the cluster that this machine belongs to
+    text_column: str = "text"  # column of a parquet file, or key of a JSON object, that contains the text
+    config: Annotated[str | None, shown("chosen by the data set")] = None  # configuration of OWNER/NAME
+    split: str = "train"  # split of OWNER/NAME
+
+    def check(self) -> None:
+        """Raise a UserError that lists all invalid values."""
+        problems = []
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                problems.append(f"--{name.replace('_', '-')} {value}: out of range. Use {low} to {high:,}.")
+        if (self.quality is None) != (self.min_quality is None):
+            given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
+            problems.append(f"{given}: has no effect alone. Use --quality and --min-quality together.")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @property
+    def directory(self) -> str:
+        """Directory or URL of the data set."""
+        directory = self.out_dir or f"data/{self.source.split('/')[-1]}"
+        directory = directory.removeprefix("file://").rstrip("/") or "/"
+        return os.path.abspath(directory) if self.engine == "ray" and not files.is_remote(directory) else directory
+
+    def settings(self, setup: Setup) -> dict[str, Any]:
+        """What decides the bytes of the data set, apart from the revision of the source."""
+        return {
+            "source": self.source, "config": self.config, "split": self.split, "text_column": self.text_column,
+            "tokenizer_sha256": setup.tokenizer.sha256, "val_tokens": self.val_tokens,
+            "shard_tokens": self.shard_tokens, "max_tokens": self.max_tokens, **asdict(setup.filters),
+            "quality_sha256": setup.quality and setup.quality.sha256,
+        }  # fmt: skip
+
+
+def prepare(args: PrepareArgs) -> None:
+    """Prepare a data set. Tasks that an earlier run with the same settings finished are skipped."""
+    args.check()
+    filters = Filters(args.min_chars, args.min_score, args.min_language_score, args.min_quality)
+    source = find(args.source, args.input, (args.text_column, *filters.columns), args.config, args.split)
+    quality = None if args.quality is None else QualityModel.load(args.quality)
+    setup = Setup(load_tokenizer(args.tokenizer), filters, quality)
+    with Workspace(args.directory, args.settings(setup), source) as work:  # lock, compare with an earlier run
+        if work.manifest:
+            print(f"{work.directory} is already complete.")
+        else:
+            with worker_pool(args, setup, work) as pool:
+                work.begin()
+                parts = tokenize(source, work, pool, args.max_tokens)
+                plan = plan_shards(parts, args.val_tokens, args.max_tokens, work.scratch / "buckets")
+                plan.report(args.val_tokens)
+                shards = write_shards(plan, work, pool, args.shard_tokens, setup.tokenizer.vocab_size)
+            work.commit(plan, shards, setup.tokenizer)
+    report(work)
+
+
+def worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> AbstractContextManager[Pool]:
+    """Check disk and memory, and return a pool of local processes; or return the pool of a Ray cluster."""
+    if args.engine == "ray":
+        return ray_workers(args.address, setup)
+    return local_workers(check_resources(work, setup.tokenizer.vocab_size, args.workers), setup)
+
+
+def report(work: Workspace) -> None:
+    """Print the size of a complete data set and the command that trains on it."""
+    counts, shards = work.manifest["counts"], work.manifest["shards"]
+    print(
+        f"{work.directory}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} training tokens "
+        f"and {counts['tokens']['val']:,} validation tokens in {len(shards)} shards.\n"
+        f"next: python train.py --data.dataset {work.directory}"
+    )
+    if counts["documents"]["kept"] == 1:
+        print(
+            "note: the data set is a single document (a .txt file is one document). Documents are not split, so there "
+            "are no validation tokens. Use several files, or train with --general.mode train."
+        )
+
+
+def verify_data_set(directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY")], /) -> None:
+    """Check every header, size, checksum, token and document count of a data set in a directory or at a URL."""
+    size = sum(path.stat().st_size for path in open_dataset(directory).folder.glob("*.bin"))
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
-        totals = verify(folder, bar.update)
-    print(f"{folder} is sound: " + ", ".join(f"{count:,} {what}" for what, count in totals.items()))
+        totals = verify(directory, bar.update)
+    print(f"{directory} is intact: " + ", ".join(f"{count:,} {name}" for name, count in totals.items()))
 
 
 def main() -> None:
-    import tyro
-
     if sys.argv[1:2] == ["verify"]:
-        return verify_command(sys.argv[2:])
-    warm_up()
-
-    def command(
-        source: tyro.conf.Positional[str] = "fineweb-edu-10BT",
-        /,
-        *,
-        input: tuple[str, ...] = (),
-        out_dir: str | None = None,
-        tokenizer: str = "gpt2",
-        val_tokens: int | None = None,
-        shard_tokens: int = 100_000_000,
-        max_tokens: int | None = None,
-        min_chars: int | None = None,
-        min_score: float | None = None,
-        min_language_score: float | None = None,
-        quality: Path | None = None,
-        min_quality: float | None = None,
-        workers: int | None = None,
-        engine: Literal["local", "ray"] = "local",
-        address: str = "auto",
-        text_column: str = "text",
-        config: str | None = None,
-        split: str = "train",
-    ) -> None:
-        """Prepares a data set of token shards. `verify FOLDER` checks one.
-
-        Args:
-            source: fineweb-edu-10BT, fineweb-edu-100BT, fineweb-10BT, fineweb2-pl (any language), wikipedia-en,
-                stdlib (this Python's source code), files (with --input), or OWNER/NAME of a hub data set.
-            input: Files, folders or patterns, for the source `files`: parquet, jsonl, txt; .gz .xz .zst too.
-            out_dir: Where the data set goes, a folder or a URL such as s3://bucket/name [data/SOURCE].
-            tokenizer: "gpt2" or the path of a tokenizer.json.
-            val_tokens: Validation tokens, in whole documents [11 M, or 5 % if that is less].
-            shard_tokens: Tokens a shard.
-            max_tokens: Keep documents in source order up to the one that reaches it.
-            min_chars: Leave out documents with fewer characters.
-            min_score: Leave out documents whose column `score` is lower (FineWeb-Edu's, 0 to 5).
-            min_language_score: The same for the column `language_score` (FineWeb's and FineWeb-2's, 0 to 1).
-            quality: A quality filter that tools.train_quality_filter has trained, for --min-quality.
-            min_quality: Leave out documents that it gives less, 0 to 1.
-            workers: Processes [one a core, as memory allows]. The bytes written don't depend on it.
-            engine: Where the work is done: processes of this machine, or a Ray cluster (pip install ray).
-            address: Of the Ray cluster; "auto" is the one that this machine belongs to.
-            text_column: The column or key that holds a document's text.
-            config: Configuration of a hub data set given as OWNER/NAME.
-            split: Split of a hub data set given as OWNER/NAME.
-        """
-        limits = [
-            ("val-tokens", val_tokens, 0, 2**31 - 1), ("shard-tokens", shard_tokens, 1, 2**31 - 1),
-            ("max-tokens", max_tokens, 1, 10**15), ("min-chars", min_chars, 0, 10**9), ("workers", workers, 1, 10**4),
-        ]  # fmt: skip
-        for name, value, low, high in limits:
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name} {value} is out of range: {low} to {high:,}.")
-        if (quality is None) != (min_quality is None):
-            raise UserError("--quality MODEL and --min-quality X go together.")
-        filters = Filters(min_chars, min_score, min_language_score, min_quality)
-        found = find(source, input, (text_column, *filters.columns), config, split)
-        folder = (out_dir or f"data/{source.split('/')[-1]}").removeprefix("file://").rstrip("/") or "/"
-        encoder = load_tokenizer(tokenizer)
-        model = None if quality is None else QualityModel.load(quality)
-        if model is not None:
-            check(model, encoder)
-        settings = {
-            "source": source, "config": config, "split": split, "text_column": text_column,
-            "tokenizer_sha256": encoder.sha256, "val_tokens": val_tokens, "shard_tokens": shard_tokens,
-            "max_tokens": max_tokens, **asdict(filters),
-            "quality_sha256": model and model.sha256,
-        }  # fmt: skip
-        if engine == "ray" and not files.is_remote(folder):
-            folder = os.path.abspath(folder)  # on a disk that all machines share
-        ray_address = address if engine == "ray" else None
-        with lock_folder(files.cache(folder), folder):
-            manifest = prepare(found, folder, settings, Setup(encoder, filters, model), workers, ray_address)
-        counts = manifest["counts"]
-        print(
-            f"{folder}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} tokens to train on "
-            f"and {counts['tokens']['val']:,} to validate, in {len(manifest['shards'])} shards.\n"
-            f"next: python train.py --data.dataset {folder}"
-        )
-        if counts["documents"]["kept"] == 1:
-            print(
-                "note: this is a single document (a .txt file is one), and documents are never split, so nothing is "
-                "left to validate on: give several files, or train with --general.mode train."
-            )
-
-    tyro.cli(command, prog="fineweb.py", description=__doc__)
+        return tyro.cli(verify_data_set, args=sys.argv[2:], prog="fineweb.py verify")
+    preload_workers()
+    prepare(tyro.cli(PrepareArgs, prog="fineweb.py", description=__doc__, config=(tyro.conf.DisallowNone,)))
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def measure(way: str, files: list[str], processes: int, watched: bool = False) -
 def stages(files: list[str]) -> dict[str, float]:
     """Seconds of each stage of fineweb.py on one process that has imported all, by clocks put around its functions."""
     from babygpt.data import filters, readers, shards, workers
-    from babygpt.data.plan import plan
+    from babygpt.data.plan import plan_shards
     from babygpt.data.tokenizer import load_tokenizer
 
     spent = dict.fromkeys(("read", "filter", "encode", "hash", "commit"), 0.0)
@@ -209,23 +209,23 @@ def stages(files: list[str]) -> dict[str, float]:
         mock.patch.object(workers, "read", read),
         mock.patch.object(tokenizer, "encode_batch", clocked("encode", tokenizer.encode_batch)),
         mock.patch.object(filters.Filters, "judge", clocked("filter", filters.Filters.judge)),
-        mock.patch.object(workers, "fingerprint", clocked("hash", workers.fingerprint)),
+        mock.patch.object(workers, "hash_texts", clocked("hash", workers.hash_texts)),
         mock.patch.object(os, "fsync", clocked("commit", os.fsync)),
     ):
         tasks, begin = [task for file in files for task in readers.parquet_tasks(file, ("text",))], time.perf_counter()
         stems = [f"{folder}/{i:05d}" for i in range(len(tasks))]
         for task, stem in zip(tasks, stems, strict=True):
-            workers.map_task(task, stem)
-        map_end = time.perf_counter()
-        placed = plan(stems, None, None, Path(folder) / "buckets")
+            workers.tokenize_task(task, stem)
+        tokenize_end = time.perf_counter()
+        plan = plan_shards(stems, None, None, Path(folder) / "buckets")
         plan_end = time.perf_counter()
-        for split, count in placed.tokens.items():
-            pieces = placed.pieces(split, 0, count)
+        for split, count in plan.tokens.items():
+            pieces = plan.pieces(split, 0, count)
             workers.write_task(f"{folder}/{split}.bin", pieces, count, 50257, f"{folder}/{split}.json")
         end = time.perf_counter()
     assert shards.token_dtype(50257).itemsize == 2
-    spent["join and write"] = map_end - begin - sum(spent.values())
-    return spent | {"plan": plan_end - map_end, "write shards, sha256": end - plan_end}
+    spent["join and write"] = tokenize_end - begin - sum(spent.values())
+    return spent | {"plan": plan_end - tokenize_end, "write shards, sha256": end - plan_end}
 
 
 def copied(files: list[str], copies: int, folder: Path) -> list[str]:

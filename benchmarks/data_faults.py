@@ -101,7 +101,7 @@ def kills(wanted: int, count: int, rng: random.Random) -> str:
                 time.sleep(rng.uniform(0, 1.2 * seconds))
                 parts = folder / "parts"
                 state = "finished" if (folder / MANIFEST).exists() else "writing" if list(folder.glob("*.bin*")) else (
-                    "mapping" if list(parts.glob("*.npz")) else "beginning")  # fmt: skip
+                    "tokenizing" if list(parts.glob("*.npz")) else "beginning")  # fmt: skip
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]

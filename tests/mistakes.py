@@ -55,7 +55,7 @@ MISTAKES = [
     (8, "no shuffle", "unit/test_dataloader.py -k two_epochs",
      [("dataloader.py", "        if self.shuffle:\n            chunks = chunks", "        if False:\n            chunks = chunks")]),
     (9, "a document on both sides of the split", "unit/test_fineweb.py",
-     [("babygpt/data/plan.py", "        return rows[~again]\n", "        self.decisions[rows[\"document\"][again]] = KEPT\n        return rows\n")]),
+     [("babygpt/data/plan.py", "        return rows[~is_duplicate]\n", "        self.decisions[rows[\"document\"][is_duplicate]] = KEPT\n        return rows\n")]),
     (10, "the search for an end of text never widens", "unit/test_dataloader.py -k nearest",
      [("dataloader.py", "            if width == widest:", "            if True:")]),
     (10, "a target beyond the end of the data", "unit/test_dataloader.py -k every_token_once",

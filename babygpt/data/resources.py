@@ -1,6 +1,6 @@
-"""Is there room for a preparation: disk, memory and cores of this machine.
+"""Check that disk, memory and cores of this machine are enough for a preparation.
 
->>> workers = check_room(source, settings, "data/x", None, 50257)
+>>> workers = check_resources(work, vocab_size=50257, workers=None)
 """
 
 import os
@@ -10,52 +10,50 @@ from pathlib import Path
 from babygpt import files
 from babygpt.data.plan import BUCKET_ROWS
 from babygpt.data.shards import token_dtype
-from babygpt.data.sources import Source
+from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError
 
-WORKER_MEMORY = 400 << 20  # bytes, a generous measure of one worker on FineWeb-sized row groups
+WORKER_MEMORY = 400 << 20  # bytes per worker, a generous estimate for row groups of FineWeb's size
 
 
-def check_room(source: Source, settings: dict, folder: str, workers: int | None, vocab_size: int) -> int:
-    """Tells the disk and memory needed, refuses what can't fit, and returns the number of workers: as many as
-    asked for, else one a core as far as the memory reaches."""
+def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> int:
+    """Print the estimated disk and memory, raise a UserError if they are not available, and return `workers`.
+
+    None stands for one worker per core, or as many as the memory allows.
+    """
+    source, max_tokens = work.source, work.settings["max_tokens"]
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
-    tokens = min(tokens, settings["max_tokens"] or tokens)
-    largest = max(unit.bytes for unit in source.units) if source.downloads else 0
-    disk = source.units_at_once * largest + (
-        0 if files.is_remote(folder) else 2 * token_dtype(vocab_size).itemsize * tokens
-    )
-    documents = tokens // 1000  # FineWeb's have 1,000 tokens
-    plan_memory = documents + min(documents, BUCKET_ROWS) * 100
+    tokens = min(tokens, max_tokens or tokens)
+    downloads = source.units_at_once * max(unit.bytes for unit in source.units) if source.downloads else 0
+    parts_and_shards = 0 if files.is_remote(work.directory) else 2 * token_dtype(vocab_size).itemsize * tokens
+    disk, free = downloads + parts_and_shards, shutil.disk_usage(work.local).free
+    plan_memory = tokens // 1000 + min(tokens // 1000, BUCKET_ROWS) * 100  # a FineWeb document has 1,000 tokens
     available = _available_memory()
     if workers is None:
-        most = (available - plan_memory) // WORKER_MEMORY if available is not None else _cores()
+        most = _cores() if available is None else (available - plan_memory) // WORKER_MEMORY
         workers = max(1, min(_cores(), most))
     memory = plan_memory + workers * WORKER_MEMORY
-    place = files.cache(folder).absolute()
-    there = next(parent for parent in [place, *place.parents] if parent.exists())
-    written = sum(path.stat().st_size for path in place.rglob("*.bin"))  # by a run that was stopped
-    free = shutil.disk_usage(there).free
     if source_bytes:
         print(
-            f"{source.name}: {len(source.units):,} files or batches, {source_bytes / 1e9:,.2f} GB, roughly "
-            f"{tokens / 1e6:,.0f} M tokens; needs about {disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} free) and "
-            f"{memory / 1e9:,.1f} GB of memory for {workers} workers."
+            f"{source.name}: {source_bytes / 1e9:,.2f} GB, about {tokens / 1e6:,.0f} M tokens. Needs about "
+            f"{disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} GB free) and {memory / 1e9:,.1f} GB of memory for "
+            f"{workers} workers."
         )
-    if (disk - written) / 2 > free:  # the estimate may be twice the truth
-        raise UserError(
-            f"{there} has too little room: {free / 1e9:,.2f} GB free. Give another --out-dir, or --max-tokens."
-        )
-    if disk - written > free:
-        print("warning: the disk may not be enough.")
+    missing = disk - sum(path.stat().st_size for path in work.local.rglob("*.bin"))  # an earlier run wrote these
+    short = f"{missing / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free. Use another --out-dir or --max-tokens."
+    if missing / 2 > free:  # the estimate may be twice the real size
+        raise UserError(f"the disk of {work.local} is too small: about {short}")
+    if missing > free:
+        print(f"warning: the disk of {work.local} may be too small: up to {short}")
     if available is not None and memory > available:
-        raise UserError(f"too little memory: {available / 1e9:,.1f} GB are free. Give fewer --workers than {workers}.")
+        needed = f"needs about {memory / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB are available"
+        raise UserError(f"--workers {workers}: {needed}. Use fewer.")
     return workers
 
 
 def _available_memory() -> int | None:
-    """Bytes that programs can have, file caches counted in; None where the system doesn't tell (macOS)."""
+    """Return the bytes that programs can allocate, including file caches; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

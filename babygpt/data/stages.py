@@ -1,146 +1,159 @@
-"""The stages of data preparation that run in a process pool: tokenize, and write, one shard per task."""
+"""The stages of data preparation that run in a pool: tokenize, and write, one task per shard."""
 
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import takewhile
-from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from babygpt import files
-from babygpt.data.plan import CODES, Plan, load_index, plan
+from babygpt.data.plan import CODES, Plan, load_index, plan_shards
 from babygpt.data.readers import Task
 from babygpt.data.shards import shard_name
 from babygpt.data.sources import Source
-from babygpt.data.workers import Pool, map_task, write_task
-from babygpt.data.workspace import dataset_name
+from babygpt.data.workers import Pool, tokenize_task, write_task
+from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError
 from babygpt.files import write_json
 
 
-class MapStage:
-    """Runs the map tasks of a source in a pool, in source order, fetching units ahead as far as the source allows."""
+class TaskQueue:
+    """Tasks that run in a pool, at most `limit` at once. `on_done(key, result)` is called after each."""
 
-    def __init__(self, source: Source, parts: str, downloads: str, buckets: Path, pool: Pool, max_tokens: int | None):
-        from tqdm import tqdm
+    def __init__(self, pool: Pool, on_done: Callable[[Any, Any], None], limit: int | None = None):
+        self.pool, self.on_done, self.limit = pool, on_done, limit or max(8, 2 * pool.workers)
+        self.running: dict[Future, Any] = {}  # future -> key
 
-        self.source, self.parts, self.pool, self.max_tokens = source, parts, pool, max_tokens
-        self.downloads, self.buckets = downloads, buckets  # folders for files of the source, and for the plan
-        self.there = set(files.names(parts))  # what an earlier run had done
-        self.stems: list[str] = []  # of all tasks begun, in source order
-        self.finished: set[str] = set()
-        self.told: set[str] = set()  # messages
-        self.running: dict[Future, tuple[int, str]] = {}  # future -> unit, stem
-        self.tasks: dict[int, int] = {}  # unit -> its tasks
-        self.left: dict[int, int] = {}  # unit that is fetched -> its tasks that are not done
-        self.documents = self.tokens = self.found = 0  # `found`: tokens that an earlier run had done
-        self.look_again_at = max_tokens or 0  # tokens at which max_tokens may be reached
+    def submit(self, key: Any, function: Callable, *arguments: Any) -> None:
+        self.running[self.pool.submit(function, *arguments)] = key
+
+    def is_full(self) -> bool:
+        return len(self.running) >= self.limit
+
+    def wait_while(self, condition: Callable[[], object]) -> None:
+        """Handle tasks as they finish, until `condition` is false."""
+        while condition():
+            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                self.on_done(self.running.pop(future), future.result())
+
+
+def tokenize(source: Source, work: Workspace, pool: Pool, max_tokens: int | None) -> list[str]:
+    """Tokenize a source until `max_tokens` are reached; return the parts (paths without suffix) in source order."""
+    return TokenizeStage(source, work, pool, max_tokens).run()
+
+
+class TokenizeStage:
+    """Submits tasks in source order and fetches units ahead as far as the source allows."""
+
+    def __init__(self, source: Source, work: Workspace, pool: Pool, max_tokens: int | None):
+        self.source, self.parts, self.max_tokens = source, work.parts, max_tokens
+        self.queue = TaskQueue(pool, self.on_done, None if max_tokens else 4096)
+        self.downloads = f"{work.parts if pool.is_cluster else work.scratch}/download"
+        self.buckets = work.scratch / "buckets"
+        self.earlier = set(files.names(work.parts))  # files that an earlier run wrote
+        self.stems: list[str] = []  # parts of all tasks so far, in source order
+        self.finished: set[str] = set()  # parts of finished tasks
+        self.messages: set[str] = set()
+        self.num_tasks: dict[int, int] = {}  # of each fetched unit
+        self.unfinished: dict[int, int] = {}  # tasks of each unit that is not finished
+        self.documents = self.tokens = self.earlier_tokens = 0
+        self.next_plan = max_tokens or 0  # tokens at which `max_tokens_reached` plans again
         size = sum(unit.bytes for unit in source.units)
-        self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="map", smoothing=0.05)
+        self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="tokenize", smoothing=0.05)
 
-    def run(self, ahead: int) -> list[str]:
-        """Does all tasks that aren't done yet, `ahead` at once; returns the stems of all, in source order."""
-        for unit in range(len(self.source.units)):
-            while len(self.left) >= self.source.units_at_once:
-                self.reap()
-            if self.enough():
-                break
-            for number, task in enumerate(self.fetch(unit)):
-                while len(self.running) >= ahead:
-                    self.reap()
-                if self.enough():
+    def run(self) -> list[str]:
+        with self.bar:
+            for unit in range(len(self.source.units)):
+                self.queue.wait_while(lambda: len(self.unfinished) >= self.source.units_at_once)
+                if self.max_tokens_reached():
                     break
-                stem = f"{self.parts}/{unit:05d}-{number:05d}"
-                self.stems.append(stem)
-                if f"{unit:05d}-{number:05d}.npz" in self.there:
-                    tokens = load_index(stem)["tokens"]
-                    self.found += int(tokens.sum())
-                    self.done(unit, stem, len(tokens), int(tokens.sum()))
-                elif task is None:
-                    raise UserError(f"{stem}.npz is missing, but {unit:05d}.json lists it. Delete {self.parts}.")
-                else:
-                    self.running[self.pool.submit(map_task, task, stem)] = unit, stem
-        while self.running:
-            self.reap()
-        self.bar.close()
+                self.run_unit(unit)
+            self.queue.wait_while(lambda: self.queue.running)
         return self.stems
 
+    def run_unit(self, unit: int) -> None:
+        """Submit the unfinished tasks of a unit."""
+        for number, task in enumerate(self.fetch(unit)):
+            self.queue.wait_while(self.queue.is_full)
+            if self.max_tokens_reached():
+                break
+            stem = f"{self.parts}/{unit:05d}-{number:05d}"
+            self.stems.append(stem)
+            if f"{unit:05d}-{number:05d}.npz" in self.earlier:
+                tokens = load_index(stem)["tokens"]
+                self.earlier_tokens += int(tokens.sum())
+                self.on_done((unit, stem), (len(tokens), int(tokens.sum()), None))
+            elif task is None:
+                raise UserError(f"{stem}.npz is missing, but {unit:05d}.json lists it. Delete {self.parts}.")
+            else:
+                self.queue.submit((unit, stem), tokenize_task, task, stem)
+
     def fetch(self, unit: int) -> list[Task | None]:
-        """Return the tasks of a unit, or None for each if all are done: then its file is not needed again."""
-        tasks: list[Task | None]
-        if f"{unit:05d}.json" in self.there:
-            tasks = [None] * json.loads(files.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
+        """Return the tasks of a unit, or None for each if an earlier run finished all: then no file is needed."""
+        if f"{unit:05d}.json" in self.earlier:
+            tasks: list[Task | None] = [None] * json.loads(files.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
             tasks = [*self.source.fetch(unit, self.downloads)]
-        self.tasks[unit] = self.left[unit] = len(tasks)
-        self.close_if_done(unit)  # a file may have no rows
+        self.num_tasks[unit] = self.unfinished[unit] = len(tasks)
+        self.close_if_finished(unit)  # a file without rows has no tasks
         return tasks
 
-    def reap(self) -> None:
-        for future in wait(self.running, return_when=FIRST_COMPLETED).done:
-            self.done(*self.running.pop(future), *future.result())
-
-    def done(self, unit: int, stem: str, documents: int, tokens: int, message: str | None = None) -> None:
-        """Counts a finished task."""
-        if message and message not in self.told:
-            self.told.add(message)
+    def on_done(self, key: tuple[int, str], result: tuple[int, int, str | None]) -> None:
+        """Count a finished task."""
+        (unit, stem), (documents, tokens, message) = key, result
+        if message and message not in self.messages:
+            self.messages.add(message)
             self.bar.write(message, file=sys.stderr)
         self.finished.add(stem)
         self.documents += documents
         self.tokens += tokens
-        self.left[unit] -= 1
-        self.close_if_done(unit)
-        self.bar.update(self.source.units[unit].bytes // self.tasks[unit])
-        rate = (self.tokens - self.found) / max(self.bar.format_dict["elapsed"], 1e-3)
+        self.unfinished[unit] -= 1
+        self.close_if_finished(unit)
+        self.bar.update(self.source.units[unit].bytes // self.num_tasks[unit])
+        rate = (self.tokens - self.earlier_tokens) / max(self.bar.format_dict["elapsed"], 1e-3)
         self.bar.set_postfix_str(f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:,.0f} tokens/s")
 
-    def close_if_done(self, unit: int) -> None:
-        if self.left[unit] == 0:
-            if f"{unit:05d}.json" not in self.there:
-                write_json(f"{self.parts}/{unit:05d}.json", {"tasks": self.tasks[unit]})
+    def close_if_finished(self, unit: int) -> None:
+        """Record a unit whose tasks are finished, and delete its download."""
+        if self.unfinished[unit] == 0:
+            if f"{unit:05d}.json" not in self.earlier:
+                write_json(f"{self.parts}/{unit:05d}.json", {"tasks": self.num_tasks[unit]})
             self.source.release(unit, self.downloads)
-            del self.left[unit]
+            del self.unfinished[unit]
 
-    def enough(self) -> bool:
-        """Whether the finished tasks before the first unfinished one hold max_tokens without their doubles."""
-        if self.max_tokens is None or self.tokens < self.look_again_at:
+    def max_tokens_reached(self) -> bool:
+        """Return whether the finished tasks before the first unfinished one have max_tokens without duplicates."""
+        if self.max_tokens is None or self.tokens < self.next_plan:
             return False
-        done = list(takewhile(self.finished.__contains__, self.stems))
-        kept = sum(plan(done, 0, None, self.buckets).tokens.values())
-        self.look_again_at = self.tokens + max(self.max_tokens - kept, self.max_tokens // 50)  # a look reads all
+        parts = list(takewhile(self.finished.__contains__, self.stems))
+        kept = sum(plan_shards(parts, 0, None, self.buckets).tokens.values())
+        self.next_plan = self.tokens + max(self.max_tokens - kept, self.max_tokens // 50)  # it reads all indexes
         return kept >= self.max_tokens
 
 
-def write_shards(placed: Plan, folder: str, pool: Pool, ahead: int, shard_tokens: int, vocab_size: int) -> list[dict]:
-    """Writes all shards that aren't there yet, `ahead` at once; returns their rows of the manifest."""
-    from tqdm import tqdm
+def list_shards(plan: Plan, shard_tokens: int) -> list[tuple[int, tuple[str, int]]]:
+    """Return (number, (split, first token)) of each shard. Training shards are numbered from 1, as in llm.c."""
+    val, train = ([(split, begin) for begin in range(0, plan.tokens[split], shard_tokens)] for split in CODES)
+    return [*enumerate(val), *enumerate(train, max(len(val), 1))]
 
-    there, recorded = set(files.names(folder)), set(files.names(f"{folder}/parts"))
-    rows: list[dict] = []
-    running: set[Future] = set()
-    number = 0
-    bar = tqdm(total=sum(-(-count // shard_tokens) for count in placed.tokens.values()), desc="write", unit="shard")
 
-    def reap() -> None:
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            running.remove(future)
-            future.result()
-            bar.update()
-
-    for split in CODES:
-        number = max(number, 1) if split == "train" else 0  # llm.c's numbers: training begins at 1
-        for begin in range(0, placed.tokens[split], shard_tokens):
-            end = min(begin + shard_tokens, placed.tokens[split])
-            name = shard_name(dataset_name(folder), split, number)
-            rows.append({"file": name, "tokens": end - begin})
-            number += 1
-            if name in there and f"{name}.json" in recorded:
+def write_shards(plan: Plan, work: Workspace, pool: Pool, shard_tokens: int, vocab_size: int) -> list[dict[str, Any]]:
+    """Write the shards that an earlier run did not finish; return the manifest's entry of every shard."""
+    shards, existing, recorded = list_shards(plan, shard_tokens), files.names(work.directory), files.names(work.parts)
+    entries = []
+    with tqdm(total=len(shards), desc="write", unit="shard") as bar:
+        queue = TaskQueue(pool, lambda key, result: bar.update())
+        for number, (split, begin) in shards:
+            name, end = shard_name(work.name, split, number), min(begin + shard_tokens, plan.tokens[split])
+            entries.append({"file": name, "tokens": end - begin})
+            if name in existing and f"{name}.json" in recorded:
                 bar.update()
                 continue
-            while len(running) >= ahead:  # each holds what becomes of all documents of its parts
-                reap()
-            task = (f"{folder}/{name}", placed.pieces(split, begin, end), end - begin, vocab_size)
-            running.add(pool.submit(write_task, *task, f"{folder}/parts/{name}.json"))
-    while running:
-        reap()
-    bar.close()
-    return [row | json.loads(files.read_bytes(f"{folder}/parts/{row['file']}.json")) for row in rows]
+            queue.wait_while(queue.is_full)  # a task holds one byte per document of its parts
+            task = (f"{work.directory}/{name}", plan.pieces(split, begin, end), end - begin, vocab_size)
+            queue.submit(name, write_task, *task, f"{work.parts}/{name}.json")
+        queue.wait_while(lambda: queue.running)
+    return [entry | json.loads(files.read_bytes(f"{work.parts}/{entry['file']}.json")) for entry in entries]

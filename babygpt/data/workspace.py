@@ -1,4 +1,8 @@
-"""The working directory of a preparation: lock, settings, leftovers of a killed run, completion."""
+"""The directory in which a data set is prepared: lock, settings, finished tasks, commit.
+
+A data set is complete if it has dataset.json, which is written last. Until then, `parts/` holds the finished tasks and
+their settings: the same settings resume, others are refused.
+"""
 
 import errno
 import fcntl
@@ -6,122 +10,144 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
+from typing import Any
 
 from babygpt import files
+from babygpt.data.plan import Plan
 from babygpt.data.shards import MANIFEST, read_manifest
 from babygpt.data.sources import Source
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
+from babygpt.files import write_json
 
-FORMAT = 2  # of parts/: another one where tasks, hashes or indexes change
-
-
-def remove_parts(parts: str, scratch: Path) -> None:
-    for left in {parts, str(scratch)}:
-        files.remove(left)
+FORMAT = 2  # of parts/: increased when tasks, hashes or indexes change
 
 
-def finished(source: Source, folder: str, settings: dict) -> dict | None:
-    """The manifest of a finished data set; UserError where it is of other settings."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return None
-    if not source.downloads:  # what is here can be looked at again, the hub need not be asked
-        source.open()
-        settings = settings | {"revision": source.revision}
-    _same_settings(manifest["settings"], settings, folder, "holds a finished data set made")
-    there = set(files.names(folder))
-    if lost := [shard["file"] for shard in manifest["shards"] if shard["file"] not in there]:
-        raise UserError(f"{folder} has lost {', '.join(lost)}. Copy it there, or delete {MANIFEST} and the shards.")
-    return manifest
+class Workspace:
+    """A directory or URL, locked against other processes of this machine. UserError if its settings are others."""
 
+    def __init__(self, directory: str, settings: dict[str, Any], source: Source):
+        self.directory, self.settings, self.source = directory, settings, source
+        self.name = os.path.basename(directory if files.is_remote(directory) else os.path.abspath(directory))
+        self.parts = f"{directory}/parts"  # files of all workers
+        self.local = files.cache(directory)  # the directory itself, or one on this machine for a URL
+        self.scratch = self.local / "parts"  # files of this machine
+        self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the data set is complete
 
-def open_source(source: Source, folder: str, settings: dict) -> None:
-    """Opens the source, in the revision that an earlier run of the folder had; UserError where that can't go on."""
-    names = files.names(f"{folder}/parts")
-    if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
-        earlier = json.loads(files.read_bytes(f"{folder}/parts/settings.json"))  # something was done
-        if earlier.get("format") != FORMAT:
-            raise UserError(f"{folder}/parts was begun by another version of BabyGPT. Delete it to begin anew.")
-        _same_settings(earlier, settings, folder, "holds a half-finished preparation begun")
-        source.open(earlier["revision"])
-        now = settings | {"revision": source.revision}
-        _same_settings(earlier, now, folder, "was begun when the source was another:")
-    else:
-        if any(name.endswith(".bin") for name in files.names(folder)):
-            raise UserError(f"{folder} holds shards but no {MANIFEST}. Move them away or give another --out-dir.")
-        source.open()
-    if not source.units:
-        raise UserError(f"the source {source.name} has no files.")
-
-
-@contextmanager
-def lock_folder(here: Path, folder: str) -> Iterator[None]:
-    """A lock on the folder; UserError where another process of this machine prepares it."""
-    try:
-        here.mkdir(parents=True, exist_ok=True)
-        lock = os.open(here, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error}. Give another --out-dir.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.access(here, os.W_OK):
-            raise UserError(f"can't write to {folder}: it is read-only. Give another --out-dir.")
-        yield
-    except BlockingIOError:
-        raise UserError(f"another fineweb.py prepares {folder} right now. Let it end, or end it.") from None
-    finally:
-        os.close(lock)
-        with suppress(OSError):
-            here.rmdir()  # nothing came of it
-
-
-def remove_leftovers(here: Path) -> None:
-    """Deletes what a killed run was writing."""
-    (here / "parts" / "download").mkdir(parents=True, exist_ok=True)
-    ours = re.compile(r".+\.(bin|json|tiktoken)\.[0-9a-f]{32}\.tmp")
-    for stale in [*filter(lambda path: ours.fullmatch(path.name), here.iterdir()), *(here / "parts").rglob("*.tmp")]:
-        stale.unlink()
-    for stale in (here / "parts").rglob("*.incomplete"):  # of a killed download; it can't be gone on with
-        stale.unlink()
-
-
-@contextmanager
-def report_failures() -> Iterator[None]:
-    """What can end the work in its middle, in one message."""
-    try:
-        yield
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker was killed, most likely because the memory ran out. What is done is kept: give the same "
-            "command with fewer --workers."
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    def __enter__(self) -> "Workspace":
+        self._lock()
+        try:
+            self.manifest = read_manifest(self.directory) or {}
+            if self.manifest:
+                self._check_complete()
+            else:
+                self._open_source()
+        except BaseException as error:
+            self.__exit__(type(error), error)
             raise
-        raise UserError("the disk is full. What is done is kept: make room and give the same command.") from None
-    except KeyboardInterrupt:
-        print("\nstopped: what is done is kept, and the same command goes on from there.", file=sys.stderr)
-        raise
+        return self
 
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: Any) -> None:
+        """Unlock the directory. Raise a UserError if the disk is full or a worker was killed."""
+        os.close(self._descriptor)
+        with suppress(OSError):
+            self.local.rmdir()  # if nothing was written
+        resume = "Finished tasks are kept: to resume, run the same command"
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nstopped. {resume} again.", file=sys.stderr)
+        elif isinstance(error, BrokenProcessPool):
+            raise UserError(f"a worker was killed, probably out of memory. {resume} with fewer --workers.") from None
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full. {resume} after freeing space.") from None
 
-def dataset_name(folder: str) -> str:
-    return folder.rstrip("/").rsplit("/", 1)[-1] if files.is_remote(folder) else Path(os.path.abspath(folder)).name
+    def begin(self) -> None:
+        """Delete the incomplete files of a killed run and write settings.json."""
+        (self.scratch / "download").mkdir(parents=True, exist_ok=True)
+        temporary = re.compile(r".+\.(bin|json|tiktoken)\.[0-9a-f]{32}\.tmp")
+        stale = [path for path in self.local.iterdir() if temporary.fullmatch(path.name)]
+        for path in [*stale, *self.scratch.rglob("*.tmp"), *self.scratch.rglob("*.incomplete")]:
+            path.unlink()
+        self.recorded = {"format": FORMAT} | self.settings
+        write_json(f"{self.parts}/settings.json", self.recorded)
 
+    def commit(self, plan: Plan, shards: list[dict[str, Any]], tokenizer: Tokenizer) -> None:
+        """Write the tokenizer and then dataset.json, and delete the parts."""
+        tokenizer_file = tokenizer.file.name if tokenizer.name == "gpt2" else "tokenizer.json"
+        path = f"{self.directory}/{tokenizer_file}"
+        if not (files.exists(path) and files.read_bytes(path) == tokenizer.data):
+            files.write(path, tokenizer.data)
+        if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.recorded:
+            raise UserError(f"another fineweb.py with other settings writes to {self.directory}. Change its --out-dir.")
+        counts = {"documents": plan.documents, "tokens": plan.tokens, "text_bytes": plan.text_bytes}
+        self.manifest = {
+            "format": 1,
+            "name": self.name,
+            "settings": self.settings,
+            "tokenizer": {"name": tokenizer.name, "file": tokenizer_file, "sha256": tokenizer.sha256},
+            "eot_id": tokenizer.eot_id,
+            "vocab_size": tokenizer.vocab_size,
+            "split_rule": "by document: the smallest xxh3-128 hashes of the text validate",
+            "counts": counts | {"filtered_by": plan.filtered_by},
+            "shards": shards,
+        }
+        write_json(f"{self.directory}/{MANIFEST}", self.manifest)
+        files.remove(self.parts)
+        files.remove(self.scratch)  # the same, unless `directory` is a URL
 
-def tokenizer_file(tokenizer: Tokenizer) -> str:
-    return tokenizer.file.name if tokenizer.name == "gpt2" else "tokenizer.json"
+    def _lock(self) -> None:
+        try:
+            self.local.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.local, os.W_OK):
+                raise PermissionError("it is read-only")
+            self._descriptor = os.open(self.local, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"can't write to {self.directory}: {error}. Use another --out-dir.") from None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise UserError(f"another fineweb.py is preparing {self.directory}. Wait for it, or stop it.") from None
 
+    def _check_complete(self) -> None:
+        """Raise a UserError if a complete data set has other settings or lacks shards."""
+        if not self.source.downloads:  # the revision on the hub is not compared: that would need a network
+            self._open()
+        self._compare(self.manifest["settings"], "a complete data set with other settings")
+        existing = files.names(self.directory)
+        if missing := [shard["file"] for shard in self.manifest["shards"] if shard["file"] not in existing]:
+            raise UserError(
+                f"{self.directory} is missing {', '.join(missing)}, which {MANIFEST} lists. Copy the shards there, or "
+                f"delete {MANIFEST} and all shards to prepare them again."
+            )
+        files.remove(self.parts)  # left by a run that was killed after its commit
+        files.remove(self.scratch)
 
-def _same_settings(earlier: dict, now: dict, folder: str, what: str) -> None:
-    differing = [key for key in now if earlier.get(key) != now[key]]
-    if differing:
-        raise UserError(
-            f"{folder} {what} with other settings:\n"
-            + "".join(f"  {key}: {earlier.get(key)!r} there, {now[key]!r} now\n" for key in differing)
-            + f"Give the same settings to go on, another --out-dir, or delete {folder} to begin anew."
-        )
+    def _open_source(self) -> None:
+        """Open the source in the revision of an earlier run; UserError if that run had other settings."""
+        names = files.names(self.parts)
+        if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
+            earlier = json.loads(files.read_bytes(f"{self.parts}/settings.json"))  # it finished a task
+            if earlier.get("format") != FORMAT:
+                raise UserError(f"{self.parts} was written by another version of BabyGPT. Delete it to start over.")
+            self._compare(earlier, "an unfinished data set with other settings")
+            self._open(earlier["revision"])
+            self._compare(earlier, "an unfinished data set of another revision of the source")
+        else:
+            if any(name.endswith(".bin") for name in files.names(self.directory)):
+                raise UserError(f"{self.directory} has shards but no {MANIFEST}. Move them or use another --out-dir.")
+            self._open()
+
+    def _open(self, revision: str | None = None) -> None:
+        self.source.open(revision)
+        self.settings = self.settings | {"revision": self.source.revision}
+
+    def _compare(self, earlier: dict[str, Any], what: str) -> None:
+        differing = [key for key, value in self.settings.items() if earlier.get(key) != value]
+        if differing:
+            raise UserError(
+                f"{self.directory} contains {what}:\n"
+                + "".join(f"  {key}: {earlier.get(key)!r} there, {self.settings[key]!r} now\n" for key in differing)
+                + f"Use the same settings or another --out-dir, or delete {self.directory} to start over."
+            )

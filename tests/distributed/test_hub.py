@@ -124,7 +124,7 @@ def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130, stderr
-    assert "what is done is kept" in stderr
+    assert "to resume, run the same command again" in stderr
     assert "Traceback" not in stderr
 
 

@@ -55,8 +55,8 @@ def test_tasks_are_done_on_all_machines_and_a_mistake_is_told_as_it_was_raised(c
     def fails() -> None:
         raise UserError("this page is no text")
 
-    with ray_workers(cluster, Setup(load_tokenizer("gpt2"))) as (pool, count):
-        assert count == 2
+    with ray_workers(cluster, Setup(load_tokenizer("gpt2"))) as pool:
+        assert (pool.workers, pool.is_cluster) == (2, True)
         assert len({future.result() for future in [pool.submit(where, 0.2) for _ in range(8)]}) == 2
         with pytest.raises(UserError, match=r"^this page is no text$"):
             pool.submit(fails).result()

@@ -86,7 +86,7 @@ def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages
     first = start(tmp_path / "d", long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
-        with pytest.raises(UserError, match=r"another fineweb\.py prepares"):
+        with pytest.raises(UserError, match=r"another fineweb\.py is preparing"):
             prepare(tmp_path / "d", long_pages, workers=1)
     finally:
         kill_group(first)

@@ -71,7 +71,7 @@ def test_a_score_that_is_missing_or_no_number_is_told(tmp_path, kind):
 
 
 def test_filters_that_leave_nothing_say_so(tmp_path):
-    with pytest.raises(UserError, match="no text that the filters leave"):
+    with pytest.raises(UserError, match="no text that passes the filters"):
         call(fineweb.main, "files", "--input", write(tmp_path, "jsonl"), "--out-dir", tmp_path / "d", "--min-chars", 99)
 
 
