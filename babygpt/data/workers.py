@@ -55,7 +55,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Pool:
-    """Worker processes. `submit(function, *arguments)` returns a Future."""
+    """Worker processes; `submit(function, *arguments)` returns a Future."""
 
     submit: Callable[..., Future]
     workers: int
@@ -123,6 +123,9 @@ def write_task(path: str, pieces: list[Piece], num_tokens: int, vocab_size: int,
     """Copy the tokens of `pieces` into one shard; then write `record`, the shard's documents and sha256."""
     dtype, documents = token_dtype(vocab_size), 0
 
+    def read_tokens(stem: str, begin: int, end: int) -> np.ndarray:
+        return np.frombuffer(files.read_bytes(f"{stem}.bin", begin * dtype.itemsize, end * dtype.itemsize), dtype)
+
     def tokens() -> Iterator[np.ndarray]:
         nonlocal documents
         for stem, in_split, start, stop in pieces:
@@ -130,17 +133,12 @@ def write_task(path: str, pieces: list[Piece], num_tokens: int, vocab_size: int,
             documents += starting
             first, end = int(ranges[0, 0]), int(ranges[-1, 1])
             is_dense = 4 * (stop - start) > end - first  # one read is faster than one per range
-            block = _read_tokens(stem, dtype, first, end) if is_dense else None
+            block = read_tokens(stem, first, end) if is_dense else None
             for a, b in ranges.tolist():
-                yield _read_tokens(stem, dtype, a, b) if block is None else block[a - first : b - first]
+                yield read_tokens(stem, a, b) if block is None else block[a - first : b - first]
 
     sha256 = write_shard(path, num_tokens, vocab_size, tokens())
     write_json(record, {"documents": documents, "sha256": sha256})
-
-
-def _read_tokens(stem: str, dtype: np.dtype, begin: int, end: int) -> np.ndarray:
-    data = files.read_bytes(f"{stem}.bin", begin * dtype.itemsize, end * dtype.itemsize)
-    return np.frombuffer(data, dtype)
 
 
 def preload_workers() -> None:
@@ -163,7 +161,12 @@ def local_workers(count: int, setup: Setup) -> Iterator[Pool]:
     try:
         yield Pool(executor.submit, count)
     finally:
-        executor.shutdown(cancel_futures=True)
+        try:
+            executor.shutdown(cancel_futures=True)  # waits for the running tasks
+        except KeyboardInterrupt:  # a second Ctrl-C; without the kill Python may wait forever at exit
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def _start_worker(setup: Setup) -> None:

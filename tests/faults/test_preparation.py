@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.preparation import prepare, snapshot, start
 
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.data.workers import Setup, local_workers
 from babygpt.errors import UserError
 
 
@@ -80,6 +83,17 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
         with pytest.raises(UserError, match=r"(?s)worker was killed.*kept.*--workers"):
             running.result()
     assert list((tmp_path / "d").glob("parts/*.npz"))
+
+
+def test_second_interrupt_kills_the_workers():
+    """The first Ctrl-C waits for the running tasks, a second one does not."""
+    begin = time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt), local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
+        wait_until(pool.submit(time.sleep, 50).running)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()  # while the pool shuts down
+        raise KeyboardInterrupt
+    wait_until(lambda: not multiprocessing.active_children())
+    assert time.monotonic() - begin < 40
 
 
 def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages):
