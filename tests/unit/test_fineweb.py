@@ -2,10 +2,12 @@
 workers it is done, and a clear word about what can't be read."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -625,6 +627,27 @@ def test_a_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
     name, value = option.split("=")
     with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} {value}"):
         prepare(tmp_path / "d", pages, **{name: value})
+
+
+def test_invalid_arguments_are_reported_together(tmp_path, pages):
+    """One UserError has a line for each, with the flag, its value and what to use."""
+    with pytest.raises(UserError) as refused:
+        prepare(tmp_path / "d", pages, val_tokens=-1, workers=0, quality="model.safetensors")
+    assert str(refused.value).splitlines() == [
+        "--val-tokens -1: out of range. Use 0 to 2,147,483,647.",
+        "--workers 0: out of range. Use 1 to 10,000.",
+        "--quality model.safetensors: has no effect alone. Use --quality and --min-quality together.",
+    ]
+    assert not (tmp_path / "d").exists()
+
+
+def test_help_shows_each_default_once(capsys):
+    """No argument shows None or an empty default, and every argument of an empty type says what happens without it."""
+    with pytest.raises(SystemExit, match="0"):
+        call(fineweb.main, "--help")
+    text = capsys.readouterr().out
+    assert text.count("(default:") == len(dataclasses.fields(fineweb.PrepareArgs))
+    assert not re.search(r"None|\(default: *\)", text)
 
 
 def test_a_mistake_found_by_a_worker_is_one_message_and_exit_code_2(tmp_path):
