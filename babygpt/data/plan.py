@@ -37,10 +37,7 @@ def load_index(stem: str, names: tuple[str, ...] = ("hash", "tokens", "bytes", "
 
 
 class Buckets:
-    """The kept documents in buckets by hash, each sorted by hash and position; files in `directory` if there are many.
-
-    Duplicates of earlier documents are dropped, and marked in `decisions`, (documents,) uint8.
-    """
+    """The kept documents, sorted by hash, in memory or in files. Marks duplicates in `decisions` (documents,) uint8."""
 
     def __init__(self, decisions: np.ndarray, directory: Path):
         self.bits = max(0, (len(decisions) - 1) // BUCKET_ROWS).bit_length()  # the first bits of a hash are its bucket

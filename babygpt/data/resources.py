@@ -17,15 +17,12 @@ WORKER_MEMORY = 400 << 20  # bytes per worker, a generous estimate for row group
 
 
 def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> int:
-    """Print the estimated disk and memory, raise a UserError if they are not available, and return `workers`.
-
-    None stands for one worker per core, or as many as the memory allows.
-    """
+    """Check the estimated disk and memory; return `workers`, or for None one per core, as far as memory allows."""
     source, max_tokens = work.source, work.settings["max_tokens"]
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
     tokens = min(tokens, max_tokens or tokens)
-    downloads = source.units_at_once * max(unit.bytes for unit in source.units) if source.downloads else 0
+    downloads = source.units_at_once * max((unit.bytes for unit in source.units), default=0) if source.downloads else 0
     parts_and_shards = 0 if files.is_remote(work.directory) else 2 * token_dtype(vocab_size).itemsize * tokens
     disk, free = downloads + parts_and_shards, shutil.disk_usage(work.local).free
     plan_memory = tokens // 1000 + min(tokens // 1000, BUCKET_ROWS) * 100  # a FineWeb document has 1,000 tokens

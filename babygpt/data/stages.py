@@ -50,7 +50,7 @@ class TokenizeStage:
 
     def __init__(self, source: Source, work: Workspace, pool: Pool, max_tokens: int | None):
         self.source, self.parts, self.max_tokens = source, work.parts, max_tokens
-        self.queue = TaskQueue(pool, self.on_done, None if max_tokens else 4096)
+        self.queue = TaskQueue(pool, self.on_done, None if max_tokens else 4096)  # keeps workers busy during downloads
         self.downloads = f"{work.parts if pool.is_cluster else work.scratch}/download"
         self.buckets = work.scratch / "buckets"
         self.earlier = set(files.names(work.parts))  # files that an earlier run wrote

@@ -1,7 +1,7 @@
 """The directory in which a data set is prepared: lock, settings, finished tasks, commit.
 
 A data set is complete if it has dataset.json, which is written last. Until then, `parts/` holds the finished tasks and
-their settings: the same settings resume, others are refused.
+their settings: a run with the same settings resumes, a run with other settings is refused.
 """
 
 import errno
@@ -26,7 +26,7 @@ FORMAT = 2  # of parts/: increased when tasks, hashes or indexes change
 
 
 class Workspace:
-    """A directory or URL, locked against other processes of this machine. UserError if its settings are others."""
+    """A directory or URL, locked by this process; entering it compares the settings with those of an earlier run."""
 
     def __init__(self, directory: str, settings: dict[str, Any], source: Source):
         self.directory, self.settings, self.source = directory, settings, source
@@ -41,9 +41,9 @@ class Workspace:
         try:
             self.manifest = read_manifest(self.directory) or {}
             if self.manifest:
-                self._check_complete()
+                self._compare_with_complete()
             else:
-                self._open_source()
+                self._compare_with_unfinished()
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
@@ -110,10 +110,10 @@ class Workspace:
             os.close(self._descriptor)
             raise UserError(f"another fineweb.py is preparing {self.directory}. Wait for it, or stop it.") from None
 
-    def _check_complete(self) -> None:
+    def _compare_with_complete(self) -> None:
         """Raise a UserError if a complete data set has other settings or lacks shards."""
         if not self.source.downloads:  # the revision on the hub is not compared: that would need a network
-            self._open()
+            self._open_source()
         self._compare(self.manifest["settings"], "a complete data set with other settings")
         existing = files.names(self.directory)
         if missing := [shard["file"] for shard in self.manifest["shards"] if shard["file"] not in existing]:
@@ -124,7 +124,7 @@ class Workspace:
         files.remove(self.parts)  # left by a run that was killed after its commit
         files.remove(self.scratch)
 
-    def _open_source(self) -> None:
+    def _compare_with_unfinished(self) -> None:
         """Open the source in the revision of an earlier run; UserError if that run had other settings."""
         names = files.names(self.parts)
         if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
@@ -132,14 +132,14 @@ class Workspace:
             if earlier.get("format") != FORMAT:
                 raise UserError(f"{self.parts} was written by another version of BabyGPT. Delete it to start over.")
             self._compare(earlier, "an unfinished data set with other settings")
-            self._open(earlier["revision"])
+            self._open_source(earlier["revision"])
             self._compare(earlier, "an unfinished data set of another revision of the source")
         else:
             if any(name.endswith(".bin") for name in files.names(self.directory)):
                 raise UserError(f"{self.directory} has shards but no {MANIFEST}. Move them or use another --out-dir.")
-            self._open()
+            self._open_source()
 
-    def _open(self, revision: str | None = None) -> None:
+    def _open_source(self, revision: str | None = None) -> None:
         self.source.open(revision)
         self.settings = self.settings | {"revision": self.source.revision}
 
