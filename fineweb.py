@@ -91,7 +91,8 @@ class PrepareArgs:
             given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
             problems.append(f"{given}: has no effect alone. Use --quality and --min-quality together.")
         if problems:
-            raise UserError("\n".join(problems))
+            intro = ["the arguments do not work:"] if len(problems) > 1 else []
+            raise UserError("\n  ".join([*intro, *problems]))
 
     @property
     def directory(self) -> str:

@@ -634,9 +634,10 @@ def test_invalid_arguments_are_reported_together(tmp_path, pages):
     with pytest.raises(UserError) as refused:
         prepare(tmp_path / "d", pages, val_tokens=-1, workers=0, quality="model.safetensors")
     assert str(refused.value).splitlines() == [
-        "--val-tokens -1: out of range. Use 0 to 2,147,483,647.",
-        "--workers 0: out of range. Use 1 to 10,000.",
-        "--quality model.safetensors: has no effect alone. Use --quality and --min-quality together.",
+        "the arguments do not work:",
+        "  --val-tokens -1: out of range. Use 0 to 2,147,483,647.",
+        "  --workers 0: out of range. Use 1 to 10,000.",
+        "  --quality model.safetensors: has no effect alone. Use --quality and --min-quality together.",
     ]
     assert not (tmp_path / "d").exists()
 
