@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Le, Lt
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from babygpt import files
+from babygpt.constraints import violations
 from babygpt.data.filters import Filters
 from babygpt.data.plan import plan_shards
 from babygpt.data.quality import QualityModel
@@ -36,11 +38,6 @@ from babygpt.data.tokenizer import load_tokenizer
 from babygpt.data.workers import Pool, Setup, local_workers, preload_workers, ray_workers
 from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError, run
-
-LIMITS = {  # smallest and largest value of an argument
-    "val_tokens": (0, 2**31 - 1), "shard_tokens": (1, 2**31 - 1), "max_tokens": (1, 10**15), "min_chars": (0, 10**9),
-    "workers": (1, 10**4),
-}  # fmt: skip
 
 
 def shown(default: str, **options: Any) -> Any:
@@ -64,16 +61,18 @@ class PrepareArgs:
     out_dir: Annotated[str | None, shown("data/SOURCE")] = None  # directory, or a URL such as s3://bucket/name
     tokenizer: str = "gpt2"  # gpt2, or the path of a tokenizer.json
     # validation tokens, rounded up to whole documents
-    val_tokens: Annotated[int | None, shown("11 M, or 5 % of all tokens if that is less")] = None
-    shard_tokens: int = 100_000_000  # tokens per shard
+    val_tokens: Annotated[int | None, Ge(0), Lt(2**31), shown("11 M, or 5 % of all tokens if that is less")] = None
+    shard_tokens: Annotated[int, Ge(1), Lt(2**31)] = 100_000_000  # tokens per shard
     # keep documents in source order, up to the document that reaches this number of tokens
-    max_tokens: Annotated[int | None, shown("no limit")] = None
-    min_chars: Annotated[int | None, shown("off")] = None  # drop documents with fewer characters
+    max_tokens: Annotated[int | None, Ge(1), shown("no limit")] = None
+    min_chars: Annotated[int | None, Ge(0), shown("off")] = None  # drop documents with fewer characters
     min_score: Threshold = None  # drop documents with a lower `score`, a column of FineWeb-Edu (0 to 5)
     min_language_score: Threshold = None  # drop documents with a lower `language_score`, a column of FineWeb (0 to 1)
     min_quality: Threshold = None  # drop documents with a lower score of the model --quality (0 to 1)
     quality: Annotated[Path | None, shown("none")] = None  # quality model, written by tools.train_quality_filter
-    workers: Annotated[int | None, shown("one per core, if memory allows")] = None  # worker processes
+    workers: Annotated[int | None, Ge(1), Le(10_000), shown("one per core, if memory allows")] = (
+        None  # worker processes
+    )
     engine: Literal["local", "ray"] = "local"  # run workers on this machine or on a Ray cluster (pip install ray)
     address: str = "auto"  # address of the Ray cluster; auto: the cluster that this machine belongs to
     text_column: str = "text"  # column of a parquet file, or key of a JSON object, that contains the text
@@ -82,16 +81,12 @@ class PrepareArgs:
 
     def check(self) -> None:
         """Raise a UserError that lists all invalid values."""
-        problems = []
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                problems.append(f"--{name.replace('_', '-')} {value}: out of range. Use {low} to {high:,}.")
+        problems = violations(self)
         if (self.quality is None) != (self.min_quality is None):
             given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
-            problems.append(f"{given}: has no effect alone. Use --quality and --min-quality together.")
+            problems.append(f"{given} has no effect alone. Use --quality and --min-quality together.")
         if problems:
-            intro = ["the arguments do not work:"] if len(problems) > 1 else []
+            intro = ["The arguments do not work:"] if len(problems) > 1 else []
             raise UserError("\n  ".join([*intro, *problems]))
 
     @property

@@ -634,10 +634,10 @@ def test_invalid_arguments_are_reported_together(tmp_path, pages):
     with pytest.raises(UserError) as refused:
         prepare(tmp_path / "d", pages, val_tokens=-1, workers=0, quality="model.safetensors")
     assert str(refused.value).splitlines() == [
-        "the arguments do not work:",
-        "  --val-tokens -1: out of range. Use 0 to 2,147,483,647.",
-        "  --workers 0: out of range. Use 1 to 10,000.",
-        "  --quality model.safetensors: has no effect alone. Use --quality and --min-quality together.",
+        "The arguments do not work:",
+        "  --val-tokens -1 is out of range. Use at least 0 and less than 2,147,483,648.",
+        "  --workers 0 is out of range. Use at least 1 and at most 10,000.",
+        "  --quality model.safetensors has no effect alone. Use --quality and --min-quality together.",
     ]
     assert not (tmp_path / "d").exists()
 
