@@ -253,13 +253,13 @@ class Batch:
     """One optimizer step's data on one rank.
 
     `micro_batches` are int64 tensors, (micro_batch_size, T + 1) each, pinned where the device is CUDA.
-    `targets` counts the targets of the whole step, over all ranks. `end` is the position after it.
+    `num_targets` counts the targets of the whole step, over all ranks. `end` is the position after it.
     """
 
     start: Position
     end: Position
     micro_batches: list[torch.Tensor]
-    targets: int
+    num_targets: int
 
 
 class DataLoader:
@@ -317,7 +317,7 @@ class DataLoader:
             self.order.read_rows(start.epoch, rows[i : i + self.micro_batch_size], batch.numpy())
             micro_batches.append(batch)
         end = Position(start.epoch, start.n + self.rows_per_step)
-        return Batch(start, end, micro_batches, targets=self.rows_per_step * self.order.block_size)
+        return Batch(start, end, micro_batches, num_targets=self.rows_per_step * self.order.block_size)
 
 
 def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

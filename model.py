@@ -1,13 +1,13 @@
-"""GPT-2, and after it the modern GPT of the public speed records.
+"""GPT-2, followed by a modern GPT with the architecture changes of the modded-nanogpt speed records.
 
     >>> model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))
     >>> logits = model(idx)                      # (B, T) int64 -> (B, T, V)
-    >>> loss = model(idx, targets)               # mean over the targets other than -100
-    >>> model = GPT.from_pretrained("out/gpt2")  # also a checkpoint, "gpt2", or a Hugging Face directory
+    >>> loss = model(idx, targets)               # mean loss; targets of -100 are ignored
+    >>> model = GPT.from_pretrained("out/gpt2")  # or a checkpoint, "gpt2", a Hugging Face directory
     >>> print(model.generate("Once upon a time", max_new_tokens=50))
 
-Shapes: B batch, T time, C n_embd, H query heads, K key and value heads, D head size, V padded vocabulary size; S is the
-number of keys, T or more with a KV cache. Parameters have the names of Hugging Face's GPT-2.
+Shapes: B batch, T time, C n_embd, H query heads, K key and value heads, D head size, V padded vocabulary, L layers, and
+S the number of keys, which with a KV cache is more than T. Parameter names are those of Hugging Face's GPT2Model.
 
 References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; for the modern GPT,
 https://github.com/KellerJordan/modded-nanogpt and the ablation in results/recipe.
@@ -44,21 +44,22 @@ from babygpt.pretrained import read_pretrained
 # GPT-2
 
 
+DropoutRate = Annotated[float, Ge(0), Lt(1)]
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. The defaults are those of the smallest GPT-2, with 124 M parameters."""
+    """The architecture. The defaults are the smallest GPT-2 (124 M). train_config.resolve checks the annotations."""
 
     block_size: Positive = 1024  # longest context, in tokens
-    vocab_size: NonNegative = 50257  # size of the vocabulary; 0: that of the data set's tokenizer
+    vocab_size: NonNegative = 50257  # 0: train.py fills in that of the data set
     n_layer: Positive = 12  # number of blocks
     n_head: Positive = 12  # number of attention heads
     n_embd: Positive = 768  # width of the residual stream
     n_kv_head: Positive | None = None  # key and value heads, shared by groups of query heads; None: n_head
-    dropout: Annotated[float, Ge(0), Lt(1)] = (
-        0.0  # probability, for embeddings, attention weights and the output of each branch
-    )
+    dropout: DropoutRate = 0.0  # of embeddings, attention weights and residual branches
     bias: bool = True  # biases in linear layers and layer norms
-    tie_head: bool = True  # the output head shares the weights of the token embedding
+    tie_head: bool = True  # tie lm_head to wte
 
     @property
     def padded_vocab_size(self) -> int:
@@ -74,15 +75,17 @@ class GPTConfig:
 
     @property
     def mask_rule(self) -> MaskRule:
-        """What limits attention besides causality."""
+        """Limits of attention besides causality; GPT-2 has none."""
         return MaskRule()
 
 
 class CausalSelfAttention(nn.Module):
+    """Attention of each token to itself and earlier ones. A mask of None is causal (babygpt/nn/attention.py)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        # queries, keys and values of all heads in one product
+        # fused projections of queries, keys and values
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_size, config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
         self.drop = nn.Dropout(config.dropout)
@@ -105,9 +108,9 @@ class CausalSelfAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, cache: KVCache | None,
         scale: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Return the output of attention, (B, T, C), after its projection; `scale` is 1 / sqrt(D) if None."""
+        """Attend, project and return (B, T, C). A `scale` of None is 1 / sqrt(D)."""
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, D), in the dtype of the cache
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D), in the cache's dtype
             q = q.type_as(k)
         y = attention(q, k, v, mask, scale, self.config.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side
@@ -117,7 +120,6 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, config.bias)
         self.drop = nn.Dropout(config.dropout)
@@ -144,15 +146,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    tokenizer: Tokenizer  # these three are set by `from_pretrained`
-    source: str
-    step: int | None  # of the training run; None for weights from elsewhere
+    # set by `from_pretrained`
+    tokenizer: Tokenizer
+    source: str  # path or name that the weights were loaded from
+    step: int | None  # training step of the checkpoint; None for external weights
 
-    activation_checkpointing = False  # recompute the activations of a block in the backward pass
-    bf16_activations = False  # under autocast, keep the residual stream in bfloat16 too
+    # set by train.py: they change speed and memory, not the architecture
+    activation_checkpointing = False  # recompute each block's activations in the backward pass
+    bf16_activations = False  # under autocast, keep the residual stream in bfloat16 instead of float32
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if isinstance(config, ModernConfig):
+            raise TypeError("GPT is the classic GPT-2. Use build_model(config) for a ModernConfig.")
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -161,19 +167,18 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_head:
-            self.lm_head.weight = self.wte.weight
+            self.lm_head.weight = self.wte.weight  # one parameter, named wte.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for name, parameter in self.named_parameters():  # this order decides which random numbers each one draws
+        for name, parameter in self.named_parameters():  # the order decides the random numbers: keep it
             self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """Initialize as GPT-2: normal with standard deviation 0.02, biases 0, layer norms 1.
+        """GPT-2's initialization: weights N(0, 0.02), biases 0, gains of layer norms 1.
 
-        The projections into the residual stream are scaled by 1 / sqrt(2 n_layer), one over the root of their number
-        (section 2.3 of the paper).
+        The 2 n_layer projections into the residual stream are scaled by 1 / sqrt(2 n_layer) (section 2.3 of the paper).
         """
         if name.endswith("bias"):
             parameter.zero_()
@@ -189,10 +194,10 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> torch.Tensor:  # fmt: skip
-        """Return the logits (B, T, V) of token ids (B, T) int64, or the loss, () float32, of targets (B, T) int64.
+        """Return the logits (B, T, V) of token ids idx (B, T) int64, or the loss, () float32, of targets (B, T) int64.
 
-        The loss is the mean or sum of the cross entropy over the targets other than -100. `cache`, `positions` and
-        `mask` are those of `hidden`.
+        The loss is the mean cross entropy, or its sum, for gradient accumulation; targets of -100 are ignored. For
+        `cache`, `positions` and `mask`, see `hidden`.
         """
         x = self.hidden(idx, cache, positions, mask)  # (B, T, C)
         if targets is None:
@@ -204,18 +209,18 @@ class GPT(nn.Module):
         self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Return the input of the head, (B, T, C), for token ids (B, T) int64.
+        """Return the final hidden states, (B, T, C), of token ids idx (B, T) int64.
 
-        With a cache, the tokens follow those in it. Otherwise each row is a text from its beginning, unless
-        `positions`, (B, T) int64, and `mask`, (B, 1, T, T) bool, say which positions and keys its tokens have.
+        With a cache, idx continues the cached tokens. Without one, each row starts at position 0, unless `positions`,
+        (B, T) int64, and `mask`, (B, 1, T, T) bool, true where a query may attend to a key, say otherwise.
         """
         if positions is None:
             positions = token_positions(idx, cache, self.config.block_size)  # (B or 1, T)
-        attends = attention_mask(idx, positions, cache, mask)
+        attn_mask = attention_mask(idx, positions, cache, mask)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         x = self.to_activation_dtype(x)
         for block in self.h:
-            x = self.run_block(block, x, attends, cache)
+            x = self.run_block(block, x, attn_mask, cache)
         if cache is not None:
             cache.length += idx.size(1)
         return self.ln_f(x)
@@ -231,7 +236,7 @@ class GPT(nn.Module):
         return block(*inputs)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits (..., V) of hidden states (..., C), with -inf for the padding of the vocabulary."""
+        """Return the logits (..., V) of hidden states (..., C), -inf for the entries that pad the vocabulary."""
         logits = self.head(x)
         logits[..., self.config.vocab_size :] = float("-inf")
         return logits
@@ -240,17 +245,17 @@ class GPT(nn.Module):
         return self.lm_head(x)
 
     def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss, () float32, of hidden states (N, C) and targets (N,)."""
+        """Return the summed cross entropy, () float32, of hidden states (N, C) and targets (N,), head included."""
         return linear_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size)
 
     def generate(self, prompt: str, **params: Any) -> str:
-        """Return `prompt` and a continuation; the other arguments are the fields of `SamplingParams`."""
+        """Return `prompt` and a continuation. Needs a `tokenizer`; keyword arguments are those of SamplingParams."""
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]  # every document starts with EOT
-        rows = generate(self, [tokens], SamplingParams(**params), self.tokenizer.eot_id)
-        return prompt + self.tokenizer.decode([token for (token,) in rows if token is not None])
+        steps = generate(self, [tokens], SamplingParams(**params), self.tokenizer.eot_id)
+        return prompt + self.tokenizer.decode([token for (token,) in steps if token is not None])  # None after EOT
 
     def make_cache(self, batch_size: int, dtype: torch.dtype, starts: torch.Tensor | None = None) -> KVCache:
-        """Return an empty cache for texts of up to block_size tokens."""
+        """Return an empty cache for sequences of up to block_size tokens; `starts` as in KVCache."""
         config = self.config
         shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
         return KVCache(config.n_layer, shape, self.wte.weight.device, dtype, starts)
@@ -262,10 +267,10 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
-        """Return the floating-point operations of training on one token: 854.7 M for the smallest GPT-2.
+        """Return the FLOPs of training on one token: 854.7 M for the smallest GPT-2.
 
-        6 per weight of every matrix product (PaLM paper, appendix B: 2 forward, 4 backward), and 12 L T C for the two
-        products of attention over the whole context or window.
+        6 per weight of every matrix product, padding included (PaLM paper, appendix B: 2 forward, 4 backward), and
+        12 L T C for the two products of attention, over the whole context or window as if it were not causal.
         """
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         context = self.config.mask_rule.window or self.config.block_size
@@ -276,10 +281,10 @@ class GPT(nn.Module):
         """Return a model in eval mode, with its `tokenizer`, `source` and `step`.
 
         `spec` is a run directory (its latest checkpoint), a checkpoint directory, a Hugging Face GPT-2 directory, or a
-        name such as "gpt2-xl", which is downloaded once to data/. UserError if there is no intact model.
+        name such as "gpt2-xl", which is downloaded once to data/. Raises UserError if there is no intact model.
         """
         found = read_pretrained(spec)
-        model = found.build(lambda values: build_model(config_from_dict(values)))
+        model = found.build(lambda values: build_model(config_from_dict(values)))  # with its weights
         model.tokenizer, model.source, model.step = found.tokenizer, found.source, found.step
         return model.to(device).eval()
 
@@ -288,27 +293,29 @@ class GPT(nn.Module):
 # the modern GPT
 
 
-Scale = Annotated[float, Gt(0), Lt(math.inf)]
+PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 
 
 @dataclass(frozen=True)
 class ModernConfig(GPTConfig):
-    """GPT-2 with the improvements of the public speed records, each a switch. With all of them off, it is GPT-2."""
+    """GPT-2 with optional improvements. With all of them off, as here, it is GPT-2; the preset modern turns them on."""
 
     rope: bool = False  # rotary embeddings (arXiv:2104.09864) instead of learned positions
     qk_norm: bool = False  # RMS norm of queries and keys (arXiv:2010.04245)
     relu2: bool = False  # squared ReLU instead of GELU (arXiv:2109.08668)
     rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
-    embedding_norm: bool = False  # RMS norm after the token embedding
-    zero_init: bool = False  # zeros for the projections into the residual stream and an untied head
-    value_embeddings: NonNegative = 0  # number of tables, each added to the values of one of the first and last blocks
+    embedding_norm: bool = False  # RMS norm after the embedding
+    zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
+    value_embeddings: NonNegative = (
+        0  # tables of values by token; table i is mixed into block i and the i-th of the last
+    )
     x0_shortcut: bool = False  # the input of each block is a mix of the residual stream and the embedding
-    unet: bool = False  # skip connections from the first half of the blocks to the second, last to first
-    logit_softcap: Scale | None = None  # logits become c tanh(logits / c) (Gemma 2, arXiv:2408.00118); None: off
-    attention_scale: Scale | None = None  # of query times key; None: 1 / sqrt(D)
-    document_mask: bool = False  # attention stays inside documents, each of which starts with eot_id
-    eot_id: int | None = None  # end-of-text token, from the data set; None without document_mask
-    window: Positive | None = None  # number of keys, its own included, that a query attends to; None: all
+    unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
+    logit_softcap: PositiveFloat | None = None  # cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
+    attention_scale: PositiveFloat | None = None  # softmax scale; None: 1 / sqrt(D)
+    document_mask: bool = False  # no attention across documents, each of which starts with eot_id
+    eot_id: int | None = None  # end-of-text token; train.py fills it in for document_mask
+    window: Positive | None = None  # sliding window, the current token included; None: all tokens
 
     @property
     def mask_rule(self) -> MaskRule:
@@ -317,7 +324,7 @@ class ModernConfig(GPTConfig):
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """Divide x (..., C) by its root mean square."""
+    """RMS norm of x (..., C) without parameters."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -328,35 +335,36 @@ def make_norm(config: ModernConfig) -> nn.Module:
 
 
 @dataclass
-class BlockInputs:
-    """What the blocks of one forward pass share."""
+class SharedInputs:
+    """Inputs that all blocks of a forward pass share."""
 
     mask: Mask
     cache: KVCache | None
     x0: torch.Tensor  # (B, T, C), the input of the first block
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None  # rotary embeddings; None: off
-    values: list[torch.Tensor]  # value embeddings of the tokens, (B, T, K D) each
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None  # of rotary embeddings, (B or 1, 1, T, D / 2) each
+    value_embeds: list[torch.Tensor]  # (B, T, K D) per table
 
 
 class ModernAttention(CausalSelfAttention):
-    """Attention with QK norm, rotary embeddings and value embeddings."""
+    """Attention with optional QK norm, rotary embeddings and value embeddings."""
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__(config, layer)
         self.qk_norm, self.scale = config.qk_norm, config.attention_scale
-        first, last = layer, layer - (config.n_layer - config.value_embeddings)
-        self.table = first if first < config.value_embeddings else last  # of the value embeddings; negative: none
-        # weights of the values of the block and of the table
+        # index of this block's table of value embeddings, negative if it has none
+        from_end = layer - (config.n_layer - config.value_embeddings)
+        self.table = layer if layer < config.value_embeddings else from_end
+        # mixing weights: the block's own values, the value embedding
         self.value_lambdas = nn.Parameter(torch.tensor([0.5, 0.5])) if self.table >= 0 else None
 
-    def forward(self, x: torch.Tensor, shared: BlockInputs) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, shared: SharedInputs) -> torch.Tensor:  # type: ignore[override]
         q, k, v = self.qkv(x)
         if self.qk_norm:
-            q, k = norm(q).type_as(v), norm(k).type_as(v)  # autocast may have made them float32
+            q, k = norm(q).type_as(v), norm(k).type_as(v)  # autocast may return float32
         if shared.cos_sin is not None:
             q, k = apply_rotary_emb(q, shared.cos_sin), apply_rotary_emb(k, shared.cos_sin)
         if self.value_lambdas is not None:
-            embedded = shared.values[self.table].unflatten(2, (-1, v.size(-1))).transpose(1, 2)  # (B, K, T, D)
+            embedded = shared.value_embeds[self.table].unflatten(2, (-1, v.size(-1))).transpose(1, 2)  # (B, K, T, D)
             v = (self.value_lambdas[0] * v + self.value_lambdas[1] * embedded).type_as(v)
         return self.attend(q, k, v, shared.mask, shared.cache, self.scale)  # (B, T, C)
 
@@ -371,7 +379,7 @@ class ModernMLP(MLP):
 
 
 class ModernBlock(nn.Module):
-    """A block whose input is a mix of the residual stream and the embedding."""
+    """A block with optional x0 shortcut: its input is a learned mix of the residual stream and x0."""
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__()
@@ -379,10 +387,10 @@ class ModernBlock(nn.Module):
         self.attn = ModernAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = ModernMLP(config)
-        # weights of the residual stream and of the embedding
+        # mixing weights: x, x0
         self.x0_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
 
-    def forward(self, x: torch.Tensor, shared: BlockInputs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shared: SharedInputs) -> torch.Tensor:
         if self.x0_lambdas is not None:
             x = self.x0_lambdas[0] * x + self.x0_lambdas[1] * shared.x0
         x = x + self.attn(self.ln_1(x), shared)
@@ -396,7 +404,7 @@ class ModernGPT(GPT):
     ln_f: nn.Module  # type: ignore[assignment]
 
     def __init__(self, config: ModernConfig):
-        nn.Module.__init__(self)  # not GPT's: the order of the parts is that of their random numbers
+        nn.Module.__init__(self)  # not GPT's: the parts differ, and their order decides the random numbers
         if config.document_mask and config.eot_id is None:
             raise ValueError("document_mask needs eot_id, the token that documents start with")
         self.config = config
@@ -418,11 +426,11 @@ class ModernGPT(GPT):
         self.init_weights()
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """Initialize as GPT-2, but for zero_init, and tables that are normalized or hold values: deviation 1."""
+        """GPT-2's initialization, except for zero_init, and N(0, 1) for value tables and a normalized, untied wte."""
         config = self.config
         normalized = config.embedding_norm and not config.tie_head and name == "wte.weight"
         if name.endswith("lambdas"):
-            return  # keep the constants of the constructor
+            return  # set in the constructor
         if config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
             parameter.zero_()
         elif normalized or name.startswith("vte."):
@@ -437,25 +445,25 @@ class ModernGPT(GPT):
         config = self.config
         if positions is None:
             positions = token_positions(idx, cache, config.block_size)  # (B or 1, T)
-        flex = config.head_size >= 16 and not (config.dropout and self.training)  # what FlexAttention supports
-        attends = attention_mask(idx, positions, cache, mask, config.mask_rule, flex)
+        can_use_flex = config.head_size >= 16 and not (config.dropout and self.training)  # FlexAttention's limits
+        attn_mask = attention_mask(idx, positions, cache, mask, config.mask_rule, can_use_flex)
         x = self.wte(idx)  # (B, T, C)
         if not config.rope:
             x = x + self.wpe(positions)
         x = self.drop(x)
         if config.embedding_norm:
             x = norm(x)
-        x = x0 = self.to_activation_dtype(x)
-        values = [self.to_activation_dtype(table(idx)) for table in self.vte]
+        x = self.to_activation_dtype(x)
+        value_embeds = [self.to_activation_dtype(table(idx)) for table in self.vte]
         cos_sin = rotary_cos_sin(positions, config.head_size) if config.rope else None
-        shared = BlockInputs(attends, cache, x0, cos_sin, values)
+        shared = SharedInputs(attn_mask, cache, x, cos_sin, value_embeds)
         skips: list[torch.Tensor] = []
-        half = config.n_layer // 2 if config.unet else 0
+        num_skips = config.n_layer // 2 if config.unet else 0
         for layer, block in enumerate(self.h):
-            if layer >= config.n_layer - half:
-                x = x + self.skip_lambdas[layer - config.n_layer + half] * skips.pop()
+            if (skip := layer - (config.n_layer - num_skips)) >= 0:
+                x = x + self.skip_lambdas[skip] * skips.pop()
             x = self.run_block(block, x, shared)
-            if layer < half:
+            if layer < num_skips:
                 skips.append(x)
         if cache is not None:
             cache.length += idx.size(1)
@@ -471,7 +479,7 @@ class ModernGPT(GPT):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# either of the two
+# both models
 
 
 def build_model(config: GPTConfig) -> GPT:
@@ -479,6 +487,6 @@ def build_model(config: GPTConfig) -> GPT:
 
 
 def config_from_dict(values: dict[str, Any]) -> GPTConfig:
-    """Return the config with these fields. TypeError if neither GPTConfig nor ModernConfig has one of them."""
+    """Return a GPTConfig, or a ModernConfig if there are fields of it. Raises TypeError for an unknown field."""
     classic = {field.name for field in fields(GPTConfig)}
     return GPTConfig(**values) if values.keys() <= classic else ModernConfig(**values)

@@ -1,9 +1,9 @@
-"""Train a GPT, and validate, evaluate and sample it during training. The settings are in train_config.py.
+"""Train a GPT, with periodic validation, HellaSwag evaluation and samples. The settings are in train_config.py.
 
     python train.py demo                                             # one process, on a CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train.py                # GPT-2 124M on 8 GPUs
-    python train.py gpt2 --general.init-from resume                  # start, or resume from the latest checkpoint
-    python train.py gpt2 --general.mode val eval                     # scores of the latest checkpoint, no training
+    python train.py gpt2 --general.init-from resume                  # resume, or start if there is no checkpoint
+    python train.py gpt2 --general.mode val eval                     # evaluate the latest checkpoint, without training
 
 A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpoints/.
 """
@@ -31,7 +31,7 @@ from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.attention import training_backend
 from babygpt.nn.generation import SamplingParams
 from babygpt.pretrained import read_pretrained
-from babygpt.training import checkpoint, run_dir
+from babygpt.training import checkpoint, optim, run_dir
 from babygpt.training.checkpoint import Saver
 from babygpt.training.device import autocast, untested_torch_warning, uses_bfloat16
 from babygpt.training.distributed import Ranks, explain_failures, process_group
@@ -39,14 +39,7 @@ from babygpt.training.guard import StepStatus, UpdateGuard, checksum
 from babygpt.training.log import Row
 from babygpt.training.metrics import Metrics
 from babygpt.training.monitor import StepMonitor
-from babygpt.training.optim import (
-    Optimizers,
-    load_optimizer_state,
-    make_optimizers,
-    optimizer_state,
-    parameters_of,
-    set_learning_rates,
-)
+from babygpt.training.optim import Optimizers
 from babygpt.training.schedule import Due, LRSchedule, Schedule
 from babygpt.training.seeds import derive_seed
 from babygpt.training.signals import StopRequested, StopSignals
@@ -74,57 +67,58 @@ LossFunction = Callable[[nn.Module, torch.Tensor, torch.device], torch.Tensor]
 
 
 def next_token_loss(model: nn.Module, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the summed loss, () float32, of rows (B, T + 1) int64 on the host."""
-    idx, targets = inputs_and_targets(rows, device)
+    """Return the loss summed over all targets, () float32, of rows (B, T + 1) int64 on the host."""
+    idx, targets = inputs_and_targets(rows, device)  # copied to the device without waiting
     return model(idx, targets, reduction="sum")
 
 
 @dataclass
 class TrainState:
-    """What a training step works with and changes."""
+    """What a training step reads and updates."""
 
-    model: nn.Module  # compiled and wrapped for several ranks as requested
+    model: nn.Module  # compiled if requested, in DDP if there are several ranks
     optimizers: Optimizers
     guard: UpdateGuard
     ranks: Ranks
-    dtype: str = "auto"  # of matrix products
+    dtype: str = "auto"  # of matrix products, under autocast
     grad_clip: float = 0.0  # 0: no clipping
 
 
 def train_step(
     state: TrainState, batch: Batch, loss_function: LossFunction, seed: int, stop: bool = False, compare: bool = False
 ) -> torch.Tensor:
-    """Make one update from all micro-batches, unless the guard skips it; return the packed StepStatus on the device.
+    """Accumulate gradients over the micro-batches and make one update, unless the guard skips it.
 
-    The loss is the sum over all micro-batches and ranks, divided by `batch.targets`. `stop` requests a stop, which all
-    ranks see in the status. With `compare`, the status has checksums of the weights before the update.
+    The loss is that of all micro-batches and ranks, divided by `batch.num_targets`. Returns the packed StepStatus on
+    the device, without waiting for it. It also carries `stop`, so that all ranks stop together, and, with `compare`,
+    checksums of the weights before the update, to detect ranks that differ.
     """
     model, ranks = state.model, state.ranks
-    torch.manual_seed(seed)  # of dropout: it follows from the step, so no RNG state needs saving
+    torch.manual_seed(seed)  # dropout depends on step and rank alone, so checkpoints need no RNG state
     model.train()
     loss_sum = torch.zeros((), device=ranks.device)
     for i, rows in enumerate(batch.micro_batches):
-        if isinstance(model, DistributedDataParallel):  # read in the forward pass: all-reduce in the last backward
+        if isinstance(model, DistributedDataParallel):  # all-reduce in the last backward pass; DDP reads it in forward
             model.require_backward_grad_sync = i == len(batch.micro_batches) - 1
         with autocast(ranks.device, state.dtype):
             loss = loss_function(model, rows, ranks.device)
-        (loss * (ranks.world_size / batch.targets)).backward()  # DDP averages the gradients of W ranks
+        (loss * (ranks.world_size / batch.num_targets)).backward()  # times world_size, since DDP averages over ranks
         loss_sum += loss.detach()
 
-    parameters = parameters_of(state.optimizers)
+    parameters = optim.parameters_of(state.optimizers)
     if state.grad_clip > 0:
         norm = clip_grad_norm_(parameters, state.grad_clip)
     else:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nonfinite = ~loss_sum.isfinite() | ranks.take_bad_gradient()
+    nonfinite = ~loss_sum.isfinite() | ranks.take_bad_gradient()  # on this rank, for the message
     weights = checksum(parameters) if compare else None
-    local = StepStatus.of_rank(ranks.rank, ranks.world_size, loss_sum / batch.targets, nonfinite, stop, weights)
-    status = StepStatus.unpack(ranks.all_reduce(local.pack()))
-    status.grad_norm = norm
+    local = StepStatus.of_rank(ranks.rank, ranks.world_size, loss_sum / batch.num_targets, nonfinite, stop, weights)
+    status = StepStatus.unpack(ranks.all_reduce(local.pack()))  # sums over ranks, with a slot per rank for the flags
+    status.grad_norm = norm  # before clipping, and equal on all ranks
     status.skip_update, status.z_score = state.guard.judge(status.loss, norm)
 
-    for optimizer in state.optimizers:
-        optimizer.found_inf = status.skip_update  # type: ignore[attr-defined]  # read by PyTorch's fused kernels
+    for optimizer in state.optimizers:  # if found_inf is 1, a step changes neither weights nor optimizer state
+        optimizer.found_inf = status.skip_update  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return status.pack()
@@ -139,17 +133,17 @@ class Start:
     """Where training starts: the weights, and the position in the run and the data."""
 
     model: GPT
-    optimizer: dict | None = None  # state by parameter name, of a resumed run
+    optimizer_state: dict | None = None  # by parameter name; of a resumed run
     step: int = 0
-    tokens: int = 0  # trained on before
+    tokens: int = 0  # trained on so far
     position: Position = field(default_factory=Position)
-    losses: list[float] = field(default_factory=list)  # the last ones, for the guard
-    launches: list[dict] = field(default_factory=list)  # from which step on, which settings, versions and hardware
+    losses: list[float] = field(default_factory=list)  # recent ones, to restore the guard
+    launches: list[dict] = field(default_factory=list)  # one per launch: first step, settings, versions, hardware
 
 
 @dataclass
 class Run:
-    """Everything that the training loop uses."""
+    """Everything that the training loop needs."""
 
     config: Config
     dataset: Dataset
@@ -157,16 +151,16 @@ class Run:
     order: Order
     start: Start
     ranks: Ranks
-    raw_model: GPT  # saved, evaluated and sampled
-    fast_model: nn.Module  # the same weights, compiled if requested: validated, and wrapped in state.model
+    raw_model: GPT  # used for checkpoints, HellaSwag and samples
+    fast_model: nn.Module  # raw_model, compiled if requested: used for validation, and wrapped by state.model
     state: TrainState
     examples: list[Example]  # of HellaSwag
     metrics: Metrics
-    identity: dict[str, dict]  # settings that a resume must keep
+    identity: dict[str, dict]  # settings that must not change on resume
 
 
 def identity_of(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict[str, dict]:
-    """Return the settings that a resume must keep: architecture, optimizer, data and their order."""
+    """Return the settings that must not change on resume: architecture, optimizer, tokenizer, data and their order."""
     return {
         "model": asdict(config.model),
         "data": {
@@ -179,7 +173,7 @@ def identity_of(config: Config, dataset: Dataset, order: Order, tokenizer: Token
 
 
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
-    """Prepare data order, examples, weights, optimizers and log."""
+    """Build the data order, the model, the optimizers and the log, and print a description of the run."""
     training, model_config = config.training, config.model
     tokenizer = load_tokenizer(dataset.tokenizer)
     dataset.check_tokenizer(tokenizer, dataset.tokenizer)
@@ -196,11 +190,12 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     identity = identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, tokenizer, ranks)
     raw_model = start.model.to(ranks.device)
-    raw_model.activation_checkpointing = training.activation_checkpointing
+    raw_model.activation_checkpointing = training.activation_checkpointing  # may change on resume
     raw_model.bf16_activations = training.bf16_activations
-    optimizers = make_optimizers(raw_model, asdict(config.optimizer))
-    if start.optimizer:
-        load_optimizer_state(optimizers, raw_model, start.optimizer)
+    optimizers = optim.make_optimizers(raw_model, asdict(config.optimizer))
+    if start.optimizer_state:
+        optim.load_optimizer_state(optimizers, raw_model, start.optimizer_state)
+        start.optimizer_state = None  # copied: free the memory
     compiled = training.compile == "on" or (training.compile == "auto" and ranks.device.type == "cuda")
     fast_model = cast(nn.Module, torch.compile(raw_model, dynamic=False)) if compiled else raw_model
     guard = UpdateGuard(ranks.device, training.skip_spikes, start.losses)
@@ -216,8 +211,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     describe(config, raw_model, order, ranks, compiled)
     if dataset.manifest is None:
         console.warning(f"{dataset.folder} has no dataset.json: its tokens are assumed to be GPT-2's, unverified")
-    models = (raw_model, fast_model, state)
-    return Run(config, dataset, tokenizer, order, start, ranks, *models, examples, metrics, identity)
+    return Run(
+        config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, metrics, identity
+    )
 
 
 def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: bool) -> None:
@@ -240,19 +236,19 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
 def restore_or_initialize(
     config: Config, dataset: Dataset, identity: dict[str, dict], tokenizer: Tokenizer, ranks: Ranks
 ) -> Start:
-    """Return where training starts, as --general.init-from says. Writes config.json and the tokenizer."""
+    """Return where training starts, according to --general.init-from; write config.json and the tokenizer."""
     out, init_from = config.general.out_dir, config.general.init_from
     found = None
     if init_from == "resume":
         found = run_dir.latest_checkpoint(out, ranks)
-        # a run that was killed before its first checkpoint starts again from the same weights
+        # without a checkpoint, restart from the weights that the run began with
         init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
     elif (out / "config.json").exists() or checkpoint.checkpoints(out):
         raise ConfigError(
             f"{out} already contains a run. Resume it with --general.init-from resume, or start another one with "
             "--general.out-dir out/NAME."
         )
-    torch.manual_seed(config.general.seed)
+    torch.manual_seed(config.general.seed)  # the same initial weights on all ranks
     if found:
         start = restore(found, config, identity)
     elif init_from == "scratch":
@@ -266,10 +262,10 @@ def restore_or_initialize(
 
     settings = to_json(variant(config, general={"init_from": init_from}))
     run_dir.record_launch(start.launches, start.step, settings, ranks)
-    ranks.barrier()  # all ranks have read the directory before rank 0 writes to it
+    ranks.barrier()  # rank 0 must not write to the directory until all ranks have read it
     if ranks.is_main:
         (out / run_dir.FINISHED).unlink(missing_ok=True)
-        if found is None:  # otherwise it stays that of the last checkpoint until the next one
+        if found is None:  # on resume, the next checkpoint replaces it
             files.write_json(out / "config.json", settings)
         if tokenizer.name != "gpt2":
             files.write(out / tokenizer.name, tokenizer.data)
@@ -277,7 +273,7 @@ def restore_or_initialize(
 
 
 def restore(found: Path, config: Config, identity: dict[str, dict]) -> Start:
-    """Return where the run of a checkpoint continues. ConfigError if it has another identity."""
+    """Load a checkpoint to resume from. Raises ConfigError if it belongs to a run of another identity."""
     loaded = checkpoint.load(found)
     try:
         state = loaded.state
@@ -313,7 +309,7 @@ def validate(
     model: nn.Module, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
     stop: Callable[[], bool] = never,
 ) -> tuple[float, float]:  # fmt: skip
-    """Return the mean loss over the validation tokens in nats per token, and in bits per byte of their text.
+    """Return the mean loss over the validation tokens, in nats per token and in bits per byte.
 
     All ranks raise StopRequested if `stop()` is true on any of them.
     """
@@ -326,7 +322,7 @@ def validate(
 def generate_samples(
     model: GPT, tokenizer: Tokenizer, config: Config, step: int, ranks: Ranks, stop: Callable[[], bool] = never
 ) -> list[str]:
-    """Return texts for the prompt of the settings. All ranks raise StopRequested if `stop()` is true on any of them."""
+    """Return completions of the prompt. All ranks raise StopRequested if `stop()` is true on any of them."""
     s = config.sampling
     seed = derive_seed(config.general.seed, step)
     params = SamplingParams(s.max_new_tokens, s.temperature, s.top_k, s.top_p, seed)
@@ -337,9 +333,9 @@ def generate_samples(
     return [s.prompt + text for text in texts]
 
 
-def run_tasks(run: Run, due: Due, step: int, signals: StopSignals) -> Row:
-    """Validate, evaluate and sample the weights after `step` updates as due; return the scores for the log."""
-    config, ranks, row, stop = run.config, run.ranks, Row(), lambda: signals.requested
+def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
+    """Validate, evaluate and sample, whichever are due; return the scores for the log."""
+    config, ranks, row = run.config, run.ranks, Row()
     if due.validation:
         loss, bits_per_byte = validate(run.fast_model, run.dataset, run.tokenizer, config, ranks, stop)
         row |= {"val_loss": loss, "val_bpb": bits_per_byte}
@@ -348,7 +344,7 @@ def run_tasks(run: Run, due: Due, step: int, signals: StopSignals) -> Row:
         style = config.evaluation.style
         scores = evaluate(run.raw_model, run.examples, style, ranks, config.training.dtype, stop=stop)
         console.info(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
-        if style == "karpathy":
+        if style == "karpathy":  # the column has one meaning
             row["hellaswag"] = scores["acc_norm"].value
     if due.samples:
         texts = generate_samples(run.raw_model, run.tokenizer, config, step, ranks, stop)
@@ -359,15 +355,15 @@ def run_tasks(run: Run, due: Due, step: int, signals: StopSignals) -> Row:
 
 
 def save(run: Run, saver: Saver, step: int, tokens: int, position: Position) -> None:
-    """Start to write the checkpoint of the weights after `step` updates, on the main rank."""
+    """Copy the state to the host, on the main rank, and write a checkpoint in the background."""
     if run.metrics.log is None:
         return
-    run.metrics.log.sync()
+    run.metrics.log.sync()  # its rows must be on the disk before the checkpoint
     progress = {
         "step": step, "tokens": tokens, "position": asdict(position), "losses": run.state.guard.losses(),
         "launches": run.start.launches,
     }  # fmt: skip
-    optimizer = optimizer_state(run.state.optimizers, run.raw_model)
+    optimizer = optim.optimizer_state(run.state.optimizers, run.raw_model)
     saver.save(step, checkpoint.model_tensors(run.raw_model), optimizer, progress | run.identity)
 
 
@@ -376,27 +372,28 @@ def save(run: Run, saver: Saver, step: int, tokens: int, position: Position) -> 
 
 
 def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None) -> None:
-    """Train to the last step. At step `until`, stop as if a stop were requested."""
+    """Train to the last step, or to step `until` (of tools/replay.py), which is like a requested stop."""
     config, ranks, metrics, start = run.config, run.ranks, run.metrics, run.start
-    training, seed, max_steps = config.training, config.general.seed, config.training.max_steps
+    training, max_steps = config.training, config.training.max_steps
     tokens, position = start.tokens, start.position
     schedule, lr_schedule = make_schedules(config, start.step)
-    monitor = StepMonitor(ranks.device, metrics.record)
+    monitor = StepMonitor(ranks.device, metrics.record)  # reads each status one step late, so the host never waits
     loader = DataLoader(
         run.order, position, training.batch_tokens // config.model.block_size, training.micro_batch_size, ranks.rank,
         ranks.world_size, ranks.device,
     )  # fmt: skip
-    for step in range(start.step, max_steps + 1):
-        last_step, ranks.doing = step == max_steps, f"the tasks before step {step}"
-        signals.nothing_to_save = step == start.step
+    for step in range(start.step, max_steps + 1):  # after the last update, only the tasks
+        last_step = step == max_steps
+        ranks.doing = f"the tasks before step {step}"
+        signals.nothing_to_save = step == start.step  # until the first update, a signal exits immediately
         due = schedule.due(step)
-        if due or last_step or monitor.stop_requested:
-            monitor.flush()  # the weights have had exactly `step` updates
+        if due or last_step or monitor.stop_requested or step == until:
+            monitor.flush()  # log all steps so far; `stop_requested` is current then
         stopping = monitor.stop_requested or (step == until and not last_step)
         row: Row = {"step": step, "tokens": tokens, "epoch": position.epoch}
         try:
             if not stopping:
-                row |= run_tasks(run, due, step, signals)
+                row |= run_tasks(run, due, step, stop=lambda: signals.requested)
         except StopRequested:  # on all ranks; a resume runs the tasks of this step again
             stopping = True
         if due.checkpoint or stopping:
@@ -409,19 +406,19 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         if batch.start.epoch > position.epoch:
             unread = len(run.dataset.train) - position.n * run.order.block_size
             console.info(f"epoch {batch.start.epoch} starts; {unread:,} tokens of the previous one were not read")
-        row |= {"epoch": batch.start.epoch, "lr": set_learning_rates(run.state.optimizers, lr_schedule, step)}
+        row["epoch"] = batch.start.epoch
+        row["lr"] = optim.set_learning_rates(run.state.optimizers, lr_schedule, step)
         compare = training.compare_ranks_every_n_steps > 0 and step % training.compare_ranks_every_n_steps == 0
+        stop = signals.requested or saver.error is not None  # a failed save stops all ranks
         monitor.start()
-        status = train_step(
-            run.state, batch, next_token_loss, derive_seed(seed, step, ranks.rank),
-            stop=signals.requested or saver.error is not None, compare=compare,
-        )  # fmt: skip
+        seed = derive_seed(config.general.seed, step, ranks.rank)
+        status = train_step(run.state, batch, next_token_loss, seed, stop=stop, compare=compare)
         monitor.push(row, status)
         tokens, position = tokens + training.batch_tokens, batch.end
 
     loader.close()
     ranks.main_process_first(saver.wait)  # if the save failed, all ranks fail
-    if not stopping:
+    if not stopping:  # a resume writes this row in full
         metrics.write(row)
     metrics.close()
     if ranks.is_main:
@@ -432,7 +429,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
-    """Return when the periodic tasks run, and the learning rates. Tasks that the mode leaves out never run."""
+    """Build the schedules of the periodic tasks, without those that the mode leaves out, and of the learning rates."""
     modes, max_steps, o = config.general.mode, config.training.max_steps, config.optimizer
     schedule = Schedule(
         validation=config.validation.every_n_steps if "val" in modes else 0,
@@ -472,8 +469,8 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
 
 def main() -> None:
     _, config = parse(sys.argv[1:])
-    config, dataset = resolve(config, int(os.environ.get("WORLD_SIZE", "1"))), None
-    general, saving = config.general, config.saving
+    config = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+    general, saving, dataset = config.general, config.saving, None
     if {"train", "val"} & set(general.mode):
         dataset = open_dataset(config.data.dataset)
         config = bind(config, dataset)
@@ -482,7 +479,7 @@ def main() -> None:
         with group as ranks:
             config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), 1)
             return evaluate_checkpoint(config, dataset, ranks)
-    assert dataset is not None, "it is opened if the mode includes train"
+    assert dataset is not None, "the mode train opens the data set"
     with StopSignals() as signals, group as ranks:
         config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), ranks.world_size)
         with (
@@ -491,7 +488,7 @@ def main() -> None:
             Saver(general.out_dir, saving.keep, saving.keep_every) as saver,
         ):
             signals.marker = general.out_dir / run_dir.STOPPED
-            train(set_up(config, dataset, ranks), signals, saver)  # no name keeps the model after the ranks part
+            train(set_up(config, dataset, ranks), signals, saver)  # unnamed: freed before the process group ends
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ MISTAKES = [
     (2, "gradients never averaged over ranks", "distributed/test_ranks.py -k average_their_gradients",
      [("train.py", "grad_sync = i == len(batch.micro_batches) - 1", "grad_sync = False")]),
     (3, "the sync flag set after the forward", "distributed/test_ranks.py -k average_their_gradients",
-     [("train.py", "        if isinstance(model, DistributedDataParallel):  # read", "        if False:  # read"),
+     [("train.py", "        if isinstance(model, DistributedDataParallel):  # all-reduce", "        if False:  # read"),
       ("train.py", "            loss = loss_function(model, rows, ranks.device)\n",
        "            loss = loss_function(model, rows, ranks.device)\n        if ranks.world_size > 1:\n"
        "            model.require_backward_grad_sync = i == len(batch.micro_batches) - 1\n")]),
@@ -67,7 +67,7 @@ MISTAKES = [
     (11, "a resume that replays the last batch", "unit/test_train.py -k stopped_behind_any_step",
      [("train.py", "training.batch_tokens, batch.end", "training.batch_tokens, batch.start")]),
     (11, "optimizer missing from a resume", "unit/test_train.py -k stopped_behind_any_step",
-     [("train.py", "    if start.optimizer:\n", "    if False:\n")]),
+     [("train.py", "    if start.optimizer_state:\n", "    if False:\n")]),
     (12, "a checkpoint overwritten in place", "unit/test_checkpoint.py",
      [("babygpt/training/checkpoint.py", 'temporary = folder / f".{final.name}.tmp"', "temporary = final")]),
     (12, "a half-written checkpoint is the latest", "unit/test_checkpoint.py -k latest",

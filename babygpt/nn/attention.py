@@ -83,12 +83,12 @@ class MaskRule:
 
 def attention_mask(
     idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None, given: torch.Tensor | None = None,
-    rule: MaskRule = MaskRule(), flex: bool = False,
+    rule: MaskRule = MaskRule(), can_use_flex: bool = False,
 ) -> Mask:  # fmt: skip
     """Return which of the S keys each of the T queries attends to.
 
-    idx is (B, T) int64, positions (B or 1, T) int64, `given` another mask that holds as well, (B, 1, T, T) bool. With
-    `flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, unless it has a cache or another mask.
+    idx is (B, T) int64, positions are (B or 1, T) int64. `given`, (B, 1, T, T) bool, is another mask that applies as
+    well. With `can_use_flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, but not with a cache or `given`.
     """
     padded = cache is not None and cache.starts is not None
     if rule.causal_only and not padded:
@@ -96,7 +96,7 @@ def attention_mask(
     documents = torch.zeros_like(idx[:1])  # (1, T): all tokens are of one document
     if rule.eot_id is not None:
         documents = (idx == rule.eot_id).cumsum(dim=1)  # (B, T)
-    if flex and cache is None and given is None and _can_compile_flex_attention(idx.device):
+    if can_use_flex and cache is None and given is None and _can_compile_flex_attention(idx.device):
         return _flex_mask(documents, rule)
 
     key_positions, key_documents = positions, documents

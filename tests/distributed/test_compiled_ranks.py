@@ -43,7 +43,7 @@ def gradients(model: GPT, wrapped: nn.Module, batches: list[torch.Tensor], ranks
     """The gradients that one step of training hands to the optimizer."""
     keep = Keep(model)
     state = TrainState(wrapped, [keep], UpdateGuard(ranks.device), ranks, "float32")
-    batch = Batch(Position(), Position(), batches, targets=WORLD * MICRO_BATCHES * ROWS * T)
+    batch = Batch(Position(), Position(), batches, num_targets=WORLD * MICRO_BATCHES * ROWS * T)
     for _ in range(2):  # DDP may only reorder its buckets after the first step
         train_step(state, batch, next_token_loss, seed=0)
     return keep.grads

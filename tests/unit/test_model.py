@@ -7,7 +7,7 @@ import torch
 
 import model as model_script
 from babygpt.nn.attention import apply_rotary_emb, attention, plain_attention, rotary_cos_sin, training_backend
-from model import GPT, BlockInputs, GPTConfig, ModernConfig, ModernGPT, build_model, config_from_dict, norm
+from model import GPT, GPTConfig, ModernConfig, ModernGPT, SharedInputs, build_model, config_from_dict, norm
 from train_config import preset
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
@@ -283,7 +283,7 @@ def test_a_unet_hands_outputs_over_last_to_first(n_layer):
             x = x + 0.5 * seen[1]
         if i == n_layer - 1:
             x = x - 2.0 * seen[0]
-        x = x + block.attn(block.ln_1(x), BlockInputs(None, None, x, None, []))
+        x = x + block.attn(block.ln_1(x), SharedInputs(None, None, x, None, []))
         x = x + block.mlp(block.ln_2(x))
         seen.append(x)
     torch.testing.assert_close(model.hidden(idx), model.ln_f(x))
