@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from babygpt import files
-from babygpt.constraints import violations
+from babygpt.constraints import summary, violations
 from babygpt.data.filters import Filters
 from babygpt.data.plan import plan_shards
 from babygpt.data.quality import QualityModel
@@ -70,9 +70,8 @@ class PrepareArgs:
     min_language_score: Threshold = None  # drop documents with a lower `language_score`, a column of FineWeb (0 to 1)
     min_quality: Threshold = None  # drop documents with a lower score of the model --quality (0 to 1)
     quality: Annotated[Path | None, shown("none")] = None  # quality model, written by tools.train_quality_filter
-    workers: Annotated[int | None, Ge(1), Le(10_000), shown("one per core, if memory allows")] = (
-        None  # worker processes
-    )
+    # worker processes
+    workers: Annotated[int | None, Ge(1), Le(10_000), shown("one per core, if memory allows")] = None
     engine: Literal["local", "ray"] = "local"  # run workers on this machine or on a Ray cluster (pip install ray)
     address: str = "auto"  # address of the Ray cluster; auto: the cluster that this machine belongs to
     text_column: str = "text"  # column of a parquet file, or key of a JSON object, that contains the text
@@ -86,8 +85,7 @@ class PrepareArgs:
             given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
             problems.append(f"{given} has no effect alone. Use --quality and --min-quality together.")
         if problems:
-            intro = ["The arguments do not work:"] if len(problems) > 1 else []
-            raise UserError("\n  ".join([*intro, *problems]))
+            raise UserError(summary(problems, "The arguments do not work:"))
 
     @property
     def directory(self) -> str:

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from babygpt.constraints import NonNegative, Positive
+from babygpt.constraints import NonNegative, Positive, summary, violations
 from babygpt.data.tokenizer import Tokenizer
+from babygpt.errors import UserError
 from babygpt.nn.attention import (
     KVCache,
     Mask,
@@ -250,8 +251,11 @@ class GPT(nn.Module):
 
     def generate(self, prompt: str, **params: Any) -> str:
         """Return `prompt` and a continuation. Needs a `tokenizer`; keyword arguments are those of SamplingParams."""
+        sampling = SamplingParams(**params)
+        if problems := violations(sampling):
+            raise UserError(summary(problems, "The arguments do not work:"))
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]  # every document starts with EOT
-        steps = generate(self, [tokens], SamplingParams(**params), self.tokenizer.eot_id)
+        steps = generate(self, [tokens], sampling, self.tokenizer.eot_id)
         return prompt + self.tokenizer.decode([token for (token,) in steps if token is not None])  # None after EOT
 
     def make_cache(self, batch_size: int, dtype: torch.dtype, starts: torch.Tensor | None = None) -> KVCache:
@@ -306,9 +310,7 @@ class ModernConfig(GPTConfig):
     rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
     embedding_norm: bool = False  # RMS norm after the embedding
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
-    value_embeddings: NonNegative = (
-        0  # tables of values by token; table i is mixed into block i and the i-th of the last
-    )
+    value_embeddings: NonNegative = 0  # tables of values by token; table i is for block i and the i-th of the last
     x0_shortcut: bool = False  # the input of each block is a mix of the residual stream and the embedding
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     logit_softcap: PositiveFloat | None = None  # cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off

@@ -24,7 +24,7 @@ from babygpt import files
 from babygpt.console import console
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
-from babygpt.errors import ConfigError
+from babygpt.errors import ConfigError, UserError
 from babygpt.errors import run as run_script
 from babygpt.evaluation.packing import Example
 from babygpt.evaluation.validation import mean_loss
@@ -255,9 +255,8 @@ def restore_or_initialize(
         start = Start(build_model(config.model))
     else:
         console.info(f"starting from the weights of {init_from}")
-        weights = ranks.main_process_first(lambda: read_pretrained(init_from))
+        weights = ranks.main_process_first(lambda: read_pretrained(init_from)).adapt(asdict(config.model))
         dataset.check_tokenizer(weights.tokenizer, init_from)
-        weights = weights.adapt(asdict(config.model))
         start = Start(weights.build(lambda _: build_model(config.model)))
 
     settings = to_json(variant(config, general={"init_from": init_from}))
@@ -472,7 +471,10 @@ def main() -> None:
     config = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     general, saving, dataset = config.general, config.saving, None
     if {"train", "val"} & set(general.mode):
-        dataset = open_dataset(config.data.dataset)
+        try:
+            dataset = open_dataset(config.data.dataset)
+        except UserError as error:
+            raise ConfigError(str(error)) from None  # the same on every rank: one prints it
         config = bind(config, dataset)
     group = process_group(general.device, general.timeout_minutes, general.deterministic)
     if "train" not in general.mode:

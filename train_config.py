@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from babygpt.constraints import Fraction, NonNegative, Positive, Probability, flag, violations
+from babygpt.constraints import Fraction, NonNegative, Positive, Probability, flag, summary, violations
 from babygpt.data.shards import Dataset
 from babygpt.errors import ConfigError, UserError
 from dataloader import default_chunk_tokens
@@ -71,7 +71,7 @@ class Training:
 class Optimizer:
     """AdamW, or Muon for the matrices of the blocks with Adam for the rest; and the learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, Adam for the rest
     max_lr: Rate = 6e-4  # after warmup (GPT-3 paper, table 2.1, for 125 M parameters); with muon, of Muon
     min_lr_ratio: Fraction = 0.1  # of each peak learning rate, at the last step
     warmup_steps: NonNegative = 715  # 375 M tokens, as in the GPT-3 paper
@@ -112,9 +112,9 @@ class Sampling:
     """Texts that the model generates during training, in samples.txt."""
 
     every_n_steps: NonNegative = 250  # also after the last step
-    prompt: str = "Hello, I'm a language model,"
-    num_samples: Positive = 4
-    max_new_tokens: Positive = 64
+    prompt: str = "Hello, I'm a language model,"  # start of the texts
+    num_samples: Positive = 4  # texts per evaluation
+    max_new_tokens: Positive = 64  # longest continuation, in tokens
     temperature: Rate = 1.0  # 0: greedy decoding
     top_k: Positive | None = 50  # sample from the k most probable tokens; None: from all
     top_p: Probability | None = None  # from the most probable with this total probability
@@ -297,7 +297,9 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
         raise ConfigError(f"There is no preset {name!r}.{_nearest(name, PRESETS)}")
     config = preset(name)
     modern_flags = {flag(f"model.{prefix}{field}") for field in MODERN_FIELDS for prefix in ("", "no-")}
-    if not isinstance(config.model, ModernConfig) and (used := modern_flags & {word.split("=")[0] for word in rest}):
+    if not isinstance(config.model, ModernConfig) and (
+        used := modern_flags & {word.split("=")[0].replace("_", "-") for word in rest}
+    ):
         raise ConfigError(
             f"{', '.join(sorted(used))}: the preset {name} has no such switch, its model is a classic GPT-2. Use the "
             "preset modern: python train.py modern ..."
@@ -316,8 +318,7 @@ def resolve(config: Config, world_size: int) -> Config:
     if not any(problem.startswith(("--model.", "--training.")) for problem in problems):
         problems += conflicts(config, world_size)
     if problems:
-        intro = ["The settings do not work:"] if len(problems) > 1 else []
-        raise ConfigError("\n  ".join([*intro, *problems]))
+        raise ConfigError(summary(problems, "The settings do not work:"))
     return config
 
 
@@ -375,7 +376,7 @@ def bind(config: Config, dataset: Dataset) -> Config:
             "--general.mode."
         )
     if problems:
-        raise ConfigError("\n  ".join(problems))
+        raise ConfigError(summary(problems, f"The settings do not fit {data.dataset}:"))
     if data.chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(len(dataset.train), data.num_streams, model.block_size)
         config = variant(config, data={"chunk_tokens": chunk_tokens})
@@ -421,7 +422,7 @@ def micro_batch_warning(config: Config, world_size: int) -> str | None:
     if micro >= 8 or micro == rows or any(rows % n == 0 for n in range(micro + 1, 4 * micro + 1)):
         return None
     return (
-        f"warning: micro-batches of {micro} are slow. Each rank has {rows:,} rows per step, with no larger divisor up "
+        f"micro-batches of {micro} are slow. Each rank has {rows:,} rows per step, with no larger divisor up "
         f"to {4 * micro}. Use a --training.batch-tokens with a multiple of 16 rows per rank, such as "
         f"{math.ceil(rows / 16) * 16 * world_size * config.model.block_size:,}."
     )

@@ -7,6 +7,7 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Any, TextIO
 
 
@@ -26,17 +27,18 @@ class ProtectedStream:
         try:
             return call(*arguments)
         except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.stream.fileno())  # for what the stream has buffered, and what it is given later
-            os.close(null)
+            with suppress(OSError, ValueError), open(os.devnull, "w") as null:  # a notebook's stream has no descriptor
+                os.dup2(null.fileno(), self.stream.fileno())  # for buffered and later output
             return None
 
     def __getattr__(self, name: str) -> Any:
+        if name == "stream":  # not yet set, in a copy
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
 
 def protect_streams() -> None:
-    """Protect stdout and stderr. Open those that the process was started without, and escape unknown characters."""
+    """Protect stdout and stderr. Open those that the process was started without, and replace unknown characters."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(descriptor)

@@ -21,7 +21,7 @@ Probability = Annotated[float, Gt(0), Le(1)]
 
 
 def violations(values: Any, prefix: str = "") -> list[str]:
-    """Return one sentence for each field of a dataclass, and of those in it, whose value its annotation forbids."""
+    """Return one sentence per field, nested dataclasses included, whose value violates its annotation."""
     found = []
     hints = get_type_hints(type(values), include_extras=True)
     for field in fields(values):
@@ -31,6 +31,11 @@ def violations(values: Any, prefix: str = "") -> list[str]:
         elif problem := _problem(value, hints[field.name]):
             found.append(f"{flag(prefix + field.name)} {_shown(value)} {problem}")
     return found
+
+
+def summary(problems: list[str], heading: str) -> str:
+    """Return a single problem as it is, several as lines under a heading."""
+    return problems[0] if len(problems) == 1 else "\n  ".join([heading, *problems])
 
 
 def flag(name: str) -> str:
@@ -46,11 +51,16 @@ def _problem(value: Any, hint: Any) -> str | None:
     """Return what is wrong with a value of this annotation, as the end of a sentence, or None."""
     if not _has_type(value, hint):
         return f"is not {_type_name(hint)}. Use {_type_name(hint)}."
-    if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "replace").decode()):
+    if any(map(_unwritable, value if isinstance(value, tuple) else [value])):
         return "has characters that no file name or text file can hold. Use other characters."
     if value is None or all(_holds(value, limit) for limit in _limits(hint)):
         return None
     return f"is out of range. Use {' and '.join(map(_phrase, _limits(hint)))}."
+
+
+def _unwritable(value: Any) -> bool:
+    text = str(value) if isinstance(value, str | Path) else ""
+    return "\0" in text or text != text.encode("utf-8", "replace").decode()
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -117,4 +127,4 @@ def _phrase(limit: Any) -> str:
             return f"at most {le:,}"
         case Lt(lt):
             return f"less than {lt:,}"
-    return f"at least {limit.min_length:,} item"
+    return f"at least {limit.min_length:,} item{'s' * (limit.min_length > 1)}"

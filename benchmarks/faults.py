@@ -329,7 +329,7 @@ def numbers(folder: Path, dataset: Path, count: int) -> list[Row]:
         run = folder / str(i)
         line = flags(dataset, run, validation__every_n_steps=0, sampling__every_n_steps=0)
         done = torchrun(2, *line, fault=f"nan {rank} {step}", check=False)
-        told = f"error: step {step}: loss is nan" in done.stderr
+        told = f"error: Step {step}: the loss is nan" in done.stderr
         logged = [row["step"] for row in read_log(run / "log.csv")] == list(range(step))
         sound = all(
             tensor.isfinite().all()

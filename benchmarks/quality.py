@@ -1,4 +1,4 @@
-"""What the quality filter is worth: bits a byte on good text of two equal models, on filtered and on random documents.
+"""The gain from the quality filter: bits per byte on good text of two equal models, on filtered and random documents.
 
     python benchmarks/quality.py --path FOLDER [--good 'wikipedia|openstax'] [--out results/quality/filtered.md]
 
@@ -155,7 +155,7 @@ def main() -> None:
                 )  # fmt: skip
                 parameters = search(r"([\d,]+) parameters", told)[1]
                 told = command("train.py", "gpt2", *run, "--general.mode", "val", "--data.dataset", measured_on)
-                loss, bits = search(r"validation loss ([\d.]+) \| ([\d.]+) bits a byte", told).groups()
+                loss, bits = search(r"validation loss ([\d.]+) \| ([\d.]+) bits per byte", told).groups()
                 good, of_tokens, documents = shares(dataset, pool)
                 tokens = counts_of(dataset)["tokens"]["train"]
                 rows.append(
@@ -179,7 +179,7 @@ def main() -> None:
             f"{date.today()}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python "
             f"{platform.python_version()}, torch {version('torch')}, scikit-learn {version('scikit-learn')}",
             "",
-            "| training set | seed | documents | tokens | good documents | good tokens | loss | bits a byte |",
+            "| training set | seed | documents | tokens | good documents | good tokens | loss | bits per byte |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
         ]

@@ -36,7 +36,7 @@ python - "out/$run" <<'PYTHON'
 import sys
 from pathlib import Path
 
-from babygpt.training.metrics import column, read_log
+from babygpt.training.log import column, read_log
 
 run = Path(sys.argv[1])
 rows = read_log(run / "log.csv")

@@ -40,7 +40,7 @@ MISTAKES = [
      [("dataloader.py", "for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]",
        "for n in range(validation_rows(tokens, block_size))]")]),
     (6, "random state taken by sampling is missing in training", "unit/test_train.py -k leave_training_alone",
-     [("train.py", "    torch.manual_seed(seed)  # of dropout", "    # of dropout"),
+     [("train.py", "    torch.manual_seed(seed)  # dropout", "    # dropout"),
       ("babygpt/nn/generation.py", "1, generator=generator, dtype", "1, dtype")]),
     (6, "the model stays in eval mode", "unit/test_train.py -k without_gradients",
      [("train.py", "    model.train()\n    loss_sum", "    loss_sum"),

@@ -60,6 +60,7 @@ class TokenizeStage:
         self.num_tasks: dict[int, int] = {}  # of each fetched unit
         self.unfinished: dict[int, int] = {}  # tasks of each unit that is not finished
         self.documents = self.tokens = self.earlier_tokens = 0
+        self.reached = False  # max_tokens, by finished tasks
         self.next_plan = max_tokens or 0  # tokens at which `max_tokens_reached` plans again
         size = sum(unit.bytes for unit in source.units)
         self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="tokenize", smoothing=0.05)
@@ -67,12 +68,16 @@ class TokenizeStage:
     def run(self) -> list[str]:
         with self.bar:
             for unit in range(len(self.source.units)):
-                self.queue.wait_while(lambda: len(self.unfinished) >= self.source.units_at_once)
+                self.queue.wait_while(self.must_wait_for_units)
                 if self.max_tokens_reached():
                     break
                 self.run_unit(unit)
             self.queue.wait_while(lambda: self.queue.running)
         return self.stems
+
+    def must_wait_for_units(self) -> bool:
+        """Return whether as many units are fetched as the source allows, and tasks of them are running."""
+        return len(self.unfinished) >= self.source.units_at_once and bool(self.queue.running)
 
     def run_unit(self, unit: int) -> None:
         """Submit the unfinished tasks of a unit."""
@@ -126,12 +131,13 @@ class TokenizeStage:
 
     def max_tokens_reached(self) -> bool:
         """Return whether the finished tasks before the first unfinished one have max_tokens without duplicates."""
-        if self.max_tokens is None or self.tokens < self.next_plan:
-            return False
+        if self.reached or self.max_tokens is None or self.tokens < self.next_plan:
+            return self.reached
         parts = list(takewhile(self.finished.__contains__, self.stems))
         kept = sum(plan_shards(parts, 0, None, self.buckets).tokens.values())
         self.next_plan = self.tokens + max(self.max_tokens - kept, self.max_tokens // 50)  # it reads all indexes
-        return kept >= self.max_tokens
+        self.reached = kept >= self.max_tokens
+        return self.reached
 
 
 def list_shards(plan: Plan, shard_tokens: int) -> list[tuple[int, tuple[str, int]]]:

@@ -50,7 +50,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if missing := [theirs for theirs in FIELDS if not isinstance(values.get(theirs), int)]:
         raise UserError(f"{path} lacks {', '.join(missing)}.")
     config = {ours: values[theirs] for theirs, ours in FIELDS.items()}
-    return config | {"tie_head": values.get("tie_word_embeddings", True)}
+    return config | {
+        "n_kv_head": None, "dropout": 0.0, "bias": True, "tie_head": values.get("tie_word_embeddings", True)
+    }  # fmt: skip
 
 
 def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -63,6 +65,8 @@ def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> d
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config["tie_head"]):
             continue  # a causal mask, and a second name of wte.weight
+        if name.endswith((*TABLES, *TRANSPOSED)) and tensor.dim() != 2:
+            raise UserError(f"{name} has {tensor.dim()} dimensions, but it is a matrix.")
         if name in TABLES:
             if len(tensor) < vocab_size:
                 raise UserError(f"{name} has {len(tensor):,} rows, fewer than the vocabulary's {vocab_size:,}.")

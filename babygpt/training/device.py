@@ -80,7 +80,7 @@ def untested_torch_warning() -> str | None:
     if torch.__version__.startswith(tuple(f"{version}." for version in TESTED_TORCH)):
         return None
     return (
-        f"warning: BabyGPT has not been tested on PyTorch {torch.__version__}, only on {', '.join(TESTED_TORCH)}. "
+        f"BabyGPT has not been tested on PyTorch {torch.__version__}, only on {', '.join(TESTED_TORCH)}. "
         "Run `python -m pytest tests/unit`, or install the version in requirements.txt."
     )
 

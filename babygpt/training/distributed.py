@@ -135,13 +135,13 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
     """Join the processes that torchrun started (NCCL on CUDA, gloo on CPUs); without torchrun, a single process.
 
     If a rank exits or does not respond for `timeout_minutes`, the other ranks raise a UserError that says what they
-    were doing. Only the main rank prints messages of the console.
+    were doing. Only the main rank prints to the console, and the first rank of each node warnings.
     """
     if deterministic:
         make_deterministic()
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING if local_rank == 0 else logging.ERROR)
     device = choose_device(device_name, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cuda":
         torch.cuda.set_device(device)

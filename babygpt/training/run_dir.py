@@ -82,16 +82,22 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
 def check_identity(found: Path, state: dict, now: dict[str, dict]) -> None:
     """ConfigError if the settings that a resume must keep (`now`) differ from those of the checkpoint `found`."""
     wrong = [
-        f"  {section}.{name}: {state[section].get(name)} there, {value} now\n"
+        f"  {section}.{name}: {state[section].get(name)} there, {values.get(name)} now\n"
         for section, values in now.items()
-        for name, value in values.items()
-        if state[section].get(name) != value
+        for name in {**state[section], **values}
+        if not same_setting(state[section], values, name)
     ]
     if wrong:
         raise ConfigError(
             f"{found} cannot be resumed with another model, optimizer or data order:\n{''.join(wrong)}Use the earlier "
             "values, or start again with another --general.out-dir."
         )
+
+
+def same_setting(earlier: dict, now: dict, name: str) -> bool:
+    """Return whether a field has the same value in both. A field that only one of the two has counts as off."""
+    a, b = earlier.get(name), now.get(name)
+    return a == b or ((name not in earlier or name not in now) and not a and not b)
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
@@ -105,11 +111,11 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
     """Return the fields in which two configs differ: section.name, earlier value, value now."""
-    keys = [(section, name) for section in now if section in earlier for name in now[section]]
+    keys = [(section, name) for section in now if section in earlier for name in {**earlier[section], **now[section]}]
     return [
-        (f"{section}.{name}", earlier[section].get(name), now[section][name])
+        (f"{section}.{name}", earlier[section].get(name), now[section].get(name))
         for section, name in keys
-        if earlier[section].get(name) != now[section][name]
+        if not same_setting(earlier[section], now[section], name)
     ]
 
 

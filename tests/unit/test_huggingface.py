@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.helpers import call, save_hellaswag
 from support.hub_server import HubServer, downloads, python
+from support.runs import flags
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -15,10 +16,15 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hellaswag
 import sample
+import train
+from babygpt.data.shards import open_dataset
 from babygpt.data.tokenizer import byte_level_bpe, is_gpt2, load_tokenizer
 from babygpt.errors import UserError
+from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.huggingface import export_tensors, import_tensors, read_config
 from babygpt.pretrained import Pretrained
+from babygpt.training.distributed import Ranks
+from babygpt.training.log import read_log
 from model import GPT, GPTConfig, ModernConfig
 from tools.train_tokenizer import train_tokenizer
 
@@ -142,6 +148,27 @@ def test_foreign_vocabulary_uses_its_own_tokenizer(foreign, tmp_path, capsys):
             losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(context) :]).item())
         correct += losses.index(min(losses)) == question["label"]
     assert f"acc_norm {correct}/8=" in capsys.readouterr().out
+
+
+def test_training_starts_from_a_hugging_face_directory(dataset, tmp_path):
+    """--general.init-from: the first validation loss is that of the weights, which need not be BabyGPT's."""
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "hf")
+    shutil.copy(dataset / "tokenizer.json", tmp_path / "hf")
+    run = tmp_path / "run"
+    call(train.main, *flags(dataset, run, general__init_from=tmp_path / "hf", training__max_steps=1))
+    tokens = torch.from_numpy(open_dataset(dataset).val.read(0, 16 * 16 + 1))
+    rows = torch.stack([tokens[i : i + 17] for i in range(0, 16 * 16, 16)])
+    batches = [(rows[:, :-1], rows[:, 1:])]
+    ranks, sizes = Ranks(0, 0, 1, torch.device("cpu")), torch.ones(384, dtype=torch.int64)
+    expected, _ = mean_loss(GPT.from_pretrained(tmp_path / "hf"), batches, sizes, ranks, "float32")
+    found = train.GPT.from_pretrained(run)
+    assert found.config.block_size == 16
+    assert read_log(run / "log.csv")[0]["val_loss"] == pytest.approx(expected, abs=0.05)  # of a few rows more
 
 
 def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):

@@ -314,6 +314,24 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(unbroken, dataset, tm
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
 
 
+def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
+    """Switches without parameters of their own count too, although the weights would fit."""
+    off = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet"]
+    switches = [f"--model.no-{name}" for name in off] + ["--model.bias", "--model.tie-head"]
+    changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
+    call(train.main, *flags(dataset, tmp_path / "run", "modern", **changes), *switches)
+    with pytest.raises(ConfigError, match=r"model\.qk_norm: True there, None now") as raised:
+        call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2))
+    assert "model.logit_softcap: 15.0 there" in str(raised.value)
+    assert "rope" not in str(raised.value)
+
+
+def test_warnings_have_one_prefix(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "untested_torch_warning", lambda: "BabyGPT has not been tested")
+    call(train.main, *flags(dataset, tmp_path / "run", training__max_steps=1))
+    assert "warning: BabyGPT has not been tested" in capsys.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize("version", [1, 3])
 def test_checkpoint_of_another_format_is_refused(version, unbroken, dataset, tmp_path):
     """Neither a resume nor a reader of the weights takes a checkpoint that an earlier or later version wrote."""

@@ -76,13 +76,16 @@ def test_a_flag_changes_its_field_alone():
     assert parse(["demo"])[1].general.out_dir == Path("out/demo")
 
 
-def test_help_shows_every_field_with_its_comment(capsys):
+@pytest.mark.parametrize("name", ["gpt2", "modern"])
+def test_help_shows_every_field_with_its_comment(name, capsys):
     with pytest.raises(SystemExit):
-        parse(["demo", "--help"])
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        parse([name, "--help"])
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.default_factory()):
-            assert f"--{section.name}.{field.name.replace('_', '-')}" in text or field.type is bool
+        for field in dataclasses.fields(getattr(preset(name), section.name)):
+            flag = f"--{section.name}.{field.name.replace('_', '-')}"
+            (shown,) = re.findall(rf"{flag}(?:, --[\w.-]+)* (.*?)\(default", text)
+            assert re.search("[a-z]{2}", re.sub(r"\{.*?\}|\[.*?\]|[A-Z|]{2,}", "", shown)), f"{flag} has no comment"
     assert "tokens per optimizer step, over all ranks" in text
 
 

@@ -1,0 +1,63 @@
+"""The tokenize stage: how much of a source it reads for --max-tokens."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from babygpt.data import stages
+from babygpt.data.filters import KEPT
+from babygpt.data.readers import Task
+from babygpt.data.sources import Unit
+from babygpt.data.workers import Pool
+
+TASKS, TOKENS = 40, 1000  # tasks of a unit, tokens of a task
+
+
+class Source:
+    """Six units of many tasks, of which two are fetched at once, as with large files of the hub."""
+
+    units = [Unit(f"unit {i}", 1000) for i in range(6)]  # noqa: RUF012
+    units_at_once = 2
+
+    def __init__(self) -> None:
+        self.fetched: list[int] = []
+
+    def fetch(self, unit: int, downloads: str) -> list[Task]:
+        self.fetched.append(unit)
+        return [Task("files", (str(unit), str(i)), ("text",)) for i in range(TASKS)]
+
+    def release(self, unit: int, downloads: str) -> None: ...
+
+
+def write_index(task: Task, stem: str) -> tuple[int, int, None]:
+    """A task of ten documents, all of them different."""
+    ids = np.arange(10, dtype=np.uint64) + np.uint64(10 * (TASKS * int(task.paths[0]) + int(task.paths[1])))
+    np.savez(
+        f"{stem}.npz", hash=np.stack([ids, ids], axis=1), tokens=np.full(10, TOKENS // 10, np.uint32),
+        bytes=np.full(10, 5, np.uint64), decision=np.full(10, KEPT, np.uint8),
+    )  # fmt: skip
+    return 10, TOKENS, None
+
+
+@pytest.mark.parametrize("max_tokens", [1, TOKENS * TASKS // 2, TOKENS * TASKS, int(TOKENS * TASKS * 2.5)])
+def test_max_tokens_ends_the_stage_without_reading_on(max_tokens, tmp_path, monkeypatch):
+    """The stage ends, though units stay unfinished, and fetches at most one unit more than it needs."""
+    monkeypatch.setattr(stages, "tokenize_task", write_index)
+    work, source, found = SimpleNamespace(parts=str(tmp_path), scratch=tmp_path), Source(), []
+
+    def run() -> None:
+        with ThreadPoolExecutor(2) as threads:
+            found.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens))
+
+    thread = threading.Thread(target=run, daemon=True)  # a daemon: if it hangs, the tests end all the same
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), "the stage hangs"
+    needed = -(-max_tokens // TOKENS)
+    assert needed <= len(found) <= needed + 8 + max(2, needed // 20), "tasks in flight, and up to 2 % between looks"
+    assert len(source.fetched) <= -(-needed // TASKS) + 1
+    assert len(list(Path(tmp_path).glob("*.npz"))) == len(found)
