@@ -428,7 +428,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
-    """Build the schedules of the periodic tasks, without those that the mode leaves out, and of the learning rates."""
+    """Build the schedules of the periodic tasks, without those not in --general.mode, and of the learning rates."""
     modes, max_steps, o = config.general.mode, config.training.max_steps, config.optimizer
     schedule = Schedule(
         validation=config.validation.every_n_steps if "val" in modes else 0,

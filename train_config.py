@@ -33,7 +33,7 @@ Rate = Annotated[float, Ge(0)]
 class General:
     """What to do, where, and from which weights."""
 
-    mode: Annotated[tuple[Mode, ...], MinLen(1)] = ("train", "val", "eval", "sample")  # without train: of a checkpoint
+    mode: Annotated[tuple[Mode, ...], MinLen(1)] = ("train", "val", "eval", "sample")  # without train: use a checkpoint
     init_from: str = "scratch"  # scratch, resume (scratch if there is no checkpoint), gpt2[-medium ...], or a path
     out_dir: Path = OUT_PRESET  # run directory
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # of the initial weights, the data order, and dropout
@@ -64,7 +64,7 @@ class Training:
     activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
     compare_ranks_every_n_steps: NonNegative = 100  # check that the weights of all ranks are equal to the bit
-    skip_spikes: Annotated[float, Ge(1)] | None = None  # skip updates whose loss is this many standard deviations high
+    skip_spikes: Annotated[float, Ge(1)] | None = None  # skip updates whose loss is this many deviations high
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Optimizer:
     """AdamW, or Muon for the matrices of the blocks with Adam for the rest; and the learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, Adam for the rest
-    max_lr: Rate = 6e-4  # after warmup (GPT-3 paper, table 2.1, for 125 M parameters); with muon, of Muon
+    max_lr: Rate = 6e-4  # peak (GPT-3 paper, table 2.1, for 125 M parameters); with muon, that of Muon
     min_lr_ratio: Fraction = 0.1  # of each peak learning rate, at the last step
     warmup_steps: NonNegative = 715  # 375 M tokens, as in the GPT-3 paper
     cooldown: Fraction | None = None  # fraction of the steps with linear decay; None: cosine
@@ -266,7 +266,7 @@ def preset(name: str) -> Config:
     problems = []
     for section, values in sections.items():
         if not hasattr(config, section):
-            problems.append(f"has no section {section!r}.{_nearest(section, [f.name for f in fields(Config)])}")
+            problems.append(f"there is no section {section!r}.{_nearest(section, [f.name for f in fields(Config)])}")
         elif not isinstance(values, dict):
             problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove a comma after it.")
         else:

@@ -105,5 +105,5 @@ def _from_checkpoint(path: Path) -> Pretrained:
 def _from_huggingface(folder: Path, source: str) -> Pretrained:
     config, theirs = huggingface.read(folder)
     tokenizer = tokenizer_of_model(folder, config["vocab_size"])
-    config["vocab_size"] = tokenizer.vocab_size  # no token has the rows of the tables beyond: they are padding
+    config["vocab_size"] = tokenizer.vocab_size  # rows beyond that have no token: they are padding
     return Pretrained(config, huggingface.import_tensors(theirs, config), tokenizer, source)

@@ -9,7 +9,7 @@ a tolerance, and the largest difference is told. Nothing is written to the run.
 """
 
 import hashlib
-import io
+import logging
 import math
 import os
 import random
@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -197,6 +197,16 @@ def _length(tensors: list[torch.Tensor]) -> float:
     return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
 
 
+@contextmanager
+def silent_console() -> Iterator[None]:
+    """Suppress the messages of train.py."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
     """Prints what it finds; whether the run is what it says."""
     found = segments(run)
@@ -217,7 +227,7 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
             console.info(f"{segment}: {name} was {value}, is {now[name]}")
         exact = ranks.device.type == "cpu" and not changed.keys() - {"commit"}
         try:
-            with redirect_stdout(io.StringIO()):
+            with silent_console():
                 again, questions = replay(segment, folder, ranks)
             if ranks.is_main:
                 wrong = list(complaints_about_a_segment(run, segment, again, questions, exact))

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass
 class Ranks:
-    """This process among all, its device, and what it is doing, for messages about failures."""
+    """The rank of this process, its device, and what it is doing, for error messages."""
 
     rank: int
     local_rank: int

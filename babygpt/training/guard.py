@@ -27,7 +27,7 @@ class StepStatus:
         cls, rank: int, world_size: int, loss: torch.Tensor, nonfinite: torch.Tensor, stop: bool,
         checksum: torch.Tensor | None,
     ) -> "StepStatus":  # fmt: skip
-        """Return the part of one rank: the sum over all ranks is that of all, but for the last three fields."""
+        """Return one rank's share; the sum over all ranks is the step's status, except for the last three fields."""
         zero = torch.zeros_like(loss)
         # a fill, since a copy of `stop` from the host would wait for the device
         return cls(
@@ -56,7 +56,7 @@ class UpdateGuard:
 
     All updates are skipped from the first one whose loss or gradient norm is non-finite, or whose gradient norm is
     exactly 0. With `skip_spikes`, so is an update whose loss is more than that many standard deviations above the mean
-    of the last WINDOW losses. Among those it then counts as exactly that high, so a lasting rise ends the skipping.
+    of the last WINDOW losses. The window records it as exactly that high, so a lasting rise is not skipped forever.
     """
 
     WINDOW = 64
@@ -122,7 +122,7 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
     if differing := [rank for rank, value in enumerate(checksums) if value != statistics.mode(checksums)]:
         raise ConfigError(
             f"Step {step}: the weights of rank {', '.join(map(str, differing))} differ from those of the other ranks. "
-            "Its GPU or memory may be faulty, or of another model. The weights were equal at step "
+            "Its GPU or memory may be faulty, or be of a different model. The weights were equal at step "
             f"{max(0, step - compare_every)}: delete later checkpoints and resume without that GPU "
             "(--general.init-from resume)."
         )

@@ -1,7 +1,7 @@
 """The records of a run: `log.csv` with one row per step, and `samples.txt`.
 
 Row k of log.csv holds the scores of the weights after k updates, then loss, gradient norm and learning rate of update
-k; the last row has only scores. Floats are written so that they read back to the bit; an empty cell was not measured.
+k; the last row has only scores. Floats read back exactly; an empty cell was not measured.
 """
 
 import csv
@@ -51,7 +51,7 @@ def _cells(row: Row) -> list:
 
 
 def read_log(path: Path, before: float = math.inf) -> list[Row]:
-    """Return the rows of a log up to a step, empty cells as None. An incomplete last line is dropped."""
+    """Return the rows with a step below `before`, empty cells as None. An incomplete last line is dropped."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and tuple(lines[0].split(",")) != COLUMNS:

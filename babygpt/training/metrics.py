@@ -12,7 +12,7 @@ from babygpt.training.guard import StepStatus, check_status
 from babygpt.training.log import Log, Row, Samples
 from babygpt.training.plots import plot
 
-SCORES = {"val_loss", "hellaswag"}  # columns for which the plot is drawn anew
+SCORES = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
 SPIKE = 6.0  # a loss this many standard deviations above recent losses is reported
 
 
@@ -57,7 +57,7 @@ class Metrics:
             console.info(console_line(row))
         if step == self.start + 10:
             hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
-            console.info(f"about {hours:.1f} hours of training to go, without evaluations")
+            console.info(f"about {hours:.1f} hours of training remain, without evaluations")
         return bool(SCORES & row.keys())
 
     def write(self, row: Row) -> None:

@@ -101,7 +101,7 @@ def same_setting(earlier: dict, now: dict, name: str) -> bool:
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the sections of a run's config.json; none if it is missing or corrupted, as checkpoints have all of it."""
+    """Return the sections of config.json, none if it is missing or corrupted: checkpoints have the same information."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: section for name, section in found.items() if isinstance(section, dict)}

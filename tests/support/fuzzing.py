@@ -34,7 +34,7 @@ from hellaswag import load_examples
 from model import GPT, GPTConfig
 from support.helpers import call, save_hellaswag, save_jsonl
 from support.runs import flags, tiny_dataset
-from train_config import Config, parse, resolve
+from train_config import Config, parse, preset, resolve
 
 ODD = (
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, float("inf"), float("nan"), "", " ", "0", "-1",
@@ -103,7 +103,7 @@ SIZES = {
 def changed_settings() -> Iterator[list[str]]:
     """Words of a command line that change one field: every one to every odd value and to what its type knows."""
     for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.type):
+        for field in dataclasses.fields(getattr(preset("modern"), section.name)):
             flag = f"--{section.name}.{field.name.replace('_', '-')}"
             if field.type is bool:
                 yield [flag]
