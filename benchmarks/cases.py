@@ -38,7 +38,7 @@ class Case:
         return mock.patch("model.linear_cross_entropy", plain_cross_entropy) if self.plain_loss else nullcontext()
 
 
-def plain_cross_entropy(x: Any, weight: Any, targets: Any, vocab_size: int, softcap: float | None) -> Any:
+def plain_cross_entropy(x: Any, weight: Any, targets: Any, vocab_size: int, softcap: float | None = None) -> Any:
     """What a user would write in place of linear_cross_entropy, with the same arguments and without a softcap."""
     import torch.nn.functional as F
 
