@@ -1,6 +1,6 @@
 #!/bin/bash
-# A run on some nodes of a Slurm cluster that goes on by itself until it is done: told to stop five minutes before the
-# end of its time, it saves and is queued again.
+# A run on several nodes of a Slurm cluster that resumes until it is finished: five minutes before its time limit it
+# receives a stop signal, saves and is queued again.
 #
 #     sbatch --nodes 4 --time 24:00:00 runs/slurm.sh gpt2 --training.micro-batch-size 32
 #
