@@ -50,7 +50,7 @@ def test_max_tokens_ends_the_stage_without_reading_on(max_tokens, tmp_path, monk
     work, source, found = SimpleNamespace(parts=str(tmp_path), scratch=tmp_path), Source(), []
 
     def run() -> None:
-        with ThreadPoolExecutor(2) as threads:
+        with ThreadPoolExecutor(1) as threads:  # one: tasks finish in order, or how many are needed varies
             found.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens))
 
     thread = threading.Thread(target=run, daemon=True)  # a daemon: if it hangs, the tests end all the same
@@ -58,6 +58,6 @@ def test_max_tokens_ends_the_stage_without_reading_on(max_tokens, tmp_path, monk
     thread.join(30)
     assert not thread.is_alive(), "the stage hangs"
     needed = -(-max_tokens // TOKENS)
-    assert needed <= len(found) <= needed + 8 + max(2, needed // 20), "tasks in flight, and up to 2 % between looks"
+    assert needed <= len(found) <= needed + 8, "tasks in flight: up to 8"
     assert len(source.fetched) <= -(-needed // TASKS) + 1
     assert len(list(Path(tmp_path).glob("*.npz"))) == len(found)
