@@ -29,9 +29,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from tyro.conf import Positional
 
 from babygpt import files, hub
 from babygpt.console import console
+from babygpt.constraints import Positive, parse_arguments
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.evaluation.packing import Example, lay_out, pack, trees
@@ -276,49 +278,30 @@ def evaluate(
         raise StopRequested
     if total != len(examples):
         raise AssertionError(f"{total} of {len(examples)} examples were scored")
-    return {
-        "acc": Score(f"{style} acc", acc, total),
-        "acc_norm": Score(f"{style} acc_norm", acc_norm, total),
-    }
+    return {"acc": Score(f"{style} acc", acc, total), "acc_norm": Score(f"{style} acc_norm", acc_norm, total)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwagArgs:
+    """Score a model on HellaSwag. Under torchrun, the ranks share the examples."""
+
+    model: Positional[str]  # run directory (out/NAME), checkpoint, Hugging Face GPT-2 directory, or gpt2[-medium ...]
+    style: Style = "karpathy"  # which way of scoring
+    file: str | None = None  # path or URL of a file in HellaSwag's jsonl format; None: download it
+    language: str = "en"  # of a translation on the hub (openGPT-X/hellaswagx): de, fr, pl, ...
+    limit: Positive | None = None  # only the first so many examples
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: CUDA if available, else CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the device has it
+    batch_size: Positive = 16  # rows of 512 tokens, some three examples each, computed at once
 
 
 def main() -> None:
-    import tyro
-
-    def command(
-        model: tyro.conf.Positional[str],
-        /,
-        *,
-        style: Style = "karpathy",
-        file: str | None = None,
-        language: str = "en",
-        limit: int | None = None,
-        device: Literal["auto", "cuda", "cpu", "mps"] = "auto",
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        batch_size: int = 16,
-    ) -> None:
-        """Scores a model on HellaSwag; under torchrun the ranks share the examples.
-
-        Args:
-            model: A run's folder (out/NAME), a checkpoint's, a Hugging Face GPT-2 folder, or gpt2[-medium|-large|-xl].
-            style: Which way of scoring.
-            file: Path or URL of a file in HellaSwag's jsonl format [fetched].
-            language: Of a translation on the hub (openGPT-X/hellaswagx): de, fr, pl, ...
-            limit: Only the first so many examples.
-            device: auto is cuda where there is one, else cpu.
-            dtype: Of matrix products; auto is bfloat16 where the device has it, else float32.
-            batch_size: Rows of 512 tokens, some three examples each, computed at once.
-        """
-        if (limit is not None and limit < 1) or batch_size < 1:
-            raise UserError("--limit and --batch-size must be at least 1.")
-        with process_group(device) as ranks:
-            loaded = ranks.main_process_first(lambda: GPT.from_pretrained(model, ranks.device))
-            examples = fetch_examples(file, language, loaded.tokenizer, style, limit, ranks)
-            scores = evaluate(loaded, examples, style, ranks, dtype, batch_size)
-            for score in scores.values():
-                console.info(str(score))
-
-    tyro.cli(command, prog="hellaswag.py", description=__doc__)
+    args = parse_arguments(HellaSwagArgs, "hellaswag.py", __doc__)
+    with process_group(args.device) as ranks:
+        model = ranks.main_process_first(lambda: GPT.from_pretrained(args.model, ranks.device))
+        examples = fetch_examples(args.file, args.language, model.tokenizer, args.style, args.limit, ranks)
+        for score in evaluate(model, examples, args.style, ranks, args.dtype, args.batch_size).values():
+            console.info(str(score))
 
 
 if __name__ == "__main__":

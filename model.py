@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from babygpt.constraints import NonNegative, Positive, summary, violations
+from babygpt.constraints import NonNegative, Positive, check
 from babygpt.data.tokenizer import Tokenizer
-from babygpt.errors import UserError
 from babygpt.nn.attention import (
     KVCache,
     Mask,
@@ -252,8 +251,7 @@ class GPT(nn.Module):
     def generate(self, prompt: str, **params: Any) -> str:
         """Return `prompt` and a continuation. Needs a `tokenizer`; keyword arguments are those of SamplingParams."""
         sampling = SamplingParams(**params)
-        if problems := violations(sampling):
-            raise UserError(summary(problems, "The arguments do not work:"))
+        check(sampling)
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]  # every document starts with EOT
         steps = generate(self, [tokens], sampling, self.tokenizer.eot_id)
         return prompt + self.tokenizer.decode([token for (token,) in steps if token is not None])  # None after EOT

@@ -14,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from babygpt.constraints import Positive, summary, violations
+from babygpt.constraints import Positive, parse_arguments
 from babygpt.data.tokenizer import Tokenizer, stream_decode
 from babygpt.errors import UserError, run
 from babygpt.nn.generation import SamplingParams, generate
@@ -60,11 +60,7 @@ class SampleArgs(SamplingParams):
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(SampleArgs, prog="sample.py", description=__doc__)
-    if problems := violations(args):
-        raise UserError(summary(problems, "The arguments do not work:"))
+    args = parse_arguments(SampleArgs, "sample.py", __doc__)
     with process_group(args.device) as ranks:
         if args.compile and ranks.device.type != "cuda":
             raise UserError(f"--compile is slower on {ranks.device.type}. Use it only with --device cuda.")

@@ -7,17 +7,31 @@
 ['--training.max-steps 0 is out of range. Use at least 1.']
 """
 
-from dataclasses import fields, is_dataclass
+import operator
+from collections.abc import Callable
+from dataclasses import astuple, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import BaseMetadata, Ge, Gt, Le, Lt, MinLen
 
+from babygpt.errors import UserError
+
+Arguments = TypeVar("Arguments")
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Gt(0), Le(1)]
+
+# whether a value keeps to the bound, and how a message says so
+LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
+    Ge: (operator.ge, "at least {:,}"),
+    Gt: (operator.gt, "more than {:,}"),
+    Le: (operator.le, "at most {:,}"),
+    Lt: (operator.lt, "less than {:,}"),
+    MinLen: (lambda value, length: len(value) >= length, "at least {:,} item"),
+}
 
 
 def violations(values: Any, prefix: str = "") -> list[str]:
@@ -38,6 +52,21 @@ def summary(problems: list[str], heading: str) -> str:
     return problems[0] if len(problems) == 1 else "\n  ".join([heading, *problems])
 
 
+def check(values: Any) -> None:
+    """Raise a UserError that lists all violations."""
+    if problems := violations(values):
+        raise UserError(summary(problems, "The arguments do not work:"))
+
+
+def parse_arguments(arguments: type[Arguments], prog: str, description: str | None) -> Arguments:
+    """Parse and check a command line; the fields of a dataclass are its flags, and their comments the help."""
+    import tyro
+
+    found = tyro.cli(arguments, prog=prog, description=description)
+    check(found)
+    return found
+
+
 def flag(name: str) -> str:
     """Return the command-line flag of a field: "training.max_steps" is --training.max-steps."""
     return f"--{name.replace('_', '-')}"
@@ -53,9 +82,10 @@ def _problem(value: Any, hint: Any) -> str | None:
         return f"is not {_type_name(hint)}. Use {_type_name(hint)}."
     if any(map(_unwritable, value if isinstance(value, tuple) else [value])):
         return "has characters that no file name or text file can hold. Use other characters."
-    if value is None or all(_holds(value, limit) for limit in _limits(hint)):
+    limits = [(*LIMITS[type(limit)], *astuple(limit)) for limit in _limits(hint)]  # check, phrase, bound
+    if value is None or all(holds(value, bound) for holds, _, bound in limits):
         return None
-    return f"is out of range. Use {' and '.join(map(_phrase, _limits(hint)))}."
+    return f"is out of range. Use {' and '.join(phrase.format(bound) for _, phrase, bound in limits)}."
 
 
 def _unwritable(value: Any) -> bool:
@@ -100,31 +130,3 @@ def _limits(hint: Any) -> list[Any]:
         return [limit for option in get_args(hint) for limit in _limits(option)]
     metadata = hint.__metadata__ if get_origin(hint) is Annotated else ()
     return [limit for limit in metadata if isinstance(limit, BaseMetadata)]
-
-
-def _holds(value: Any, limit: Any) -> bool:
-    match limit:
-        case Ge(ge):
-            return value >= ge
-        case Gt(gt):
-            return value > gt
-        case Le(le):
-            return value <= le
-        case Lt(lt):
-            return value < lt
-        case MinLen(length):
-            return len(value) >= length
-    raise TypeError(f"unknown constraint {limit}")
-
-
-def _phrase(limit: Any) -> str:
-    match limit:
-        case Ge(ge):
-            return f"at least {ge:,}"
-        case Gt(gt):
-            return f"more than {gt:,}"
-        case Le(le):
-            return f"at most {le:,}"
-        case Lt(lt):
-            return f"less than {lt:,}"
-    return f"at least {limit.min_length:,} item{'s' * (limit.min_length > 1)}"

@@ -17,6 +17,7 @@ from babygpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_model
 from babygpt.errors import ConfigError, UserError
 from babygpt.nn import huggingface
 from babygpt.training import checkpoint
+from babygpt.training.run_dir import differences
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_DIRECTORY = Path("data") / "huggingface"
@@ -56,11 +57,11 @@ class Pretrained:
         Dropout may differ, and block_size be smaller, which keeps the first positions. ConfigError if any other field
         differs. A field that only one of the two has counts as off.
         """
-        free = {"dropout", "block_size"} if config["block_size"] < self.config["block_size"] else {"dropout"}
-        pairs = {name: (self.config.get(name), config.get(name)) for name in (*self.config, *config)}
-        differing = {name: pair for name, pair in pairs.items() if name not in free and not _equal(*pair)}
-        if differing:
-            lines = [f"  {name}: {theirs} there, {ours} here\n" for name, (theirs, ours) in differing.items()]
+        free = {"model.dropout"} | ({"model.block_size"} if config["block_size"] < self.config["block_size"] else set())
+        differing = differences({"model": self.config}, {"model": config})
+        if lines := [
+            f"  {name}: {theirs} there, {ours} here\n" for name, theirs, ours in differing if name not in free
+        ]:
             raise ConfigError(
                 f"The weights of {self.source} have another architecture:\n{''.join(lines)}"
                 "Use the preset or the --model flags that match them."
@@ -69,10 +70,6 @@ class Pretrained:
         if "wpe.weight" in tensors:
             tensors["wpe.weight"] = tensors["wpe.weight"][: config["block_size"]]
         return Pretrained(config, tensors, self.tokenizer, self.source, self.step)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a == b or (not a and not b)  # None, False and 0: off
 
 
 def read_pretrained(spec: str | Path) -> Pretrained:
@@ -96,10 +93,10 @@ def read_pretrained(spec: str | Path) -> Pretrained:
 
 
 def _from_checkpoint(path: Path) -> Pretrained:
-    tensors, state = checkpoint.load_weights(path)
-    name = state["tokenizer"]["name"]
+    found = checkpoint.load(path, with_optimizer=False)
+    state, name = found.state, found.state["tokenizer"]["name"]
     tokenizer = load_tokenizer("gpt2" if name == "gpt2" else path.parent.parent / name)
-    return Pretrained(state["model"], tensors, tokenizer, str(path), state["step"])
+    return Pretrained(state["model"], found.model, tokenizer, str(path), state["step"])
 
 
 def _from_huggingface(folder: Path, source: str) -> Pretrained:

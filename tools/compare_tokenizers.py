@@ -6,7 +6,11 @@ The output is a Markdown table with bytes per token and tokens per word.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from tyro.conf import Positional
+
+from babygpt.constraints import parse_arguments
 from babygpt.data import sources
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError, run
@@ -31,38 +35,29 @@ def compare(specs: Iterable[str], texts: list[bytes]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareArgs:
+    """How many tokens each tokenizer makes of a text."""
+
+    tokenizers: Positional[tuple[str, ...]] = ()  # "gpt2" or paths of a tokenizer.json
+    input: tuple[str, ...]  # files, folders or patterns (parquet, jsonl, txt; .gz .xz .zst)
+    text_column: str = "text"  # column or key that holds a document's text
+    max_bytes: int = 10_000_000  # text to look at, in UTF-8 bytes, from the beginning
+
+
 def main() -> None:
-    import tyro
-
-    def command(
-        tokenizers: tyro.conf.Positional[tuple[str, ...]] = (),
-        /,
-        *,
-        input: tuple[str, ...],
-        text_column: str = "text",
-        max_bytes: int = 10_000_000,
-    ) -> None:
-        """How many tokens each tokenizer makes of a text.
-
-        Args:
-            tokenizers: "gpt2" or paths of a tokenizer.json.
-            input: Files, folders or patterns (parquet, jsonl, txt; .gz .xz .zst).
-            text_column: The column or key that holds a document's text.
-            max_bytes: Text to look at, in UTF-8 bytes, from the beginning.
-        """
-        # behind --input all are taken for files, but no file of text is called so
-        behind = [path for path in input if path == "gpt2" or path.endswith(".json")]
-        specs = [*tokenizers, *behind]
-        if not specs:
-            raise UserError('give one or more tokenizers: "gpt2" or paths of a tokenizer.json.')
-        source = sources.find("files", tuple(path for path in input if path not in behind), (text_column,))
-        texts, left = [], max_bytes
-        for text in sources.first_bytes(source, max_bytes):
-            texts.append(text.encode()[:left].decode(errors="ignore").encode())  # no part of a character
-            left -= len(texts[-1])
-        print(compare(specs, texts))
-
-    tyro.cli(command, prog="python -m tools.compare_tokenizers", description=__doc__)
+    args = parse_arguments(CompareArgs, "python -m tools.compare_tokenizers", __doc__)
+    # behind --input all are taken for files, but no file of text is called so
+    behind = [path for path in args.input if path == "gpt2" or path.endswith(".json")]
+    specs = [*args.tokenizers, *behind]
+    if not specs:
+        raise UserError('give one or more tokenizers: "gpt2" or paths of a tokenizer.json.')
+    source = sources.find("files", tuple(path for path in args.input if path not in behind), (args.text_column,))
+    texts, left = [], args.max_bytes
+    for text in sources.first_bytes(source, args.max_bytes):
+        texts.append(text.encode()[:left].decode(errors="ignore").encode())  # no part of a character
+        left -= len(texts[-1])
+    print(compare(specs, texts))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ documents of the shard have begun up to there. Document 0 continues from the sha
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from tyro.conf import Positional
 
+from babygpt.constraints import NonNegative, Positive, parse_arguments
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import load_tokenizer
-from babygpt.errors import UserError
-from babygpt.errors import run as run_script
+from babygpt.errors import UserError, run
 from babygpt.training.checkpoint import latest, read_state
 from babygpt.training.log import read_log
 from babygpt.training.run_dir import read_config
@@ -90,29 +92,25 @@ def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectArgs:
+    """Print the rows that an optimizer step of a run reads."""
+
+    run: Positional[Path]  # the run's folder (out/NAME), whose data lie where they were
+    step: int  # counted from 0 as in log.csv
+    ranks: Positive = 1  # processes that the run had; row n is read by rank n mod this number
+    chars: NonNegative = 200  # characters of the text of each line
+
+
 def main() -> None:
-    import tyro
-
-    def command(run: tyro.conf.Positional[Path], /, *, step: int, ranks: int = 1, chars: int = 200) -> None:
-        """Print the rows that an optimizer step of a run reads.
-
-        Args:
-            run: The run's folder (out/NAME), whose data lie where they were.
-            step: The step, counted from 0 as in log.csv.
-            ranks: Processes that the run had; row n is read by rank n mod this number.
-            chars: Characters of the text of each line.
-        """
-        if ranks < 1 or chars < 0:
-            raise UserError(f"--ranks {ranks} must be at least 1, --chars {chars} at least 0.")
-        dataset, order, rows = read_run(run, step)
-        start = position_of_step(step, rows, order)
-        step_rows = range(start.n, start.n + rows[step])
-        print(f"step {step}: epoch {start.epoch}, rows {step_rows[0]} to {step_rows[-1]} of {order.rows_per_epoch}")
-        for line in describe_rows(dataset, order, start.epoch, step_rows, ranks, chars):
-            print(line)
-
-    tyro.cli(command, prog="python -m tools.inspect_step", description=__doc__)
+    args = parse_arguments(InspectArgs, "python -m tools.inspect_step", __doc__)
+    dataset, order, rows = read_run(args.run, args.step)
+    start = position_of_step(args.step, rows, order)
+    step_rows = range(start.n, start.n + rows[args.step])
+    print(f"step {args.step}: epoch {start.epoch}, rows {step_rows[0]} to {step_rows[-1]} of {order.rows_per_epoch}")
+    for line in describe_rows(dataset, order, start.epoch, step_rows, args.ranks, args.chars):
+        print(line)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

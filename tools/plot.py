@@ -6,39 +6,36 @@
 The picture has losses, HellaSwag, learning rate, gradient norm and speed.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
+from babygpt.constraints import parse_arguments
 from babygpt.errors import UserError, run
 from babygpt.training.plots import plot
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlotArgs:
+    """Draw one or several runs into a PNG."""
+
+    runs: Positional[tuple[Path, ...]]  # run directories (out/NAME)
+    out: Path | None = None  # the picture; None: plot.png in the directory of the first run
+    x: Literal["steps", "tokens"] = "steps"  # what the losses stand against
+
+
 def main() -> None:
-    import tyro
-
-    def command(
-        runs: tyro.conf.Positional[tuple[Path, ...]],
-        /,
-        *,
-        out: Path | None = None,
-        x: Literal["steps", "tokens"] = "steps",
-    ) -> None:
-        """Draws one or several runs into a PNG.
-
-        Args:
-            runs: Folders of runs (out/NAME).
-            out: The picture [plot.png in the folder of the first run].
-            x: What the losses stand against.
-        """
-        if not runs:
-            raise UserError("name at least one run: python -m tools.plot out/NAME")
-        for path in runs:
-            if not (path / "log.csv").exists():
-                raise UserError(f"there is no run at {path}: it has no log.csv.")
-        plot(list(runs), out or runs[0] / "plot.png", x)
-        print(out or runs[0] / "plot.png")
-
-    tyro.cli(command, prog="python -m tools.plot", description=__doc__)
+    args = parse_arguments(PlotArgs, "python -m tools.plot", __doc__)
+    if not args.runs:
+        raise UserError("name at least one run: python -m tools.plot out/NAME")
+    for path in args.runs:
+        if not (path / "log.csv").exists():
+            raise UserError(f"there is no run at {path}: it has no log.csv.")
+    out = args.out or args.runs[0] / "plot.png"
+    plot(list(args.runs), out, args.x)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tyro.conf import Positional
 
 from babygpt.console import console
+from babygpt.constraints import Positive, parse_arguments
 from babygpt.data.shards import open_dataset
 from babygpt.errors import UserError
 from babygpt.errors import run as run_script
@@ -67,7 +69,7 @@ class Segment:
 
 def segments(run: Path) -> list[Segment]:
     """Those that can be trained again. UserError where there is none or a checkpoint is damaged."""
-    found = [path for path in checkpoint.checkpoints(run) if path.suffix != ".old"]
+    found = checkpoint.checkpoints(run)
     for path in found:
         checkpoint.verify(path)
         if not checkpoint.read_state(path).get("launches"):
@@ -246,34 +248,23 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
     return not count
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplayArgs:
+    """Train again from some of a run's checkpoints to the next, and compare. Exit code 1 where it differs."""
+
+    run: Positional[Path]  # run directory (out/NAME), with its checkpoints
+    samples: Positive = 5  # how many pairs of checkpoints to take
+    seed: int = 0  # of the choice
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if available, else CPU
+
+
 def main() -> None:
-    import tyro
-
-    def command(
-        run: tyro.conf.Positional[Path],
-        /,
-        *,
-        samples: int = 5,
-        seed: int = 0,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-    ) -> None:
-        """Trains again from some of a run's checkpoints to the next, and compares. Exit code 1 where it differs.
-
-        Args:
-            run: A run's folder (out/NAME), with its checkpoints.
-            samples: How many pairs of checkpoints to take.
-            seed: Of the choice.
-            device: auto is cuda where there is one, else cpu.
-        """
-        if samples < 1:
-            raise UserError(f"--samples {samples}: give at least 1.")
-        if not (run / "log.csv").exists():
-            raise UserError(f"there is no run at {run}.")
-        with process_group(device) as ranks:
-            if not audit(run, samples, seed, ranks):
-                sys.exit(1)
-
-    tyro.cli(command, prog="python -m tools.replay", description=__doc__)
+    args = parse_arguments(ReplayArgs, "python -m tools.replay", __doc__)
+    if not (args.run / "log.csv").exists():
+        raise UserError(f"there is no run at {args.run}.")
+    with process_group(args.device) as ranks:
+        if not audit(args.run, args.samples, args.seed, ranks):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from xxhash import xxh3_128_digest
 
 from babygpt import files
+from babygpt.constraints import parse_arguments
 from babygpt.data.quality import FORMAT, PAIR_BITS, QualityModel, pairs_of, weights_sha256
 from babygpt.data.sources import documents, find
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -196,44 +200,31 @@ def _sample(source, count: int) -> dict[bytes, bytes]:
     return smallest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class FilterArgs:
+    """Learn to tell good documents from others. One in ten is held out, and what it scores on those is told."""
+
+    # files, folders or patterns of good text (an encyclopedia, textbooks): parquet, jsonl, txt; .gz .xz .zst too
+    good: tuple[str, ...]
+    other: tuple[str, ...]  # the same of ordinary text, best the very pages that are to be filtered
+    out: Path  # the model to write, a .safetensors file
+    tokenizer: str = "gpt2"  # the one of the data set to be filtered, "gpt2" or the path of a tokenizer.json
+    text_column: str = "text"  # column or key that holds a document's text
+    max_documents: Annotated[int, Ge(LEAST_DOCUMENTS)] = 20_000  # of each side at the most, chosen by hash
+
+
 def main() -> None:
-    import tyro
-
-    def command(
-        *,
-        good: tuple[str, ...],
-        other: tuple[str, ...],
-        out: Path,
-        tokenizer: str = "gpt2",
-        text_column: str = "text",
-        max_documents: int = 20_000,
-    ) -> None:
-        """Learns to tell good documents from others. One in ten is held out, and what it scores on those is told.
-
-        Args:
-            good: Files, folders or patterns of good text (an encyclopedia, textbooks): parquet, jsonl, txt; .gz .xz
-                .zst too.
-            other: The same of ordinary text, best the very pages that are to be filtered.
-            out: The model to write, a .safetensors file.
-            tokenizer: The one of the data set to be filtered, "gpt2" or the path of a tokenizer.json.
-            text_column: The column or key that holds a document's text.
-            max_documents: Documents of each side at the most, chosen by hash.
-        """
-        if find_spec("sklearn") is None:
-            raise UserError("python -m tools.train_quality_filter needs scikit-learn: pip install scikit-learn")
-        if max_documents < LEAST_DOCUMENTS:
-            raise UserError(f"--max-documents {max_documents} is under {LEAST_DOCUMENTS}, the least to learn from.")
-        sources = {flag: _find(paths, flag, text_column) for flag, paths in (("--good", good), ("--other", other))}
-        shared = set.intersection(*(set(map(os.path.realpath, source.paths)) for source in sources.values()))
-        if shared:
-            raise UserError(f"--good and --other both name {min(shared)}: a document can't be both. Give it to one.")
-        encoder = load_tokenizer(tokenizer)
-        good_sample, other_sample = (_sample(source, max_documents) for source in sources.values())
-        model = train_quality_filter(good_sample, other_sample, encoder, out)
-        print(f"{out}: for {model.tokenizer} (sha256 {model.tokenizer_sha256[:12]}), sha256 {model.sha256[:12]}")
-        print(report(model.figures))
-
-    tyro.cli(command, prog="python -m tools.train_quality_filter", description=__doc__)
+    args = parse_arguments(FilterArgs, "python -m tools.train_quality_filter", __doc__)
+    if find_spec("sklearn") is None:
+        raise UserError("python -m tools.train_quality_filter needs scikit-learn: pip install scikit-learn")
+    sources = [_find(paths, flag, args.text_column) for flag, paths in (("--good", args.good), ("--other", args.other))]
+    if shared := set.intersection(*(set(map(os.path.realpath, source.paths)) for source in sources)):
+        raise UserError(f"--good and --other both name {min(shared)}: a document can't be both. Give it to one.")
+    tokenizer = load_tokenizer(args.tokenizer)
+    good, other = (_sample(source, args.max_documents) for source in sources)
+    model = train_quality_filter(good, other, tokenizer, args.out)
+    print(f"{args.out}: for {model.tokenizer} (sha256 {model.tokenizer_sha256[:12]}), sha256 {model.sha256[:12]}")
+    print(report(model.figures))
 
 
 if __name__ == "__main__":

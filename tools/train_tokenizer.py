@@ -8,9 +8,13 @@ The same text gives the same tokenizer, byte for byte.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from babygpt import files
+from babygpt.constraints import parse_arguments
 from babygpt.data import sources
 from babygpt.data.readers import without_surrogates
 from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, byte_level_bpe
@@ -41,34 +45,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
     return FileTokenizer(out)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerArgs:
+    """Train a byte-level BPE on a source of text."""
+
+    source: Positional[str] = "files"  # as `python fineweb.py` takes it; `files` reads --input
+    vocab_size: int  # entries of the vocabulary, the end-of-text token among them
+    out: Path  # the tokenizer.json to write
+    input: tuple[str, ...] = ()  # files or patterns of them (parquet, jsonl, txt; .gz .xz .zst), for the source `files`
+    text_column: str = "text"  # column or key that holds a document's text
+    max_bytes: int = 1_000_000_000  # text to learn from at the most, in UTF-8 bytes
+
+
 def main() -> None:
-    import tyro
-
-    def command(
-        source: tyro.conf.Positional[str] = "files",
-        /,
-        *,
-        vocab_size: int,
-        out: Path,
-        input: tuple[str, ...] = (),
-        text_column: str = "text",
-        max_bytes: int = 1_000_000_000,
-    ) -> None:
-        """Trains a byte-level BPE on a source of text.
-
-        Args:
-            source: A source as `python fineweb.py` takes it; `files` reads --input.
-            vocab_size: Entries of the vocabulary, the end-of-text token among them.
-            out: The tokenizer.json to write.
-            input: Files or patterns of them (parquet, jsonl, txt; .gz .xz .zst), for the source `files`.
-            text_column: The column or key that holds a document's text.
-            max_bytes: Text to learn from at the most, in UTF-8 bytes.
-        """
-        source_ = sources.find(source, input, (text_column,))
-        tokenizer = train_tokenizer(sources.first_bytes(source_, max_bytes), vocab_size, out)
-        print(f"{out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
-
-    tyro.cli(command, prog="python -m tools.train_tokenizer", description=__doc__)
+    args = parse_arguments(TokenizerArgs, "python -m tools.train_tokenizer", __doc__)
+    source = sources.find(args.source, args.input, (args.text_column,))
+    tokenizer = train_tokenizer(sources.first_bytes(source, args.max_bytes), args.vocab_size, args.out)
+    print(f"{args.out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from babygpt.files import sha256, write_json
 
 FORMAT = 2  # of a checkpoint's files; 1 had other parameter names
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
-NAME = re.compile(r"\.?step_(\d+)(?:\.old)?")  # of a folder, and of one that makes place for another of its step
 
 
 @dataclass
@@ -87,50 +86,32 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
-        _save_tensors(optimizer, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps({"format": FORMAT} | state, indent=1) + "\n", encoding="utf-8")
-        hashes = {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
-        (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
+        with open(temporary / OPTIMIZER, "wb") as file:
+            torch.save(optimizer, file)
+        write_json(temporary / STATE, {"format": FORMAT} | state)
+        write_json(
+            temporary / MANIFEST, {"files": {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}}
+        )
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
             _sync(path)
-        if final.exists():  # the same step again: out of the way first, a folder can't be renamed onto another
-            _make_place(final)
+        if final.exists():  # a damaged one, behind which this run was resumed
+            shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(folder)
         _sync(run)  # `checkpoints` may be new in it
     except (OSError, SafetensorError, RuntimeError) as error:  # the latter two from libraries' own writing
         shutil.rmtree(temporary, ignore_errors=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # of PyTorch's zip writer
         raise UserError(
-            f"the checkpoint of step {step:,} could not be written to {folder} ({error}). Those before are as they "
+            f"the checkpoint of step {step:,} could not be written to {folder} ({cause}). Those before are as they "
             "were: mend it (free some room?) and go on with --general.init-from resume."
         ) from error
     # later ones are damaged: this run began before them
-    earlier = [path for path in checkpoints(run) if path.suffix != ".old" and step_of(path) <= step]
-    outdated = [path for path in (earlier[:-keep] if keep else []) if not keep_every or step_of(path) % keep_every]
-    for old in [*outdated, *folder.glob(".step_*.old")]:
-        shutil.rmtree(old, ignore_errors=True)
+    earlier = [path for path in checkpoints(run) if step_of(path) <= step]
+    for old in earlier[:-keep] if keep else []:
+        if not keep_every or step_of(old) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _save_tensors(tensors: dict, path: Path) -> None:
-    """Save through a file object, so that a disk error is raised as OSError, not as one of PyTorch's zip writer."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(tensors, file)
-        except RuntimeError as error:
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def _make_place(final: Path) -> None:
-    """Puts a checkpoint aside while another of the same step takes its place; a damaged one is deleted."""
-    try:
-        verify(final)
-    except UserError:
-        shutil.rmtree(final)
-        return
-    outdated = final.with_name(f".{final.name}.old")
-    shutil.rmtree(outdated, ignore_errors=True)
-    os.rename(final, outdated)
 
 
 class Saver:
@@ -208,18 +189,14 @@ def _sync(path: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run by step, oldest first; they may turn out damaged when they are read.
-
-    One that was on its way out when a save of its step was killed is among them."""
-    found = [path for path in (run / "checkpoints").glob("*step_*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (step_of(path), not path.name.startswith(".")))
+    """The checkpoints of a run by step, oldest first; they may turn out damaged when they are read."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's folder is named for."""
-    match = NAME.fullmatch(path.name)
-    assert match is not None, f"{path} is not the directory of a checkpoint"
-    return int(match[1])
+    return int(path.name.removeprefix("step_"))
 
 
 def latest(run: str | Path) -> Path | None:
@@ -275,24 +252,14 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def load(path: Path) -> Checkpoint:
-    """All of a checkpoint, on the CPU; UserError where it is damaged."""
+def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
+    """All of a checkpoint, or all but the optimizer, on the CPU; UserError where it is damaged."""
     verify(path)
+    state = read_state(path)
     try:
-        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        model = load_file(path / MODEL)
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True) if with_optimizer else {}
+        return Checkpoint(path, load_file(path / MODEL), optimizer, state)
     except pickle.UnpicklingError:  # its hash is the manifest's, so someone wrote both
         raise UserError(f"{path / OPTIMIZER} holds more than tensors, and is not loaded: it could run code.") from None
     except Exception as error:
         raise UserError(f"the checkpoint {path} was written so that it can't be read: {error!r:.300}.") from None
-    return Checkpoint(path, model, optimizer, read_state(path))
-
-
-def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The model's tensors of a checkpoint, on the CPU, and its `state.json`; UserError if it is corrupted."""
-    verify(path)
-    state = read_state(path)
-    try:
-        return load_file(path / MODEL), state
-    except SafetensorError as error:
-        raise UserError(f"{path / MODEL} can't be read: {error!r:.300}.") from None

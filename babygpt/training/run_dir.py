@@ -81,23 +81,12 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
 
 def check_identity(found: Path, state: dict, now: dict[str, dict]) -> None:
     """ConfigError if the settings that a resume must keep (`now`) differ from those of the checkpoint `found`."""
-    wrong = [
-        f"  {section}.{name}: {state[section].get(name)} there, {values.get(name)} now\n"
-        for section, values in now.items()
-        for name in {**state[section], **values}
-        if not same_setting(state[section], values, name)
-    ]
-    if wrong:
+    differing = differences({section: state[section] for section in now}, now)
+    if wrong := [f"  {name}: {there} there, {value} now\n" for name, there, value in differing]:
         raise ConfigError(
             f"{found} cannot be resumed with another model, optimizer or data order:\n{''.join(wrong)}Use the earlier "
             "values, or start again with another --general.out-dir."
         )
-
-
-def same_setting(earlier: dict, now: dict, name: str) -> bool:
-    """Return whether a field has the same value in both. A field that only one of the two has counts as off."""
-    a, b = earlier.get(name), now.get(name)
-    return a == b or ((name not in earlier or name not in now) and not a and not b)
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
@@ -110,13 +99,18 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
-    """Return the fields in which two configs differ: section.name, earlier value, value now."""
-    keys = [(section, name) for section in now if section in earlier for name in {**earlier[section], **now[section]}]
-    return [
-        (f"{section}.{name}", earlier[section].get(name), now[section].get(name))
-        for section, name in keys
-        if not same_setting(earlier[section], now[section], name)
-    ]
+    """Return the fields in which two configs differ: section.name, earlier value, value now.
+
+    A field that only one of the two has counts as off.
+    """
+    found = []
+    for section, values in now.items():
+        before = earlier.get(section, values)
+        for name in {**before, **values}:
+            a, b = before.get(name), values.get(name)
+            if a != b and (a or b or (name in before and name in values)):
+                found.append((f"{section}.{name}", a, b))
+    return found
 
 
 def changed_settings(path: Path, config: dict) -> list[str]:
