@@ -1,22 +1,22 @@
-"""The order of the data: chunks that begin at documents, a seeded shuffle, streams, rows, and their prefetch.
+"""The order of the data: chunks of whole documents, a seeded shuffle, streams, rows, and prefetch.
 
-N training tokens, T = block_size, S = num_streams, R = rows a step (batch_tokens / T), W ranks.
+N training tokens, T = block_size, S = num_streams, R = rows per step (batch_tokens / T), W ranks. For each epoch:
 
-1. Chunks. Every `chunk_tokens` a cursor stands in the data; the EOT nearest to it begins a chunk.
+1. Chunks. A cursor is placed at every multiple of `chunk_tokens`. The EOT nearest to it starts the next chunk.
 
-       data   |E..E...E|E....E.|E...E..E..|E....|        E = end of text, | = cut, always at an E
-2. Shuffle. The chunks, sorted by a hash of (seed, epoch, chunk), are laid end to end: the line.
+       data   |E..E...E|E....E.|E...E..E..|E....|        E = end of text, | = start of a chunk, always at an E
+2. Shuffle. The chunks, sorted by a hash of (seed, epoch, chunk), are concatenated: the line.
 
        line   |E...E..E..|E..E...E|E....|E....E.|
-3. Streams. The line is cut into S equal pieces of K rows of T tokens.
+3. Streams. The line is divided into S equal pieces of K rows of T tokens.
 
-       line   |----stream 0----|----stream 1----|----stream 2----| rest, unread in this epoch
-4. Rows. Row n of the epoch is row n // S of stream n mod S: T tokens and, moved by one, their T targets.
-   A step takes the next R rows, and rank r those with n mod W = r.
+       line   |----stream 0----|----stream 1----|----stream 2----| remainder, not read in this epoch
+4. Rows. Row n of the epoch is row n // S of stream n mod S: T tokens and their T targets, which are one token further.
+   A step takes the next R rows, and rank r reads those with n mod W = r.
 
-So an epoch visits every token once but for the last (R + S) T at the most, and which rows a step has follows
-from the data, the seed and (T, S, chunk_tokens) alone: not from ranks, micro-batch, or where a run resumed.
-The place in the data is (epoch, n), nothing else. `python -m tools.inspect_step` prints what a step of a run read.
+So an epoch reads every token once, except for at most the last (R + S) T. The rows of a step follow from the data, the
+seed and (T, S, chunk_tokens). They do not depend on the number of ranks, the micro-batch size, or where a run resumed.
+The position in the data is (epoch, n). `python -m tools.inspect_step` prints the documents that a step of a run read.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from babygpt.data.shards import Tokens
 from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORED
 
-WINDOW = 20_000  # tokens on both sides of a cursor in which its EOT is sought at the least
-VAL_TOKENS = 20 * 524_288  # what a validation reads, as build-nanogpt's 20 steps of 524,288
+WINDOW = 20_000  # tokens on both sides of a cursor that are searched for an EOT, even if chunks are shorter
+VAL_TOKENS = 20 * 524_288  # read by a validation, as in build-nanogpt: 20 steps of 524,288
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -43,42 +43,42 @@ VAL_TOKENS = 20 * 524_288  # what a validation reads, as build-nanogpt's 20 step
 
 
 def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> int:
-    """About 16 chunks a stream, 1 M tokens at the most."""
+    """Return a chunk length that gives about 16 chunks per stream, at most 1 M tokens."""
     return min(1_000_000, max(block_size, num_tokens // (16 * num_streams)))
 
 
-def chunk_cuts(tokens: Tokens, eot_id: int, chunk_tokens: int) -> tuple[np.ndarray, int]:
-    """Where chunks begin, ascending from 0, (chunks,) int64, and how many cursors found no EOT to cut at.
+def find_chunk_starts(tokens: Tokens, eot_id: int, chunk_tokens: int) -> tuple[np.ndarray, int]:
+    """Return the first token of each chunk, (chunks,) int64, ascending from 0, and how many cursors are near no EOT.
 
-    The EOT nearest to each cursor cuts, of two the earlier. The window of the search doubles while it holds
-    none, up to max(WINDOW, chunk_tokens) on both sides; then the cursor itself cuts. No more is read.
+    A chunk starts at the EOT nearest to a cursor, the earlier one of two. The search window doubles until it contains
+    an EOT, up to max(WINDOW, chunk_tokens) tokens on both sides. Without an EOT, the chunk starts at the cursor itself.
     """
     widest = max(WINDOW, chunk_tokens)
-    cuts, forced = [0], 0
+    starts, without_eot = [0], 0
     for cursor in range(chunk_tokens, len(tokens), chunk_tokens):
-        width = 1000  # about a document of the web, so that most cursors need a read or two
+        width = 1000  # about the length of a web document, so most cursors need one or two reads
         while True:
             start, stop = max(0, cursor - width), min(len(tokens), cursor + width + 1)
-            found = start + np.flatnonzero(_window(tokens, start, stop) == eot_id)
+            found = start + np.flatnonzero(_read_window(tokens, start, stop) == eot_id)
             if len(found):
-                cuts.append(int(found[np.argmin(np.abs(found - cursor))]))  # argmin takes the earlier of two
+                starts.append(int(found[np.argmin(np.abs(found - cursor))]))  # argmin returns the earlier of two
                 break
             if width == widest:
-                cuts.append(cursor)
-                forced += 1
+                starts.append(cursor)
+                without_eot += 1
                 break
             width = min(2 * width, widest)
-    return np.unique(np.array(cuts, np.int64)), forced
+    return np.unique(np.array(starts, np.int64)), without_eot
 
 
-def _window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
-    """Tokens start ... stop - 1 as they are stored, (stop - start,), without their surroundings.
+def _read_window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
+    """Return tokens start ... stop - 1 in the dtype of the shards, (stop - start,), without reading more of the files.
 
-    Of a memory map the system fetches up to megabytes around each place, which for windows all over the data is
-    all of it. The file gives what is asked for.
+    For each access to a memory map, the system reads up to megabytes around it. For windows all over the data, that
+    would be all of the data.
     """
     parts = []
-    for number, first, end in shard_ranges(tokens, start, stop):
+    for number, first, end in tokens.ranges(start, stop):
         shard = tokens.shards[number]
         if isinstance(shard, np.memmap):
             offset = shard.offset + first * shard.itemsize
@@ -88,193 +88,176 @@ def _window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def shard_ranges(tokens: Tokens, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Where tokens start ... stop - 1 lie: the number of a shard, and from where to where in it."""
-    number = int(np.searchsorted(tokens.starts, start, side="right")) - 1
-    while start < stop:
-        base, end = int(tokens.starts[number]), min(stop, int(tokens.starts[number + 1]))
-        yield number, start - base, end - base
-        start, number = end, number + 1
-
-
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """0 ... count - 1 in an order that follows from seed and epoch, on any machine and version; (count,) int64."""
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation of 0 ... count - 1, (count,) int64, which is the same on every machine and version."""
     keys = [hashlib.blake2b(f"{seed} {epoch} {i}".encode(), digest_size=16).digest() for i in range(count)]
     return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's line, streams and rows.
+    """The line, streams and rows of one epoch."""
 
-    `chunks` (n, 2) int64 are the data's token ranges in the line's order; `at` (n + 1,) int64 where each
-    begins in the line. `rows_per_stream` is K.
-    """
-
-    chunks: np.ndarray
-    at: np.ndarray
+    chunks: np.ndarray  # (chunks, 2) int64: first token and end of each chunk in the data, in the order of the line
+    offsets: np.ndarray  # (chunks + 1,) int64: where each chunk starts in the line, then the end of the line
     block_size: int
     num_streams: int
 
     @property
     def rows_per_stream(self) -> int:
-        return max(0, int(self.at[-1]) - 1) // (self.num_streams * self.block_size)
+        """K."""
+        return max(0, int(self.offsets[-1]) - 1) // (self.num_streams * self.block_size)
 
     @property
     def num_rows(self) -> int:
         return self.rows_per_stream * self.num_streams
 
-    def begin(self, n: int | np.ndarray) -> int | np.ndarray:
-        """Where in the line row n begins, or each of several rows, (rows,) int64."""
+    def row_start(self, n: int | np.ndarray) -> int | np.ndarray:
+        """Return where row n starts in the line; for several rows, (rows,) int64."""
         return (n % self.num_streams * self.rows_per_stream + n // self.num_streams) * self.block_size
 
     def row(self, n: int) -> list[tuple[int, int]]:
-        """The data's token ranges [start, stop) that make row n: T + 1 tokens together, in order.
+        """Return the token ranges [start, stop) of the data that form row n, in order, T + 1 tokens in all.
 
-        Everything that asks which tokens a step has asks here: loader, validation, resume and tests. `read_rows` has
-        a shorter way to most rows, which a test holds equal to this.
+        This defines the rows. `Order.read_rows` has a faster way for most of them, which a test compares with this one.
         """
         if not 0 <= n < self.num_rows:
             raise IndexError(f"row {n} of {self.num_rows}")
-        begin = int(self.begin(n))
-        end = begin + self.block_size + 1
+        start = int(self.row_start(n))  # in the line
+        end = start + self.block_size + 1
         ranges: list[tuple[int, int]] = []
-        chunk = int(np.searchsorted(self.at, begin, side="right")) - 1
-        while begin < end:
-            stop = min(end, int(self.at[chunk + 1]))
-            start = int(self.chunks[chunk, 0]) + begin - int(self.at[chunk])
-            ranges.append((start, start + stop - begin))
-            begin, chunk = stop, chunk + 1
+        chunk = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        while start < end:
+            stop = min(end, int(self.offsets[chunk + 1]))
+            first = int(self.chunks[chunk, 0]) + start - int(self.offsets[chunk])  # in the data
+            ranges.append((first, first + stop - start))
+            start, chunk = stop, chunk + 1
         return ranges
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run stands: the next row is row n of the epoch."""
+    """The position of a run in the data: the next row is row n of the epoch."""
 
     epoch: int = 0
     n: int = 0
 
 
 class Order:
-    """Which rows each step has: the epochs of a split, one after the other.
+    """The rows of every step: the epochs of a split, one after the other.
 
-    `shuffle=False` gives the split front to back (validation: one stream, one chunk).
+    Without `shuffle`, the rows are those of the split from start to end, for validation: one stream, one chunk.
     """
 
     def __init__(
         self, tokens: Tokens, eot_id: int, block_size: int, num_streams: int, seed: int,
         chunk_tokens: int | None = None, shuffle: bool = True,
     ):  # fmt: skip
-        self.tokens, self.block_size, self.num_streams, self.seed, self.shuffle = (
-            tokens, block_size, num_streams, seed, shuffle,
-        )  # fmt: skip
+        self.tokens, self.block_size, self.num_streams = tokens, block_size, num_streams
+        self.seed, self.shuffle = seed, shuffle
         self.chunk_tokens = chunk_tokens or default_chunk_tokens(len(tokens), num_streams, block_size)
+        self.chunk_starts, self.chunks_without_eot = np.zeros(1, np.int64), 0
         if shuffle:
-            self.cuts, self.forced_cuts = chunk_cuts(tokens, eot_id, self.chunk_tokens)
-        else:
-            self.cuts, self.forced_cuts = np.zeros(1, np.int64), 0
-        self.epoch = lru_cache(maxsize=2)(self._epoch)  # a step's last row and the next epoch's first
+            self.chunk_starts, self.chunks_without_eot = find_chunk_starts(tokens, eot_id, self.chunk_tokens)
+        self.epoch = lru_cache(maxsize=2)(self._epoch)  # two: at the end of an epoch, the next one is read too
 
     def _epoch(self, epoch: int) -> Epoch:
-        chunks = np.stack([self.cuts, np.append(self.cuts[1:], len(self.tokens))], axis=1)
+        chunks = np.stack([self.chunk_starts, np.append(self.chunk_starts[1:], len(self.tokens))], axis=1)
         if self.shuffle:
-            chunks = chunks[shuffled(len(chunks), self.seed, epoch)]
-        at = np.concatenate([[0], np.cumsum(chunks[:, 1] - chunks[:, 0])])
-        return Epoch(chunks, at, self.block_size, self.num_streams)
+            chunks = chunks[permutation(len(chunks), self.seed, epoch)]
+        offsets = np.concatenate([[0], np.cumsum(chunks[:, 1] - chunks[:, 0])])
+        return Epoch(chunks, offsets, self.block_size, self.num_streams)
 
     @property
     def rows_per_epoch(self) -> int:
         return self.epoch(0).num_rows  # K depends on the number of tokens alone
 
     def check(self, rows_per_step: int) -> None:
-        """ConfigError where an epoch has no step, or a step has more rows than the data."""
+        """Raise a ConfigError if an epoch has fewer rows than a step."""
         if self.rows_per_epoch < rows_per_step:
             raise ConfigError(
-                f"an epoch has no step: {len(self.tokens):,} training tokens give {self.rows_per_epoch:,} rows of "
-                f"{self.block_size:,} in {self.num_streams} streams, and a step takes {rows_per_step:,}. Give more "
-                "data, or a smaller --training.batch-tokens, --data.num-streams or --model.block-size."
+                f"The data set has fewer rows than one step: {len(self.tokens):,} training tokens give "
+                f"{self.rows_per_epoch:,} rows of {self.block_size:,} tokens in {self.num_streams} streams, but a step "
+                f"takes {rows_per_step:,}. Use more data, or a smaller --training.batch-tokens, --data.num-streams or "
+                "--model.block-size."
             )
 
     def summary(self, batch_tokens: int, max_steps: int) -> str:
-        """Summarize chunks, steps per epoch, and epochs of a run of `max_steps`."""
+        """Return a description of the chunks, the steps per epoch, and the epochs in `max_steps`."""
         steps = self.rows_per_epoch // (batch_tokens // self.block_size)
         unread = len(self.tokens) - steps * batch_tokens
         lines = [
-            f"{batch_tokens:,} tokens per step; {len(self.tokens):,} tokens in {len(self.cuts):,} chunks of about "
-            f"{self.chunk_tokens:,}",
+            f"{batch_tokens:,} tokens per step; {len(self.tokens):,} tokens in {len(self.chunk_starts):,} chunks of "
+            f"about {self.chunk_tokens:,}",
             f"{steps:,} steps per epoch ({unread:,} tokens of each are not read), {max_steps / steps:.2f} epochs in "
             f"{max_steps:,} steps",
         ]
-        if self.forced_cuts:
-            lines.append(f"{self.forced_cuts:,} chunks begin inside a document: no end of text was near")
+        if self.chunks_without_eot:
+            lines.append(f"{self.chunks_without_eot:,} chunks start inside a document: there is no end of text nearby")
         return "\n".join(lines)
 
     def step_start(self, position: Position, rows_per_step: int) -> Position:
-        """Where the step that comes at `position` really begins: no step straddles the end of an epoch."""
+        """Return where the step at `position` starts: at the next epoch if this one has too few rows left."""
         if position.n + rows_per_step > self.rows_per_epoch:
             return Position(position.epoch + 1, 0)
         return position
 
     def read_row(self, epoch: int, n: int, out: np.ndarray) -> None:
-        """Tokens of a row into `out`, (T + 1,) int64."""
+        """Read the tokens of a row into `out`, (T + 1,) int64."""
         filled = 0
         for start, stop in self.epoch(epoch).row(n):
             self.tokens.read(start, stop, out[filled : filled + stop - start])
             filled += stop - start
 
     def read_rows(self, epoch: int, rows: Sequence[int], out: np.ndarray) -> None:
-        """Tokens of several rows into `out`, (rows, T + 1) int64: what `read_row` reads, several times as fast.
+        """Read the tokens of several rows into `out`, (rows, T + 1) int64, several times as fast as `read_row`.
 
-        Nearly all rows lie in one chunk and one shard, and are one copy each. Which these are, and where, is found
-        for all rows at once; the others go to `read_row`, and so do rows outside of the epoch, which it refuses.
+        Almost every row lies in one chunk and one shard, so it is a single copy. These rows, and where they start, are
+        found for all rows at once. `read_row` reads the others, and raises an IndexError for rows outside the epoch.
         """
-        plan, starts, size = self.epoch(epoch), self.tokens.starts, self.block_size + 1
+        plan, shard_starts, size = self.epoch(epoch), self.tokens.starts, self.block_size + 1
         n = np.clip(np.array(rows, np.int64), 0, plan.num_rows - 1)
-        begin = plan.begin(n)
-        chunk = np.searchsorted(plan.at, begin, side="right") - 1
-        start = plan.chunks[chunk, 0] + begin - plan.at[chunk]
-        shard = np.searchsorted(starts, start, side="right") - 1
-        in_one = (n == rows) & (begin + size <= plan.at[chunk + 1]) & (start + size <= starts[shard + 1])
-        places = (in_one.tolist(), shard.tolist(), (start - starts[shard]).tolist())
-        for row, one, whole, number, offset in zip(rows, out, *places, strict=True):
-            if whole:
-                one[:] = np.asarray(self.tokens.shards[number])[offset : offset + size]  # a memmap slices slowly
+        start = plan.row_start(n)  # in the line
+        chunk = np.searchsorted(plan.offsets, start, side="right") - 1
+        first = plan.chunks[chunk, 0] + start - plan.offsets[chunk]  # in the data
+        shard = np.searchsorted(shard_starts, first, side="right") - 1
+        in_one_chunk = (n == rows) & (start + size <= plan.offsets[chunk + 1])
+        contiguous = in_one_chunk & (first + size <= shard_starts[shard + 1])
+        places = (contiguous.tolist(), shard.tolist(), (first - shard_starts[shard]).tolist())
+        for row, out_row, is_contiguous, number, offset in zip(rows, out, *places, strict=True):
+            if is_contiguous:
+                out_row[:] = np.asarray(self.tokens.shards[number])[offset : offset + size]  # slicing a memmap is slow
             else:
-                self.read_row(epoch, row, one)
+                self.read_row(epoch, row, out_row)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# loading: what one rank reads
+# loading the rows of one rank
 
 
 @dataclass
 class Batch:
-    """One optimizer step's data on one rank.
-
-    `micro_batches` are int64 tensors, (micro_batch_size, T + 1) each, pinned where the device is CUDA.
-    `num_targets` counts the targets of the whole step, over all ranks. `end` is the position after it.
-    """
+    """The data of one optimizer step on one rank."""
 
     start: Position
-    end: Position
-    micro_batches: list[torch.Tensor]
-    num_targets: int
+    end: Position  # of the next step
+    micro_batches: list[torch.Tensor]  # (micro_batch_size, T + 1) int64 each, in pinned memory if the device is CUDA
+    num_targets: int  # of the step, over all ranks
 
 
 class DataLoader:
-    """Yields the steps of one rank from `position` on, without end, read ahead by a background thread."""
+    """Yields the batches of one rank from `position` on, without end. A background thread reads them ahead."""
 
     def __init__(
         self, order: Order, position: Position, rows_per_step: int, micro_batch_size: int,
         rank: int = 0, world_size: int = 1, device: torch.device | None = None,
     ):  # fmt: skip
-        """`device` is the one that the rows go to: for CUDA, they are read into pinned memory."""
+        """`device` is the destination of the rows: for CUDA, they are read into pinned memory."""
         order.check(rows_per_step)
         self.order, self.rows_per_step, self.micro_batch_size = order, rows_per_step, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.cuda_device = device if device is not None and device.type == "cuda" else None
-        self.steps: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
+        self.batches: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True, name="dataloader")
         self.thread.start()
@@ -283,45 +266,43 @@ class DataLoader:
         return self
 
     def __next__(self) -> Batch:
-        step = self.steps.get()
-        if isinstance(step, BaseException):
-            raise step
-        return step
+        batch = self.batches.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """Stop the background thread."""
         self.stopped.set()
         while self.thread.is_alive():
             with suppress(queue.Empty):
-                self.steps.get(timeout=0.01)  # make room, so that a waiting put returns
+                self.batches.get(timeout=0.01)  # make room, so that a waiting put returns
 
     def _read_ahead(self, position: Position) -> None:
         try:
-            if self.cuda_device is not None:  # a new thread starts on device 0, and would pin memory through that one
+            if self.cuda_device is not None:  # a new thread uses device 0 otherwise, also to pin memory
                 torch.cuda.set_device(self.cuda_device)
             while not self.stopped.is_set():
-                step = self._read_step(self.order.step_start(position, self.rows_per_step))
-                position = step.end
-                self.steps.put(step)
-        except BaseException as error:  # handed to the training thread, which raises it
-            self.steps.put(error)
+                batch = self._read_batch(self.order.step_start(position, self.rows_per_step))
+                position = batch.end
+                self.batches.put(batch)
+        except BaseException as error:  # __next__ raises it in the training thread
+            self.batches.put(error)
 
-    def _read_step(self, start: Position) -> Batch:
+    def _read_batch(self, start: Position) -> Batch:
         rows = [n for n in range(start.n, start.n + self.rows_per_step) if n % self.world_size == self.rank]
         micro_batches = []
         for i in range(0, len(rows), self.micro_batch_size):
-            batch = torch.empty(
-                (self.micro_batch_size, self.order.block_size + 1), dtype=torch.int64,
-                pin_memory=self.cuda_device is not None,
-            )  # fmt: skip
-            self.order.read_rows(start.epoch, rows[i : i + self.micro_batch_size], batch.numpy())
-            micro_batches.append(batch)
+            shape = (self.micro_batch_size, self.order.block_size + 1)
+            micro_batch = torch.empty(shape, dtype=torch.int64, pin_memory=self.cuda_device is not None)
+            self.order.read_rows(start.epoch, rows[i : i + self.micro_batch_size], micro_batch.numpy())
+            micro_batches.append(micro_batch)
         end = Position(start.epoch, start.n + self.rows_per_step)
         return Batch(start, end, micro_batches, num_targets=self.rows_per_step * self.order.block_size)
 
 
 def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits rows (B, T + 1) into inputs and targets, (B, T) each, on the device."""
+    """Copy rows (B, T + 1) to the device and split them into inputs and targets, (B, T) each."""
     batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]
 
@@ -336,8 +317,8 @@ def validation_batches(
     """
     if len(tokens) <= block_size:
         raise ConfigError(
-            f"The data set has {len(tokens):,} validation tokens, fewer than one row of block_size {block_size:,}. "
-            "Prepare it with more --val-tokens."
+            f"The data set has {len(tokens):,} validation tokens, but one row takes block_size + 1 = "
+            f"{block_size + 1:,}. Prepare it with more --val-tokens."
         )
     order = Order(tokens, eot_id=-1, block_size=block_size, num_streams=1, seed=0, shuffle=False)
     rows = [n for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]
@@ -352,5 +333,5 @@ def validation_batches(
 
 
 def validation_rows(tokens: Tokens, block_size: int) -> int:
-    """How many rows a validation reads over all ranks."""
+    """Return the number of rows that a validation reads, over all ranks."""
     return min(VAL_TOKENS // block_size, max(0, len(tokens) - 1) // block_size)

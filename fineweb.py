@@ -85,7 +85,7 @@ class PrepareArgs:
             given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
             problems.append(f"{given} has no effect alone. Use --quality and --min-quality together.")
         if problems:
-            raise UserError(summary(problems, "The arguments do not work:"))
+            raise UserError(summary(problems, "The arguments are invalid:"))
 
     @property
     def directory(self) -> str:

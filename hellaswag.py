@@ -72,11 +72,7 @@ def fetch(file: str | None, language: str) -> Path:
         return path
     if language != "en":
         name = f"hellaswag_{language.upper()}_validation.jsonl"  # translations into 20 European languages
-        return (
-            FOLDER / name
-            if (FOLDER / name).exists()
-            else hub.download("openGPT-X/hellaswagx", name, None, FOLDER, "dataset")
-        )
+        return hub.download("openGPT-X/hellaswagx", name, None, FOLDER, "dataset")
     path = FOLDER / "hellaswag_val.jsonl"
     if not path.exists():
         print("fetching HellaSwag's validation set", file=sys.stderr)
@@ -223,12 +219,12 @@ def losses(
 
 
 def check_length(examples: list[Example], block_size: int) -> None:
-    """ConfigError where an ending is longer than the block size: it could not be scored whole."""
+    """Raise a ConfigError if an ending is longer than the block size: it could not be scored."""
     longest = max((len(ending) for example in examples for ending in example.endings), default=0)
     if longest > block_size:
         raise ConfigError(
-            f"a HellaSwag ending has {longest} tokens, more than the block size {block_size}. Train without: "
-            "--evaluation.every-n-steps 0."
+            f"A HellaSwag ending has {longest} tokens, more than the block size {block_size}. Remove eval from "
+            "--general.mode."
         )
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from babygpt.constraints import NonNegative, Positive, check
+from babygpt.constraints import NonNegative, Positive, violations
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.nn.attention import (
     KVCache,
@@ -251,7 +251,8 @@ class GPT(nn.Module):
     def generate(self, prompt: str, **params: Any) -> str:
         """Return `prompt` and a continuation. Needs a `tokenizer`; keyword arguments are those of SamplingParams."""
         sampling = SamplingParams(**params)
-        check(sampling)
+        if problems := violations(sampling, name=str):
+            raise ValueError("; ".join(problems))
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]  # every document starts with EOT
         steps = generate(self, [tokens], sampling, self.tokenizer.eot_id)
         return prompt + self.tokenizer.decode([token for (token,) in steps if token is not None])  # None after EOT
@@ -300,7 +301,7 @@ PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 
 @dataclass(frozen=True)
 class ModernConfig(GPTConfig):
-    """GPT-2 with optional improvements. With all of them off, as here, it is GPT-2; the preset modern turns them on."""
+    """GPT-2 with optional improvements. Without any, it is GPT-2; the preset modern turns most of them on."""
 
     rope: bool = False  # rotary embeddings (arXiv:2104.09864) instead of learned positions
     qk_norm: bool = False  # RMS norm of queries and keys (arXiv:2010.04245)
@@ -308,7 +309,7 @@ class ModernConfig(GPTConfig):
     rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
     embedding_norm: bool = False  # RMS norm after the embedding
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
-    value_embeddings: NonNegative = 0  # tables of values by token; table i is for block i and the i-th of the last
+    value_embeddings: NonNegative = 0  # number of tables; block i and block n_layer - value_embeddings + i use table i
     x0_shortcut: bool = False  # the input of each block is a mix of the residual stream and the embedding
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     logit_softcap: PositiveFloat | None = None  # cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off

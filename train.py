@@ -11,7 +11,7 @@ A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpo
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +24,7 @@ from babygpt import files
 from babygpt.console import console
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
-from babygpt.errors import ConfigError, UserError
+from babygpt.errors import ConfigError
 from babygpt.errors import run as run_script
 from babygpt.evaluation.packing import Example
 from babygpt.evaluation.validation import mean_loss
@@ -255,9 +255,9 @@ def restore_or_initialize(
         start = Start(build_model(config.model))
     else:
         console.info(f"starting from the weights of {init_from}")
-        weights = ranks.main_process_first(lambda: read_pretrained(init_from)).adapt(asdict(config.model))
+        weights = ranks.main_process_first(lambda: read_pretrained(init_from))
         dataset.check_tokenizer(weights.tokenizer, init_from)
-        start = Start(weights.build(lambda _: build_model(config.model)))
+        start = Start(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)))
 
     settings = to_json(variant(config, general={"init_from": init_from}))
     run_dir.record_launch(start.launches, start.step, settings, ranks)
@@ -428,7 +428,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
-    """Build the schedules of the periodic tasks, without those not in --general.mode, and of the learning rates."""
+    """Build the schedules of the learning rates and of the periodic tasks that --general.mode includes."""
     modes, max_steps, o = config.general.mode, config.training.max_steps, config.optimizer
     schedule = Schedule(
         validation=config.validation.every_n_steps if "val" in modes else 0,
@@ -451,6 +451,7 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
     spec = config.general.out_dir if init_from in ("scratch", "resume") else init_from
     model = ranks.main_process_first(lambda: GPT.from_pretrained(spec, ranks.device))
     model.bf16_activations, tokenizer = config.training.bf16_activations, model.tokenizer
+    config = with_micro_batch_size(replace(config, model=model.config), ranks.memory_for(config.training.dtype), 1)
     console.info(f"{model.source}: {model.num_params():,} parameters")
     if dataset is not None:  # the mode includes val
         dataset.check_tokenizer(tokenizer, str(spec))
@@ -471,15 +472,11 @@ def main() -> None:
     config = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     general, saving, dataset = config.general, config.saving, None
     if {"train", "val"} & set(general.mode):
-        try:
-            dataset = open_dataset(config.data.dataset)
-        except UserError as error:
-            raise ConfigError(str(error)) from None  # the same on every rank: one prints it
+        dataset = open_dataset(config.data.dataset)
         config = bind(config, dataset)
     group = process_group(general.device, general.timeout_minutes, general.deterministic)
     if "train" not in general.mode:
-        with group as ranks:
-            config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), 1)
+        with group as ranks, explain_failures(ranks, memory_advice(config, ranks.world_size)):
             return evaluate_checkpoint(config, dataset, ranks)
     assert dataset is not None, "the mode train opens the data set"
     with StopSignals() as signals, group as ranks:

@@ -7,7 +7,6 @@ Each section is a dataclass. PRESETS lists the fields in which a preset differs 
 0 means never.
 """
 
-import difflib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from babygpt.constraints import Fraction, NonNegative, Positive, Probability, flag, summary, violations
 from babygpt.data.shards import Dataset
-from babygpt.errors import ConfigError, UserError
+from babygpt.errors import ConfigError, UserError, nearest
 from dataloader import default_chunk_tokens
 from model import GPTConfig, ModernConfig, config_from_dict
 
@@ -33,7 +32,7 @@ Rate = Annotated[float, Ge(0)]
 class General:
     """What to do, where, and from which weights."""
 
-    mode: Annotated[tuple[Mode, ...], MinLen(1)] = ("train", "val", "eval", "sample")  # without train: use a checkpoint
+    mode: Annotated[tuple[Mode, ...], MinLen(1)] = ("train", "val", "eval", "sample")  # without train: a checkpoint
     init_from: str = "scratch"  # scratch, resume (scratch if there is no checkpoint), gpt2[-medium ...], or a path
     out_dir: Path = OUT_PRESET  # run directory
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # of the initial weights, the data order, and dropout
@@ -64,15 +63,15 @@ class Training:
     activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
     compare_ranks_every_n_steps: NonNegative = 100  # check that the weights of all ranks are equal to the bit
-    skip_spikes: Annotated[float, Ge(1)] | None = None  # skip updates whose loss is this many deviations high
+    skip_spikes: Annotated[float, Ge(1)] | None = None  # skip updates whose loss is this many deviations above the mean
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW, or Muon for the matrices of the blocks with Adam for the rest; and the learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, Adam for the rest
-    max_lr: Rate = 6e-4  # peak (GPT-3 paper, table 2.1, for 125 M parameters); with muon, that of Muon
+    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, Adam for the rest
+    max_lr: Rate = 6e-4  # peak (GPT-3 paper, table 2.1, for 125 M parameters); with muon, of its matrices
     min_lr_ratio: Fraction = 0.1  # of each peak learning rate, at the last step
     warmup_steps: NonNegative = 715  # 375 M tokens, as in the GPT-3 paper
     cooldown: Fraction | None = None  # fraction of the steps with linear decay; None: cosine
@@ -82,8 +81,8 @@ class Optimizer:
     eps: Annotated[float, Gt(0)] = 1e-8  # added to the root of the latter
     grad_clip: Rate = 1.0  # largest norm of the gradient; 0: no clipping
     # with muon
-    embedding_lr: Rate = 0.6  # learning rates of Adam, from modded-nanogpt's records
-    head_lr: Rate = 0.008  # of an untied head
+    embedding_lr: Rate = 0.6  # peak learning rate of embeddings (modded-nanogpt), with Adam, as the next two
+    head_lr: Rate = 0.008  # of the head, also of one tied to the embedding
     scalar_lr: Rate = 0.04  # of parameters with fewer than two dimensions
     momentum_warmup_steps: NonNegative = 300  # during which Muon's momentum rises from 0.85 to 0.95
     cautious: bool = False  # decay a weight only if the update shrinks it too
@@ -266,24 +265,19 @@ def preset(name: str) -> Config:
     problems = []
     for section, values in sections.items():
         if not hasattr(config, section):
-            problems.append(f"there is no section {section!r}.{_nearest(section, [f.name for f in fields(Config)])}")
+            problems.append(f"there is no section {section!r}. {nearest(section, [f.name for f in fields(Config)])}")
         elif not isinstance(values, dict):
             problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove a comma after it.")
         else:
             known = [f.name for f in fields(ModernConfig if section == "model" else getattr(config, section))]
             unknown = [name for name in values if name not in known]
-            problems += [f"{section} has no field {name!r}.{_nearest(name, known)}" for name in unknown]
+            problems += [f"{section} has no field {name!r}. {nearest(name, known)}" for name in unknown]
     if not problems:
         config = variant(config, **sections)
         problems = violations(config)
     if problems:
-        raise ConfigError("\n  ".join([f"The preset {name!r} in train_config.py does not work:", *problems]))
+        raise ConfigError("\n  ".join([f"The preset {name!r} in train_config.py is invalid:", *problems]))
     return variant(config, general={"out_dir": Path(str(config.general.out_dir).replace("PRESET", name))})
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
 def parse(arguments: list[str]) -> tuple[str, Config]:
@@ -294,7 +288,7 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}.{_nearest(name, PRESETS)}")
+        raise ConfigError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
     config = preset(name)
     modern_flags = {flag(f"model.{prefix}{field}") for field in MODERN_FIELDS for prefix in ("", "no-")}
     if not isinstance(config.model, ModernConfig) and (
@@ -318,7 +312,7 @@ def resolve(config: Config, world_size: int) -> Config:
     if not any(problem.startswith(("--model.", "--training.")) for problem in problems):
         problems += conflicts(config, world_size)
     if problems:
-        raise ConfigError(summary(problems, "The settings do not work:"))
+        raise ConfigError(summary(problems, "The settings are invalid:"))
     return config
 
 
@@ -369,11 +363,12 @@ def bind(config: Config, dataset: Dataset) -> Config:
         if model.eot_id not in (None, dataset.eot_id):
             problems.append(f"--model.eot-id {model.eot_id} is not the {dataset.eot_id} of {data.dataset}. Omit it.")
         config = variant(config, model={"eot_id": dataset.eot_id if model.document_mask else None})
-    if "val" in config.general.mode and len(dataset.val) <= model.block_size:
+    validates = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
+    if validates and len(dataset.val) <= model.block_size:
         problems.append(
-            f"{data.dataset} has {len(dataset.val):,} validation tokens, fewer than one row of --model.block-size "
-            f"{model.block_size:,}. Prepare it with more --val-tokens and more than one document, or remove val from "
-            "--general.mode."
+            f"{data.dataset} has {len(dataset.val):,} validation tokens, but one row takes --model.block-size + 1 = "
+            f"{model.block_size + 1:,}. Prepare it with more --val-tokens and more than one document, or remove val "
+            "from --general.mode."
         )
     if problems:
         raise ConfigError(summary(problems, f"The settings do not fit {data.dataset}:"))

@@ -10,6 +10,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import astuple, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -34,28 +35,36 @@ LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
 }
 
 
-def violations(values: Any, prefix: str = "") -> list[str]:
-    """Return one sentence per field, nested dataclasses included, whose value violates its annotation."""
+def flag(name: str) -> str:
+    """Return the command-line flag of a field: "training.max_steps" is --training.max-steps."""
+    return f"--{name.replace('_', '-')}"
+
+
+def violations(values: Any, prefix: str = "", name: Callable[[str], str] = flag) -> list[str]:
+    """Return one sentence for each field whose value violates its annotation, including those of nested dataclasses.
+
+    `name` turns the name of a field into that in the sentence.
+    """
     found = []
     hints = get_type_hints(type(values), include_extras=True)
     for field in fields(values):
         value = getattr(values, field.name)
         if is_dataclass(value):
-            found += violations(value, f"{prefix}{field.name}.")
+            found += violations(value, f"{prefix}{field.name}.", name)
         elif problem := _problem(value, hints[field.name]):
-            found.append(f"{flag(prefix + field.name)} {_shown(value)} {problem}")
+            found.append(f"{name(prefix + field.name)} {_shown(value)} {problem}")
     return found
 
 
 def summary(problems: list[str], heading: str) -> str:
-    """Return a single problem as it is, several as lines under a heading."""
+    """Return a single problem unchanged, or several problems as indented lines under a heading."""
     return problems[0] if len(problems) == 1 else "\n  ".join([heading, *problems])
 
 
 def check(values: Any) -> None:
     """Raise a UserError that lists all violations."""
     if problems := violations(values):
-        raise UserError(summary(problems, "The arguments do not work:"))
+        raise UserError(summary(problems, "The arguments are invalid:"))
 
 
 def parse_arguments(arguments: type[Arguments], prog: str, description: str | None) -> Arguments:
@@ -67,28 +76,26 @@ def parse_arguments(arguments: type[Arguments], prog: str, description: str | No
     return found
 
 
-def flag(name: str) -> str:
-    """Return the command-line flag of a field: "training.max_steps" is --training.max-steps."""
-    return f"--{name.replace('_', '-')}"
-
-
 def _shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value!r:.50}"
+    return f"{value:,}" if isinstance(value, Integral) and not isinstance(value, bool) else f"{value!r:.50}"
 
 
 def _problem(value: Any, hint: Any) -> str | None:
     """Return what is wrong with a value of this annotation, as the end of a sentence, or None."""
     if not _has_type(value, hint):
         return f"is not {_type_name(hint)}. Use {_type_name(hint)}."
-    if any(map(_unwritable, value if isinstance(value, tuple) else [value])):
-        return "has characters that no file name or text file can hold. Use other characters."
+    if _is_unwritable(value):
+        return "contains a null character or is not valid UTF-8. Use other characters."
     limits = [(*LIMITS[type(limit)], *astuple(limit)) for limit in _limits(hint)]  # check, phrase, bound
     if value is None or all(holds(value, bound) for holds, _, bound in limits):
         return None
     return f"is out of range. Use {' and '.join(phrase.format(bound) for _, phrase, bound in limits)}."
 
 
-def _unwritable(value: Any) -> bool:
+def _is_unwritable(value: Any) -> bool:
+    """Return whether config.json cannot hold a text or path. The files of a tuple may have names that are not UTF-8."""
+    if isinstance(value, tuple):
+        return any("\0" in str(item) for item in value)
     text = str(value) if isinstance(value, str | Path) else ""
     return "\0" in text or text != text.encode("utf-8", "replace").decode()
 
@@ -104,9 +111,9 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin is tuple:  # tuple[X, ...]
         return isinstance(value, tuple) and all(_has_type(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, Real) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 

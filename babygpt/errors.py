@@ -3,10 +3,11 @@
 A `UserError` says what is wrong, the value, why, and the fix. Any other exception is a bug and keeps its traceback.
 """
 
+import difflib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from babygpt.console import protect_streams
 
@@ -17,6 +18,12 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A user error that is the same on every rank, such as one in the settings: one rank per node prints it."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the one that was probably meant, or all of them."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
 def run(main: Callable[[], None]) -> None:

@@ -28,6 +28,7 @@ from babygpt.errors import UserError
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 READ_AHEAD = 1 << 20  # bytes; the file systems' own is up to 50 MB, and they copy it for every line
 AT_ONCE = 8  # transfers
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # end of the name of a file that `create` has not finished
 
 
 def is_remote(path: str | Path) -> bool:

@@ -42,7 +42,12 @@ def revision_of(repo: str, revision: str | None = None, repo_type: str = "datase
 def download(
     repo: str, name: str, revision: str | None, folder: Path, repo_type: str, sha256: str | None = None
 ) -> Path:
-    """Brings one file of the hub to `folder`/`name`, and holds it against its sha256 where that is given."""
+    """Brings one file of the hub to `folder`/`name`, and holds it against its sha256 where that is given.
+
+    A `revision` of None is any: a file that is there already is taken as it is.
+    """
+    if revision is None and (folder / name).exists():
+        return folder / name
     revision = revision or revision_of(repo, repo_type=repo_type)
 
     def fetch() -> Path:

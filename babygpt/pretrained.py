@@ -4,6 +4,7 @@
 >>> model = found.build(make_model)  # make_model: from the fields of the configuration to a module
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,15 +77,15 @@ def read_pretrained(spec: str | Path) -> Pretrained:
     """Read the weights of a run directory (its latest checkpoint), a checkpoint directory, a Hugging Face GPT-2
     directory, or one of HUB_MODELS, which is downloaded once. UserError if there is no intact model."""
     path = Path(spec)
-    if (latest := checkpoint.resolve(path)) is not None:
-        return _from_checkpoint(latest)
-    if huggingface.is_model(path):
-        return _from_huggingface(path, str(spec))
+    if os.path.isdir(path):  # unlike Path.is_dir, this is False for a name that is too long
+        if (latest := checkpoint.resolve(path)) is not None:
+            return _from_checkpoint(latest)
+        if huggingface.is_model(path):
+            return _from_huggingface(path, str(spec))
     if str(spec) in HUB_MODELS:
         folder = HUB_DIRECTORY / str(spec)
         for file in huggingface.FILES:
-            if not (folder / file).exists():
-                hub.download(f"openai-community/{spec}", file, None, folder, "model")
+            hub.download(f"openai-community/{spec}", file, None, folder, "model")
         return _from_huggingface(folder, str(spec))
     raise UserError(
         f"There is no model at {spec}. Give a run directory (out/NAME), a checkpoint directory, a Hugging Face GPT-2 "

@@ -92,7 +92,7 @@ def plan(folder: Path) -> None:
     order.epoch(0)
     seconds = time.perf_counter() - begin
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << (10 if sys.platform == "linux" else 0)
-    print(json.dumps({"seconds": seconds, "bytes": peak, "chunks": len(order.cuts)}))
+    print(json.dumps({"seconds": seconds, "bytes": peak, "chunks": len(order.chunk_starts)}))
 
 
 def planned(folder: Path) -> dict:
@@ -123,7 +123,7 @@ def reading(order: Order, batch: int) -> tuple[float, float, float]:
     return (
         passes(order, row_by_row, batch),
         passes(order, lambda n: order.read_rows(0, range(n, n + batch), buffer), batch),
-        passes(order, lambda n: loader._read_step(Position(0, n)), step_rows),
+        passes(order, lambda n: loader._read_batch(Position(0, n)), step_rows),
     )
 
 

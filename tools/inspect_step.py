@@ -22,7 +22,7 @@ from babygpt.errors import UserError, run
 from babygpt.training.checkpoint import latest, read_state
 from babygpt.training.log import read_log
 from babygpt.training.run_dir import read_config
-from dataloader import Order, Position, shard_ranges
+from dataloader import Order, Position
 
 
 def position_of_step(step: int, rows: Sequence[int], order: Order) -> Position:
@@ -80,7 +80,7 @@ def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks
     yield f"{'row':>9} {'rank':>4} {'stream':>6}  {'shard':<{width}} {'token':>11} {'tokens':>6} {'document':>8}  text"
     for n in rows:
         for start, stop in order.epoch(epoch).row(n):
-            for number, first, end in shard_ranges(order.tokens, start, stop):
+            for number, first, end in order.tokens.ranges(start, stop):
                 shard = np.asarray(order.tokens.shards[number])
                 if number not in ends_of_text:
                     ends_of_text[number] = np.flatnonzero(shard == dataset.eot_id)

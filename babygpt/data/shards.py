@@ -15,7 +15,7 @@ import os
 import re
 import resource
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,18 +120,22 @@ class Tokens:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Tokens start ... stop - 1 as an int64 array, (stop - start,), across shard borders; into `out` if given."""
+        """Return tokens start ... stop - 1, (stop - start,) int64, in `out` if it is given."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of {len(self)}")
-        out = np.empty(stop - start, np.int64) if out is None else out
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        filled = 0
-        while start < stop:
-            base = int(self.starts[shard])
-            end = min(stop, int(self.starts[shard + 1]))
-            out[filled : filled + end - start] = self.shards[shard][start - base : end - base]
-            filled, start, shard = filled + end - start, end, shard + 1
+        out, filled = np.empty(stop - start, np.int64) if out is None else out, 0
+        for number, first, end in self.ranges(start, stop):
+            out[filled : filled + end - first] = self.shards[number][first:end]
+            filled += end - first
         return out
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard number, first, end) for tokens start ... stop - 1: tokens first ... end - 1 of each shard."""
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            base, end = int(self.starts[number]), min(stop, int(self.starts[number + 1]))
+            yield number, start - base, end - base
+            start, number = end, number + 1
 
 
 @dataclass(frozen=True)
@@ -149,18 +153,25 @@ class Dataset:
     fingerprint: str  # sha256 over the shards' contents, the same wherever the folder lies
 
     def check_tokenizer(self, tokenizer: Tokenizer, source: str) -> None:
-        """ConfigError if the data set was prepared with another tokenizer than that of `source`."""
-        if self.tokenizer_sha256 not in (None, tokenizer.sha256):
-            raise ConfigError(f"{source} does not have the tokenizer that {self.folder} was prepared with.")
+        """Raise a ConfigError if the data set was prepared with another tokenizer than that of `source`."""
+        if self.tokenizer_sha256 not in (None, tokenizer.sha256) or tokenizer.vocab_size != self.vocab_size:
+            raise ConfigError(
+                f"{source} does not have the tokenizer that {self.folder} was prepared with: their vocabularies have "
+                f"{tokenizer.vocab_size:,} and {self.vocab_size:,} entries. Use a data set prepared with the tokenizer "
+                f"of {source}, or another model."
+            )
 
 
 def open_dataset(folder: str | Path) -> Dataset:
-    """Opens `folder`, checking every header, size and the manifest; reads no tokens. UserError if not sound."""
+    """Open the data set of a directory or URL, and check headers, sizes and manifest without reading tokens.
+
+    Raises UserError if it is corrupted, ConfigError if there is none.
+    """
     folder = pull(str(folder)) if files.is_remote(folder) else Path(folder)
-    if not os.path.isdir(folder):  # where the name is too long too
-        raise UserError(
-            f"there is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the "
-            "sources), or name another folder with --data.dataset."
+    if not os.path.isdir(folder):  # unlike Path.is_dir, this is False for a name that is too long
+        raise ConfigError(
+            f"There is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the sources), "
+            "or use another --data.dataset."
         )
     found = {name: folder / name for name in files.names(folder) if _split_of(name)}
     manifest = read_manifest(folder)

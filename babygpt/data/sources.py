@@ -10,7 +10,6 @@ parquet file's row groups or of a jsonl file's bytes, or the batch). Both follow
 who reads it.
 """
 
-import difflib
 import hashlib
 import os
 import sysconfig
@@ -24,7 +23,7 @@ from pathlib import Path
 from babygpt import files, hub
 from babygpt.data import readers
 from babygpt.data.readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
-from babygpt.errors import UserError
+from babygpt.errors import UserError, nearest
 
 WHOLE_BYTES, PLACE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
 
@@ -266,12 +265,8 @@ def find(
         return HubFiles(name, columns, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
     if name.count("/") == 1:
         return HubStream(name, columns, repo=name, config=config, split=split)
-    known = [*HUB_SOURCES, "fineweb2-pl", "stdlib", "files"]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    raise UserError(
-        f"there is no source {name!r}.{hint} Known: {', '.join(known)}, fineweb2-LANG, or a hub data set as OWNER/NAME."
-    )
+    known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a data set of the hub)"]
+    raise UserError(f"There is no source {name!r}. {nearest(name, known)}")
 
 
 def documents(source: Source, revision: str | None = None) -> Iterator[str]:

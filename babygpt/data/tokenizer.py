@@ -74,10 +74,8 @@ class GPT2Tokenizer(BatchEncoder):
 
         return gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="r50k").backend
 
-    def _plain_ids(self, text: bytes) -> np.ndarray:
-        return self._ids_of(text.decode())
-
-    def _ids_of(self, text: str) -> np.ndarray:
+    def _plain_ids(self, data: bytes) -> np.ndarray:
+        text = data.decode()
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:

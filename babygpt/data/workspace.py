@@ -65,8 +65,7 @@ class Workspace:
     def begin(self) -> None:
         """Delete the incomplete files of a killed run and write settings.json."""
         (self.scratch / "download").mkdir(parents=True, exist_ok=True)
-        temporary = re.compile(r".+\.(bin|json|tiktoken)\.[0-9a-f]{32}\.tmp")
-        stale = [path for path in self.local.iterdir() if temporary.fullmatch(path.name)]
+        stale = [path for path in self.local.iterdir() if files.TEMPORARY.search(path.name)]
         for path in [*stale, *self.scratch.rglob("*.tmp"), *self.scratch.rglob("*.incomplete")]:
             path.unlink()
         self.recorded = {"format": FORMAT} | self.settings

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from torch import nn
 
 from babygpt.constraints import Positive, Probability
@@ -25,7 +25,7 @@ class SamplingParams:
     temperature: Annotated[float, Ge(0)] = 1.0  # divides the logits; 0: greedy decoding
     top_k: Positive | None = 50  # sample from the k most probable tokens; None: from all
     top_p: Probability | None = None  # from the most probable with this total probability
-    seed: int = 1337  # the same seed gives the same texts
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # the same seed gives the same texts
     compile: bool = False  # compile the decode step, on CUDA
 
 

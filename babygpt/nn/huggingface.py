@@ -21,6 +21,11 @@ FIELDS = {
     "n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
     "n_embd": "n_embd",
 }  # fmt: skip
+# fields that change what the model computes, with the only supported value, which is also the default
+SUPPORTED = {
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+}  # fmt: skip
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 TABLES = ("wte.weight", "lm_head.weight")  # with a row per vocabulary entry
 
@@ -45,8 +50,12 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    if values.get("model_type") != "gpt2" or values.get("activation_function", "gelu_new") != "gelu_new":
-        raise UserError(f"{path} is not a GPT-2: its model_type is {values.get('model_type')!r}.")
+    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
+        found = values.get("model_type") if isinstance(values, dict) else None
+        raise UserError(f"{path} is not the configuration of a GPT-2: its model_type is {found!r}.")
+    for name, supported in SUPPORTED.items():
+        if values.get(name, supported) != supported:
+            raise UserError(f"{path}: {name} is {values[name]!r}, but only {supported!r} is supported.")
     if missing := [theirs for theirs in FIELDS if not isinstance(values.get(theirs), int)]:
         raise UserError(f"{path} lacks {', '.join(missing)}.")
     config = {ours: values[theirs] for theirs, ours in FIELDS.items()}
@@ -65,8 +74,10 @@ def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> d
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config["tie_head"]):
             continue  # a causal mask, and a second name of wte.weight
-        if name.endswith((*TABLES, *TRANSPOSED)) and tensor.dim() != 2:
-            raise UserError(f"{name} has {tensor.dim()} dimensions, but it is a matrix.")
+        if name.endswith(("wpe.weight", *TABLES, *TRANSPOSED)) and tensor.dim() != 2:
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}, but must have two dimensions. Copy or download it again."
+            )
         if name in TABLES:
             if len(tensor) < vocab_size:
                 raise UserError(f"{name} has {len(tensor):,} rows, fewer than the vocabulary's {vocab_size:,}.")

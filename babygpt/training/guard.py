@@ -122,7 +122,7 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
     if differing := [rank for rank, value in enumerate(checksums) if value != statistics.mode(checksums)]:
         raise ConfigError(
             f"Step {step}: the weights of rank {', '.join(map(str, differing))} differ from those of the other ranks. "
-            "Its GPU or memory may be faulty, or be of a different model. The weights were equal at step "
-            f"{max(0, step - compare_every)}: delete later checkpoints and resume without that GPU "
-            "(--general.init-from resume)."
+            "The GPU or memory of that rank may be faulty, or it may be another GPU model. The weights were last "
+            f"compared at step {max(0, step - compare_every)} or later: delete the checkpoints after that step, and "
+            "resume without that GPU (--general.init-from resume)."
         )

@@ -25,21 +25,19 @@ Optimizers = list[torch.optim.Optimizer]
 # AdamW
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and embedding tables decay; biases and layer norms (one dimension) don't."""
-    parameters = [p for p in model.parameters() if p.requires_grad]  # a tied head is one parameter
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
 def adamw(
     model: nn.Module, max_lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
 ) -> Optimizers:
-    """PyTorch's AdamW with its fused kernel, for all parameters."""
-    groups = [group | {"max_lr": max_lr} for group in parameter_groups(model, weight_decay) if group["params"]]
-    return [torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=eps, fused=True)]
+    """PyTorch's AdamW with its fused kernel, for all parameters.
+
+    Matrices and embedding tables decay; biases and layer norms (one dimension) don't.
+    """
+    parameters = list(model.parameters())  # a tied head is one parameter
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "max_lr": max_lr},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "max_lr": max_lr},
+    ]
+    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(beta1, beta2), eps=eps, fused=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -3,16 +3,16 @@
 import fcntl
 import functools
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from babygpt import files
 from babygpt.errors import ConfigError
 from babygpt.training import checkpoint
 from babygpt.training.device import uses_bfloat16
@@ -27,11 +27,12 @@ LOCK = ".lock"  # locked by the process that trains in the directory
 def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
     """Create a run directory and lock it. ConfigError if another process has locked it."""
 
-    def lock() -> TextIO | None:
+    def lock() -> tuple[TextIO, bool] | None:
         if not ranks.is_main:
             return None
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--general.out-dir {out} is a file. Use the path of a directory.")
+        is_new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
             file = open(out / LOCK, "w")  # noqa: SIM115, locked during the run
@@ -48,18 +49,21 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
             file.close()
             return lock()
         (out / STOPPED).unlink(missing_ok=True)
-        for stale in out.glob("*.tmp"):  # left by a killed process
+        for stale in (path for path in out.iterdir() if files.TEMPORARY.search(path.name)):  # left by a killed process
             stale.unlink()
-        return file
+        return file, is_new
 
-    file = ranks.main_process_first(lock)
+    locked = ranks.main_process_first(lock)
     try:
         yield
     finally:
-        if file is not None:
-            if out.exists() and os.listdir(out) == [LOCK]:  # the run was refused
-                (out / LOCK).unlink()
-                out.rmdir()
+        if locked is not None:
+            file, is_new = locked
+            if not (out / "config.json").exists():  # the run was refused
+                (out / LOCK).unlink(missing_ok=True)
+                if is_new:
+                    with suppress(OSError):
+                        out.rmdir()
             file.close()
 
 

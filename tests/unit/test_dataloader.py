@@ -17,9 +17,9 @@ from dataloader import (
     Epoch,
     Order,
     Position,
-    chunk_cuts,
+    find_chunk_starts,
     inputs_and_targets,
-    shuffled,
+    permutation,
     validation_batches,
     validation_rows,
 )
@@ -129,8 +129,8 @@ def test_two_epochs_have_different_orders_and_a_seed_always_the_same():
 
 def test_the_shuffle_is_the_one_that_earlier_runs_had():
     # recorded values: if this fails, no run of an earlier version can be resumed or audited
-    assert shuffled(10, seed=1337, epoch=0).tolist() == [6, 8, 4, 5, 7, 0, 9, 3, 2, 1]
-    assert shuffled(10, seed=1337, epoch=1).tolist() == [5, 3, 6, 8, 4, 1, 2, 0, 7, 9]
+    assert permutation(10, seed=1337, epoch=0).tolist() == [6, 8, 4, 5, 7, 0, 9, 3, 2, 1]
+    assert permutation(10, seed=1337, epoch=1).tolist() == [5, 3, 6, 8, 4, 1, 2, 0, 7, 9]
 
 
 def test_chunks_begin_at_the_end_of_text_nearest_to_each_cursor():
@@ -139,7 +139,7 @@ def test_chunks_begin_at_the_end_of_text_nearest_to_each_cursor():
         N = int(rng.integers(2, 400_000))
         chunk = int(rng.integers(max(1, N // 50), N + 2))
         tokens = make_tokens(N, float(rng.choice([5, 3000, 60_000, 10**9])), rng)
-        cuts, forced = chunk_cuts(tokens, EOT, chunk)
+        cuts, forced = find_chunk_starts(tokens, EOT, chunk)
         eots = np.flatnonzero(tokens.read(0, N) == EOT)
         expected, forced_expected = {0}, 0
         for cursor in range(chunk, N, chunk):
@@ -164,14 +164,17 @@ def test_files_are_cut_as_arrays_are(tmp_path):
             files.append(np.memmap(path, np.uint16, "r", offset=1024, shape=shard.shape) if len(shard) else shard)
         arrays = Tokens([shard.astype(np.uint16) for shard in tokens.shards])
         for chunk in (700, 9000, 60_000):
-            (cuts, forced), (cuts_2, forced_2) = chunk_cuts(Tokens(files), EOT, chunk), chunk_cuts(arrays, EOT, chunk)
+            (cuts, forced), (cuts_2, forced_2) = (
+                find_chunk_starts(Tokens(files), EOT, chunk),
+                find_chunk_starts(arrays, EOT, chunk),
+            )
             assert (cuts.tolist(), forced) == (cuts_2.tolist(), forced_2)
 
 
 def test_of_two_ends_of_text_equally_near_the_earlier_cuts():
     ids = np.ones(100, np.uint16)
     ids[[0, 40, 60]] = EOT
-    assert chunk_cuts(Tokens([ids]), EOT, 50)[0].tolist() == [0, 40]
+    assert find_chunk_starts(Tokens([ids]), EOT, 50)[0].tolist() == [0, 40]
 
 
 def test_no_step_straddles_the_end_of_an_epoch():
@@ -214,7 +217,7 @@ def test_targets_are_the_inputs_moved_by_one():
 
 def test_data_too_small_for_a_step_is_refused_with_the_sizes():
     order = Order(make_tokens(500, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
-    with pytest.raises(ConfigError, match=r"500 training tokens give 28 rows of 16 in 4 streams.* takes 29"):
+    with pytest.raises(ConfigError, match=r"500 training tokens give 28 rows of 16 tokens in 4 streams.* takes 29"):
         DataLoader(order, Position(), 29, 1)
 
 

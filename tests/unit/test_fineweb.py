@@ -634,12 +634,21 @@ def test_invalid_arguments_are_reported_together(tmp_path, pages):
     with pytest.raises(UserError) as refused:
         prepare(tmp_path / "d", pages, val_tokens=-1, workers=0, quality="model.safetensors")
     assert str(refused.value).splitlines() == [
-        "The arguments do not work:",
+        "The arguments are invalid:",
         "  --val-tokens -1 is out of range. Use at least 0 and less than 2,147,483,648.",
         "  --workers 0 is out of range. Use at least 1 and at most 10,000.",
         "  --quality model.safetensors has no effect alone. Use --quality and --min-quality together.",
     ]
     assert not (tmp_path / "d").exists()
+
+
+def test_input_may_have_names_that_are_not_utf8(tmp_path):
+    """The shell expands a pattern to names in any encoding; Python passes them on with surrogates."""
+    name = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(name, "wb") as file:
+        file.write(b"some text")
+    prepare(tmp_path / "d", os.fsdecode(name))
+    assert open_dataset(tmp_path / "d").manifest["counts"]["documents"]["kept"] == 1
 
 
 def test_help_shows_each_default_once(capsys):

@@ -82,7 +82,29 @@ def test_a_hugging_face_config_tells_the_architecture(tmp_path):
     reference().config.save_pretrained(tmp_path)
     assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"is not a GPT-2: its model_type is 'llama'"):
+    with pytest.raises(UserError, match=r"is not the configuration of a GPT-2: its model_type is 'llama'"):
+        read_config(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="its model_type is None"):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 0.1),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+    ],
+)
+def test_unsupported_hugging_face_config_is_refused(name, value, tmp_path):
+    """A field that changes what the model computes is refused, rather than ignored."""
+    config = reference().config
+    setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is {value!r}, but only"):
         read_config(tmp_path / "config.json")
 
 
@@ -151,7 +173,7 @@ def test_foreign_vocabulary_uses_its_own_tokenizer(foreign, tmp_path, capsys):
 
 
 def test_training_starts_from_a_hugging_face_directory(dataset, tmp_path):
-    """--general.init-from: the first validation loss is that of the weights, which need not be BabyGPT's."""
+    """With --general.init-from, the first validation loss is that of the Hugging Face weights."""
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
     with torch.no_grad():
@@ -168,7 +190,19 @@ def test_training_starts_from_a_hugging_face_directory(dataset, tmp_path):
     expected, _ = mean_loss(GPT.from_pretrained(tmp_path / "hf"), batches, sizes, ranks, "float32")
     found = train.GPT.from_pretrained(run)
     assert found.config.block_size == 16
-    assert read_log(run / "log.csv")[0]["val_loss"] == pytest.approx(expected, abs=0.05)  # of a few rows more
+    assert read_log(run / "log.csv")[0]["val_loss"] == pytest.approx(
+        expected, abs=0.05
+    )  # train.py validates on a few more rows
+
+
+def test_weights_with_another_tokenizer_are_refused(dataset, tmp_path):
+    """The message is about the tokenizer: another vocab_size would not help."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=32, n_embd=16, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path / "hf"
+    )
+    train_tokenizer(["some other text, with other words " * 20], 270, tmp_path / "hf" / "tokenizer.json", False)
+    with pytest.raises(UserError, match=r"does not have the tokenizer that .* have 270 and 300 entries"):
+        call(train.main, *flags(dataset, tmp_path / "run", general__init_from=tmp_path / "hf"))
 
 
 def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):

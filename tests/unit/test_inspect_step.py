@@ -154,6 +154,6 @@ def test_a_look_back_refuses_what_it_cannot_tell(retold, sharded, tmp_path, caps
         with pytest.raises(UserError, match=message):
             call(inspect_step.main, run, "--step", step)
     for option in (("--ranks", 0), ("--chars", -1)):
-        with pytest.raises(UserError, match="must be at least"):
+        with pytest.raises(UserError, match="is out of range"):
             call(inspect_step.main, retold[0], "--step", 3, *option)
     call(inspect_step.main, copy("unsaved", "checkpoints", data={"dataset": str(other)}), "--step", 3)

@@ -15,7 +15,6 @@ from babygpt.training.optim import (
     muon,
     optimizer_state,
     orthogonalize,
-    parameter_groups,
     set_learning_rates,
 )
 from babygpt.training.schedule import LRSchedule
@@ -31,7 +30,8 @@ def tiny() -> GPT:
 
 def test_matrices_decay_and_the_rest_does_not():
     model = tiny()
-    decay, rest = parameter_groups(model, 0.1)
+    (optimizer,) = adamw(model, max_lr=1.0, weight_decay=0.1)
+    decay, rest = optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert {names[id(p)].split(".")[-1] for p in rest["params"]} == {"bias", "weight"}

@@ -159,6 +159,8 @@ def test_generate_returns_prompt_and_continuation(run):
     params = SamplingParams(20, seed=3)
     assert text == "the model" + sample(model, model.tokenizer, ["the model"], params)[0]
     assert text != model.generate("the model", max_new_tokens=20, seed=4)
+    with pytest.raises(ValueError, match=r"^top_k 0 is out of range\. Use at least 1\.$"):
+        model.generate("the model", top_k=0)
 
 
 def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):

@@ -160,7 +160,7 @@ def test_reading_the_first_bytes_stops_with_the_document_that_reaches_them(tmp_p
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_known_one():
-    with pytest.raises(UserError, match="Did you mean stdlib"):
+    with pytest.raises(UserError, match="Did you mean 'stdlib'"):
         find("stdlb")
     with pytest.raises(UserError, match="goes with the source `files`"):
         find("stdlib", ("a.txt",))

@@ -395,8 +395,8 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
     [
         ({"training__batch_tokens": 250}, "--training.batch-tokens 250 is not divisible by micro_batch_size x"),
         ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by n_head 3"),
-        ({"data__dataset": "data/none"}, "there is no data set at data/none"),
-        ({"training__batch_tokens": 4096}, "an epoch has no step"),
+        ({"data__dataset": "data/none"}, "There is no data set at data/none"),
+        ({"training__batch_tokens": 4096}, "fewer rows than one step"),
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
@@ -405,9 +405,10 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"model__rope": []}, "--model.rope: the preset gpt2 has no such switch"),
         (
             {"model__block_size": 512, "training__batch_tokens": 2048},
-            "validation tokens, fewer than one row of",
+            "validation tokens, but one row takes",
         ),
         ({"general__init_from": "out/none"}, "There is no model at out/none"),
+        ({"general__init_from": "x" * 300}, "There is no model at xxx"),
     ],
 )
 def test_user_errors_are_one_message(change, words, dataset, tmp_path, capsys):
@@ -420,6 +421,31 @@ def test_user_errors_are_one_message(change, words, dataset, tmp_path, capsys):
     assert words in err + out
     assert "Traceback" not in err
     assert not (tmp_path / "never").exists()
+
+
+def test_refused_run_leaves_the_files_of_its_directory(dataset, tmp_path):
+    (tmp_path / "mine.tmp").write_text("precious")
+    with pytest.raises(UserError, match="There is no model at out/none"):
+        call(train.main, *flags(dataset, tmp_path, general__init_from="out/none"))
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(ConfigError, match="fewer rows than one step"):
+            call(train.main, *flags(dataset, out, training__batch_tokens=4096))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine.tmp"]
+    assert (tmp_path / "mine.tmp").read_text() == "precious"
+
+
+def test_validation_uses_the_block_size_of_the_checkpoint(dataset, unbroken, tmp_path, capsys):
+    """--general.mode val validates a model with a short context, whatever the preset's block size."""
+    changes = {"general__mode": ["val"], "general__init_from": unbroken, "model__block_size": 512}
+    call(train.main, *flags(dataset, tmp_path / "never", **changes))
+    val_loss = read_log(unbroken / "log.csv")[-1]["val_loss"]
+    assert f"validation loss {val_loss:.4f}" in capsys.readouterr().out
+
+
+def test_run_without_validation_needs_no_validation_tokens(dataset, tmp_path):
+    changes = {"model__block_size": 512, "training__micro_batch_size": 1, "training__batch_tokens": 512}
+    call(train.main, *flags(dataset, tmp_path / "run", validation__every_n_steps=0, training__max_steps=1, **changes))
 
 
 def test_user_error_ends_the_script_with_exit_code_2(dataset, tmp_path):

@@ -77,7 +77,8 @@ def test_a_flag_changes_its_field_alone():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
-def test_help_shows_every_field_with_its_comment(name, capsys):
+def test_help_shows_every_field_with_its_comment(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         parse([name, "--help"])
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
@@ -192,7 +193,7 @@ def test_mistake_in_a_preset_names_preset_section_and_field(sections, words, mon
     monkeypatch.setitem(PRESETS, "mine", sections)
     with pytest.raises(ConfigError, match=re.escape(words)) as raised:
         parse(["mine"])
-    assert str(raised.value).startswith("The preset 'mine' in train_config.py does not work:")
+    assert str(raised.value).startswith("The preset 'mine' in train_config.py is invalid:")
 
 
 def test_modern_switch_on_a_classic_preset_names_modern():
