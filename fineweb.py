@@ -95,7 +95,7 @@ class PrepareArgs:
         return os.path.abspath(directory) if self.engine == "ray" and not files.is_remote(directory) else directory
 
     def settings(self, setup: Setup) -> dict[str, Any]:
-        """Return the settings that determine the bytes, except the revision of the source."""
+        """Return the settings that determine the bytes of the data set, except for the revision of the source."""
         return {
             "source": self.source, "config": self.config, "split": self.split, "text_column": self.text_column,
             "tokenizer_sha256": setup.tokenizer.sha256, "val_tokens": self.val_tokens,

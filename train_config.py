@@ -111,9 +111,9 @@ class Sampling:
     """Texts that the model generates during training, in samples.txt."""
 
     every_n_steps: NonNegative = 250  # also after the last step
-    prompt: str = "Hello, I'm a language model,"  # start of the texts
-    num_samples: Positive = 4  # texts per evaluation
-    max_new_tokens: Positive = 64  # longest continuation, in tokens
+    prompt: str = "Hello, I'm a language model,"  # text that every sample starts with
+    num_samples: Positive = 4  # number of samples
+    max_new_tokens: Positive = 64  # maximum number of new tokens
     temperature: Rate = 1.0  # 0: greedy decoding
     top_k: Positive | None = 50  # sample from the k most probable tokens; None: from all
     top_p: Probability | None = None  # from the most probable with this total probability

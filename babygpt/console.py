@@ -28,17 +28,17 @@ class ProtectedStream:
             return call(*arguments)
         except OSError:
             with suppress(OSError, ValueError), open(os.devnull, "w") as null:  # a notebook's stream has no descriptor
-                os.dup2(null.fileno(), self.stream.fileno())  # for buffered and later output
+                os.dup2(null.fileno(), self.stream.fileno())  # discard buffered and later output
             return None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "stream":  # not yet set, in a copy
+        if name == "stream":  # not set yet while the object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.stream, name)
 
 
 def protect_streams() -> None:
-    """Protect stdout and stderr. Open those that the process was started without, and replace unknown characters."""
+    """Protect stdout and stderr. Open those that were closed at start, and replace characters that they cannot encode."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(descriptor)

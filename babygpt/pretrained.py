@@ -103,5 +103,5 @@ def _from_checkpoint(path: Path) -> Pretrained:
 def _from_huggingface(folder: Path, source: str) -> Pretrained:
     config, theirs = huggingface.read(folder)
     tokenizer = tokenizer_of_model(folder, config["vocab_size"])
-    config["vocab_size"] = tokenizer.vocab_size  # rows beyond that have no token: they are padding
+    config["vocab_size"] = tokenizer.vocab_size  # further rows of the tables are padding and belong to no token
     return Pretrained(config, huggingface.import_tensors(theirs, config), tokenizer, source)

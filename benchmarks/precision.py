@@ -5,7 +5,7 @@
 The model and the data are those of benchmarks/recipe.py: 4 layers, 128 wide, T = 256, 4,096 tokens per step, a prepared
 data set with a small vocabulary. Matrix products run in bfloat16 in all runs. Differences are between runs of one seed.
 
-    as it is            the residual stream and the gradients are float32
+    default             the residual stream and the gradients are float32
     bf16-activations    the residual stream is bfloat16
     bf16-gradients      two ranks exchange gradients in bfloat16; compared with two ranks that do not
 
@@ -32,10 +32,10 @@ from benchmarks.table import show  # noqa: E402
 RECIPES = {"gpt2": ["--optimizer.max-lr", "1e-3", "--optimizer.warmup-steps", "100"], "modern": []}
 # name: flags, ranks, what it is compared with
 VARIANTS = {
-    "as it is": ([], 1, None),
-    "bf16-activations": (["--training.bf16-activations"], 1, "as it is"),
-    "as it is, two ranks": ([], 2, "as it is"),
-    "bf16-gradients": (["--training.bf16-gradients"], 2, "as it is, two ranks"),
+    "default": ([], 1, None),
+    "bf16-activations": (["--training.bf16-activations"], 1, "default"),
+    "default, two ranks": ([], 2, "default"),
+    "bf16-gradients": (["--training.bf16-gradients"], 2, "default, two ranks"),
 }
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         f"4 layers, 128 wide, T = 256, {options.steps} steps of 4,096 tokens; {Path(options.dataset).name}. Validation",
         f"loss after the last step, seeds {', '.join(map(str, SEEDS))}.",
         "",
-        "| preset | switch | mean (min to max) | difference to the same seed without, mean (min to max) |",
+        "| preset | switch | mean (min to max) | difference from the same seed without it, mean (min to max) |",
         "|---|---|---:|---:|",
     ]
     for preset in RECIPES:

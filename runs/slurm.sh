@@ -1,10 +1,10 @@
 #!/bin/bash
-# A run on several nodes of a Slurm cluster that resumes until it is finished: five minutes before its time limit it
-# receives a stop signal, saves and is queued again.
+# Train on several nodes of a Slurm cluster. Five minutes before its time limit, the job receives a stop signal, saves a
+# checkpoint and requeues itself, until training is finished.
 #
 #     sbatch --nodes 4 --time 24:00:00 runs/slurm.sh gpt2 --training.micro-batch-size 32
 #
-# The preset also names the run's folder, out/gpt2, which all nodes must share, as they must the repository.
+# The run directory is out/PRESET. All nodes must share it and the repository.
 #SBATCH --job-name=babygpt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -21,7 +21,7 @@ if [[ "$1" != -* && -n "$1" ]]; then
     shift
 fi
 case " $* " in *" --general.out"[-_]dir* | *" --general.init"[-_]from*)
-    echo "error: out/$preset and resume are this script's own: leave out --general.out-dir and --general.init-from" >&2
+    echo "error: this script sets --general.out-dir out/$preset and --general.init-from resume. Omit them." >&2
     exit 2
 esac
 if [ -e "out/$preset/finished" ]; then
@@ -33,13 +33,13 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export PATH="$PWD/.venv/bin:$PATH"
 
-# a task is a rank, without torchrun between: so Slurm's early SIGUSR1 reaches train.py itself
+# each task is a rank, without torchrun, so that Slurm's early SIGUSR1 reaches train.py itself
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
     LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec python train.py "$@"' train "$preset" \
     --general.out-dir "out/$preset" --general.init-from resume "$@"
 code=$?
 
-# stopped in time and saved: on with it. Any other end but the last is for a person, whom its message tells what to mend
+# If the run has stopped and saved, requeue the job. Otherwise it has finished, or a person must read the error message.
 if [ $code = 0 ] && [ -e "out/$preset/stopped" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -60,7 +60,7 @@ class TokenizeStage:
         self.num_tasks: dict[int, int] = {}  # of each fetched unit
         self.unfinished: dict[int, int] = {}  # tasks of each unit that is not finished
         self.documents = self.tokens = self.earlier_tokens = 0
-        self.reached = False  # max_tokens, by finished tasks
+        self.reached = False  # whether the finished tasks have reached max_tokens
         self.next_plan = max_tokens or 0  # tokens at which `max_tokens_reached` plans again
         size = sum(unit.bytes for unit in source.units)
         self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="tokenize", smoothing=0.05)
@@ -76,7 +76,7 @@ class TokenizeStage:
         return self.stems
 
     def must_wait_for_units(self) -> bool:
-        """Return whether as many units are fetched as the source allows, and tasks of them are running."""
+        """Return whether the maximum number of units is open and tasks are still running."""
         return len(self.unfinished) >= self.source.units_at_once and bool(self.queue.running)
 
     def run_unit(self, unit: int) -> None:

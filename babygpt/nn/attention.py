@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-# without cuDNN, which PyTorch prefers on sm_90: it builds a plan for each new shape, such as that of each decode step
+# cuDNN, which PyTorch prefers on sm_90, is left out: it builds a plan for every new shape, as each decode step has
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLEX_DEVICES = ("cuda",)  # on which compiled masks use FlexAttention
 
@@ -140,7 +140,7 @@ def _flex_mask(documents: torch.Tensor, rule: MaskRule) -> BlockMask:
 def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Reference implementation of `attention`, without fused kernels; the tests compare the two.
+    """Compute attention without fused kernels: the reference that the tests compare `attention` with.
 
     q is (B, H, T, D), k and v are (B, K, S, D); the T queries are the last of S. `mask`, (B or 1, 1, T, S) bool, says
     which keys a query attends to; by default, all up to its own. Returns (B, H, T, D).
@@ -164,9 +164,8 @@ def attention(
     grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    if (
-        mask is None and 1 < T < S
-    ):  # several new tokens and a filled cache; is_causal would align the first query with the first key
+    # several new tokens and a filled cache: is_causal would align the first query with the first key
+    if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
     with torch.autocast(q.device.type, enabled=False), backends:  # in the dtype of the arguments

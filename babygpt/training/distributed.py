@@ -135,7 +135,8 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
     """Join the processes that torchrun started (NCCL on CUDA, gloo on CPUs); without torchrun, a single process.
 
     If a rank exits or does not respond for `timeout_minutes`, the other ranks raise a UserError that says what they
-    were doing. Only the main rank prints to the console, and the first rank of each node warnings.
+    were doing. Only the main rank prints messages to the console. The first rank of each node also prints
+    warnings.
     """
     if deterministic:
         make_deterministic()

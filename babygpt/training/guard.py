@@ -56,7 +56,8 @@ class UpdateGuard:
 
     All updates are skipped from the first one whose loss or gradient norm is non-finite, or whose gradient norm is
     exactly 0. With `skip_spikes`, so is an update whose loss is more than that many standard deviations above the mean
-    of the last WINDOW losses. The window records it as exactly that high, so a lasting rise is not skipped forever.
+    of the last WINDOW losses. The window stores such a loss clamped to that limit, so that a lasting rise is not
+    skipped forever.
     """
 
     WINDOW = 64

@@ -1,7 +1,8 @@
 """The records of a run: `log.csv` with one row per step, and `samples.txt`.
 
 Row k of log.csv holds the scores of the weights after k updates, then loss, gradient norm and learning rate of update
-k; the last row has only scores. Floats read back exactly; an empty cell was not measured.
+k; the last row has only scores. Floats are written with full precision. An empty cell
+means that the value was not measured.
 """
 
 import csv

@@ -57,7 +57,7 @@ class Metrics:
             console.info(console_line(row))
         if step == self.start + 10:
             hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
-            console.info(f"about {hours:.1f} hours of training remain, without evaluations")
+            console.info(f"about {hours:.1f} hours of training remain, not counting evaluations")
         return bool(SCORES & row.keys())
 
     def write(self, row: Row) -> None:

@@ -38,7 +38,7 @@ class StepMonitor:
         self.begin = self.begin or Mark(self.device)
 
     def push(self, row: Row, status: torch.Tensor) -> None:
-        """Record a launched step, and read the previous one."""
+        """Record a launched step, and read the status of the previous one."""
         assert self.begin is not None, "start() comes before a step"
         status = status.to("cpu", non_blocking=self.device.type == "cuda")
         end = Mark(self.device)  # after the copy: once it is reached, the status can be read

@@ -105,7 +105,7 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
     """Return the fields in which two configs differ: section.name, earlier value, value now.
 
-    A field that only one of the two has counts as off.
+    A field that is missing from one of them counts as off.
     """
     found = []
     for section, values in now.items():

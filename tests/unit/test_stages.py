@@ -18,7 +18,7 @@ TASKS, TOKENS = 40, 1000  # tasks of a unit, tokens of a task
 
 
 class Source:
-    """Six units of many tasks, of which two are fetched at once, as with large files of the hub."""
+    """Six units of many tasks. Two may be open at once, as with files of the hub."""
 
     units = [Unit(f"unit {i}", 1000) for i in range(6)]  # noqa: RUF012
     units_at_once = 2
@@ -34,7 +34,7 @@ class Source:
 
 
 def write_index(task: Task, stem: str) -> tuple[int, int, None]:
-    """A task of ten documents, all of them different."""
+    """Write the index of a task with ten distinct documents."""
     ids = np.arange(10, dtype=np.uint64) + np.uint64(10 * (TASKS * int(task.paths[0]) + int(task.paths[1])))
     np.savez(
         f"{stem}.npz", hash=np.stack([ids, ids], axis=1), tokens=np.full(10, TOKENS // 10, np.uint32),
@@ -45,15 +45,15 @@ def write_index(task: Task, stem: str) -> tuple[int, int, None]:
 
 @pytest.mark.parametrize("max_tokens", [1, TOKENS * TASKS // 2, TOKENS * TASKS, int(TOKENS * TASKS * 2.5)])
 def test_max_tokens_ends_the_stage_without_reading_on(max_tokens, tmp_path, monkeypatch):
-    """The stage ends, though units stay unfinished, and fetches at most one unit more than it needs."""
+    """The stage returns although units are unfinished, and fetches at most one unit more than it needs."""
     monkeypatch.setattr(stages, "tokenize_task", write_index)
     work, source, found = SimpleNamespace(parts=str(tmp_path), scratch=tmp_path), Source(), []
 
     def run() -> None:
-        with ThreadPoolExecutor(1) as threads:  # one: tasks finish in order, or how many are needed varies
+        with ThreadPoolExecutor(1) as threads:  # one thread: tasks finish in order, so their number is predictable
             found.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens))
 
-    thread = threading.Thread(target=run, daemon=True)  # a daemon: if it hangs, the tests end all the same
+    thread = threading.Thread(target=run, daemon=True)  # a daemon thread does not block the exit of pytest if it hangs
     thread.start()
     thread.join(30)
     assert not thread.is_alive(), "the stage hangs"
