@@ -38,7 +38,7 @@ class ProtectedStream:
 
 
 def protect_streams() -> None:
-    """Protect stdout and stderr. Open those that were closed at start, and replace characters that they cannot encode."""
+    """Protect stdout and stderr. Open those that were closed at start; replace characters that cannot be encoded."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(descriptor)

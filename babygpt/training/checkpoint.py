@@ -1,11 +1,11 @@
-"""Checkpoints: written whole or not at all, verified when they are read.
+"""Checkpoints, which are saved atomically and verified when they are loaded.
 
-`out/<run>/checkpoints/step_00005000/` holds `model.safetensors`, `optimizer.pt` (tensors by parameter name,
-whatever the number of ranks), `state.json` (step, place in the data, architecture) and, written last,
-`manifest.json` with the sha256 of each. A checkpoint is written beside its place, synced, and renamed.
+`out/<run>/checkpoints/step_00005000/` contains `model.safetensors`, `optimizer.pt` (tensors by parameter name, for any
+number of ranks), `state.json` (step, position in the data, architecture) and `manifest.json` with the sha256 of each.
+They are written to a temporary directory, which is synced and then renamed.
 
     >>> with Saver(Path("out/gpt2"), keep=2, keep_every=0) as saver:
-    ...     saver.save(5000, model_tensors(model), optimizer_state(optimizers, model), state)     # and train on
+    ...     saver.save(5000, model_tensors(model), optimizer_state(optimizers, model), state)  # returns early
     >>> path = latest("out/gpt2")
     >>> checkpoint = load(path)
 """
@@ -35,7 +35,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on: weights and optimizer tensors by name, and `state.json`."""
+    """What a run needs to resume: weights and optimizer tensors by parameter name, and `state.json`."""
 
     path: Path
     model: dict[str, torch.Tensor]
@@ -44,12 +44,12 @@ class Checkpoint:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights by name; a tied head is the embedding, and is not stored again."""
+    """Return the weights by name. A tied head is the embedding, and is not stored twice."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """UserError where names or shapes of the weights are not the model's."""
+    """Raise a UserError if the names or shapes of the weights are not those of the model."""
     ours = model_tensors(model)
     wrong = [
         f"\n  {name}: {_shape(tensors, name)} in the weights, {_shape(ours, name)} in the model"
@@ -57,11 +57,11 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if _shape(tensors, name) != _shape(ours, name)
     ]
     if wrong:
-        raise UserError(f"the weights don't fit the model:{''.join(wrong[:10])}")
+        raise UserError(f"The weights do not fit the model:{''.join(wrong[:10])}")
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts weights into a model they fit."""
+    """Copy weights into a model. UserError if they do not fit."""
     check_fit(model, tensors)
     model.load_state_dict(tensors, strict=False)
 
@@ -71,18 +71,18 @@ def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple | str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# writing
+# saving
 
 
 def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: int, keep_every: int = 0) -> Path:
-    """Writes the checkpoint of `step`, then deletes all but the newest `keep` (0: keeps all) and those of every
-    `keep_every`-th step. UserError where the disk is full or the folder can't be written to: what was there before
-    is there still."""
+    """Save the checkpoint of `step`; then delete all but the newest `keep` (0: all) and those of every
+    `keep_every`-th step. UserError if the disk is full or the directory cannot be written to; earlier checkpoints stay.
+    """
     folder = run / "checkpoints"
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     try:
-        for stale in folder.glob(".step_*.tmp"):  # of a save that was killed
+        for stale in folder.glob(".step_*.tmp"):  # left by a killed process
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
@@ -94,19 +94,20 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         )
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
             _sync(path)
-        if final.exists():  # a damaged one, behind which this run was resumed
+        if final.exists():  # corrupted: the run resumed from an earlier one
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(folder)
         _sync(run)  # `checkpoints` may be new in it
-    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two from libraries' own writing
+    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two are raised by the libraries' writers
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # of PyTorch's zip writer
+        # PyTorch's writer replaces a disk error with its own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(
-            f"the checkpoint of step {step:,} could not be written to {folder} ({cause}). Those before are as they "
-            "were: mend it (free some room?) and go on with --general.init-from resume."
+            f"The checkpoint of step {step:,} could not be written to {folder} ({cause}). Earlier checkpoints are "
+            "intact: fix the cause (such as a full disk) and resume with --general.init-from resume."
         ) from error
-    # later ones are damaged: this run began before them
+    # later ones are corrupted: this run resumed from an earlier one
     earlier = [path for path in checkpoints(run) if step_of(path) <= step]
     for old in earlier[:-keep] if keep else []:
         if not keep_every or step_of(old) % keep_every:
@@ -115,9 +116,9 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
 
 
 class Saver:
-    """Saves in the background: a call takes as long as a copy to host memory. One save is on its way at most.
+    """Saves checkpoints in a background thread, one at a time: a call takes as long as the copy to host memory.
 
-    As a context it waits for the last one at the end.
+    As a context manager, it waits for the last save at the end.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int):
@@ -127,7 +128,7 @@ class Saver:
         self.error: UserError | None = None
 
     def save(self, step: int, model: dict, optimizer: dict, state: dict) -> None:
-        """Begins to save. After an error nothing more is saved, and `wait` raises it."""
+        """Start to save, after the previous save. After an error, nothing is saved, and `wait` raises the error."""
         self._join()
         if self.error is not None:
             return
@@ -137,13 +138,13 @@ class Saver:
                 {name: {key: _on_host(t) for key, t in tensors.items()} for name, tensors in optimizer.items()},
             )
         except (RuntimeError, MemoryError) as error:
-            self.error = UserError(f"main memory has no room for a copy of weights and optimizer ({error!r:.100}).")
+            self.error = UserError(f"The weights and optimizer state do not fit in host memory ({error!r:.100}).")
             return
         self.thread = Thread(target=self._write, args=(step, *copies, state), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is on the disk; raises what went wrong."""
+        """Wait until the last checkpoint is on the disk. Raises its error."""
         self._join()
         if self.error is not None:
             raise self.error
@@ -152,11 +153,11 @@ class Saver:
         try:
             save(self.run, step, model, optimizer, state, *self.settings)
             if launches := state.get("launches"):
-                write_json(self.run / "config.json", launches[-1]["config"])  # of who saved last
+                write_json(self.run / "config.json", launches[-1]["config"])  # of the launch that saved last
         except UserError as error:
             self.error = error
         except BaseException as error:
-            self.error = UserError(f"the checkpoint of step {step:,} could not be written: {error!r}")
+            self.error = UserError(f"The checkpoint of step {step:,} could not be written: {error!r}")
 
     def _join(self) -> None:
         if self.thread is not None:
@@ -177,7 +178,7 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network drives sync files alone
+    except OSError as error:  # some network file systems do not sync directories
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -185,22 +186,22 @@ def _sync(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# reading
+# loading
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run by step, oldest first; they may turn out damaged when they are read."""
+    """Return the checkpoints of a run by step, oldest first, without verifying them."""
     found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named for."""
+    """Return the step in the name of a checkpoint's directory."""
     return int(path.name.removeprefix("step_"))
 
 
 def latest(run: str | Path) -> Path | None:
-    """The newest sound checkpoint of a run, or None; a damaged one is told of on stderr and passed over."""
+    """Return the newest intact checkpoint of a run, or None. A warning is logged for each corrupted one."""
     for path in reversed(checkpoints(Path(run))):
         try:
             verify(path)
@@ -224,14 +225,14 @@ def resolve(path: Path) -> Path | None:
 
 
 def verify(path: Path) -> None:
-    """UserError unless every file of the checkpoint has the sha256 of its manifest."""
+    """Raise a UserError unless every file of the checkpoint has the sha256 in its manifest."""
     try:
         hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         wrong = [name for name in (MODEL, OPTIMIZER, STATE) if sha256(path / name) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} is not whole ({error!r}).") from None
+        raise UserError(f"The checkpoint {path} is incomplete ({error!r}).") from None
     if wrong:
-        raise UserError(f"the checkpoint {path} is damaged: {', '.join(wrong)} changed since it was written.")
+        raise UserError(f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after it was saved.")
 
 
 def read_state(path: Path) -> dict:
@@ -243,7 +244,7 @@ def read_state(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         valid = False
     if not valid:
-        raise UserError(f"{path / STATE} is not the state of a run.")
+        raise UserError(f"{path / STATE} is not the state.json of a checkpoint.")
     if format != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "
@@ -253,13 +254,17 @@ def read_state(path: Path) -> dict:
 
 
 def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
-    """All of a checkpoint, or all but the optimizer, on the CPU; UserError where it is damaged."""
+    """Load a checkpoint to the CPU. UserError if it is corrupted."""
     verify(path)
     state = read_state(path)
     try:
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True) if with_optimizer else {}
         return Checkpoint(path, load_file(path / MODEL), optimizer, state)
-    except pickle.UnpicklingError:  # its hash is the manifest's, so someone wrote both
-        raise UserError(f"{path / OPTIMIZER} holds more than tensors, and is not loaded: it could run code.") from None
+    except pickle.UnpicklingError:  # its hash is correct, so it was written on purpose
+        raise UserError(
+            f"{path / OPTIMIZER} contains more than tensors. It is not loaded, since it could execute code."
+        ) from None
     except Exception as error:
-        raise UserError(f"the checkpoint {path} was written so that it can't be read: {error!r:.300}.") from None
+        raise UserError(
+            f"The checkpoint {path} cannot be read, although its hashes are correct: {error!r:.300}."
+        ) from None

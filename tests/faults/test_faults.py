@@ -312,7 +312,7 @@ def test_where_a_checkpoint_cannot_be_written_all_ranks_end_and_the_one_before_i
     )  # fmt: skip
     done = torchrun(world, *line, fault="full 0 5", check=False)
     assert done.returncode != 0
-    assert "error: the checkpoint of step 8 could not be written" in done.stderr
+    assert "error: The checkpoint of step 8 could not be written" in done.stderr
     assert "File too large" in done.stderr
     assert 'train.py", line' not in done.stderr, "no traceback of ours"
     assert "exitcode  : 2" in done.stderr

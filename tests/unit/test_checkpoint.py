@@ -43,7 +43,7 @@ def test_latest_goes_by_the_step_and_passes_over_what_is_not_whole(tmp_path, cap
     (tmp_path / "checkpoints" / "step_00000100" / "manifest.json").unlink()
     shutil.copytree(tmp_path / "checkpoints" / "step_00000010", tmp_path / "checkpoints" / ".step_00000200.tmp")
     assert latest(tmp_path).name == "step_00000010"
-    assert "step_00000100 is not whole" in capsys.readouterr().err
+    assert "step_00000100 is incomplete" in capsys.readouterr().err
     assert latest(tmp_path / "nothing") is None
 
 
@@ -58,7 +58,7 @@ def test_a_damaged_file_is_refused_by_name(file, harm, tmp_path):
     path.write_bytes(data[:-1] if harm == "cut" else data)
     if harm == "remove":
         path.unlink()
-    with pytest.raises(UserError, match="step_00000001 is (damaged: " + file + "|not whole)"):
+    with pytest.raises(UserError, match="step_00000001 is (corrupted: " + file + "|incomplete)"):
         load(path.parent)
     assert latest(tmp_path) is None
 
@@ -102,7 +102,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["optimizer.pt"] = checkpoint.sha256(folder / "optimizer.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="could run code"):
+    with pytest.raises(UserError, match="could execute code"):
         load(folder)
     assert not (tmp_path / "owned").exists()
 
