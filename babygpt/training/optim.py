@@ -4,9 +4,9 @@
 >>> optimizers = muon(model, max_lr=0.04, embedding_lr=0.6, head_lr=0.008, scalar_lr=0.04)
 >>> set_learning_rates(optimizers, LRSchedule(max_steps=19_073, warmup_steps=715, min_lr_ratio=0.1), step=0)
 
-Each returns a list of PyTorch's optimizers, whose groups carry their highest learning rate as `max_lr`. All leave
-parameters and state alone where `optimizer.found_inf`, a float32 tensor on the device, is 1: the gate of the training
-step, without a word between device and host.
+Both functions return a list of PyTorch optimizers. Each parameter group has its peak learning rate as `max_lr`. If
+`optimizer.found_inf`, a float32 tensor on the device, is 1, a step changes neither parameters nor optimizer state: the
+training step skips an update this way without a synchronization of host and device.
 """
 
 import math
@@ -28,10 +28,7 @@ Optimizers = list[torch.optim.Optimizer]
 def adamw(
     model: nn.Module, max_lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
 ) -> Optimizers:
-    """PyTorch's AdamW with its fused kernel, for all parameters.
-
-    Matrices and embedding tables decay; biases and layer norms (one dimension) don't.
-    """
+    """Build PyTorch's fused AdamW for all parameters. Weight decay applies to matrices and embeddings only."""
     parameters = list(model.parameters())  # a tied head is one parameter
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "max_lr": max_lr},
@@ -45,10 +42,10 @@ def adamw(
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(N, rows, columns) to the nearest matrices with orthonormal rows or columns, about, in bfloat16.
+    """Return approximately the nearest matrices with orthonormal rows or columns, (N, rows, columns) bfloat16.
 
-    Newton-Schulz iterations by the polynomial a x + b x^3 + c x^5 on the singular values, whose slope at 0 is steep:
-    five bring all but the smallest near 1 (0.7 to 1.2), which serves as well as 1.
+    A Newton-Schulz iteration applies the polynomial a x + b x^3 + c x^5 to the singular values. Its slope at 0 is
+    steep: five iterations move all but the smallest singular values to 0.7 ... 1.2, which is close enough to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
@@ -65,11 +62,11 @@ MUON_BATCH = 64 << 20  # elements that are updated together: 256 MiB of each flo
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: for the matrices of the blocks.
+    """SGD with momentum whose updates are orthogonalized, for the matrices of the blocks.
 
-    A parameter that holds several matrices one above the other (queries, keys, values) has their heights in
-    `splits`, and each is orthogonalised by itself. Every rank keeps all momentum; of the orthogonalising each does its
-    share, and the updates are gathered, so that all ranks step alike.
+    `splits` has the numbers of rows of the matrices that are stacked in a parameter (queries, keys, values), which are
+    orthogonalized separately. Every rank stores the momentum of all matrices, orthogonalizes a share of the updates,
+    and gathers the others.
     """
 
     def __init__(self, splits: dict[nn.Parameter, list[int]], max_lr: float, weight_decay: float = 0.0,
@@ -85,7 +82,7 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        shapes = defaultdict(list)  # matrices of one shape are updated together, in few kernels; tall ones transposed
+        shapes = defaultdict(list)  # matrices of one shape are updated in one batch, tall ones transposed
         for p in group["params"]:
             pieces = (t.split(self.splits[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
             for piece in zip(*pieces, strict=True):
@@ -115,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"] > 0:
             weights = torch.stack(matrices)
             decay = lr * group["weight_decay"] * weights
-            # cautious: only where it points where the update does (arXiv:2411.16085, there of the update)
+            # cautious: only if both have the same sign (arXiv:2411.16085 has this condition for the update)
             change += decay * (change * weights > 0) if self.cautious else decay
         torch._foreach_sub_(matrices, change.unbind())
 
@@ -140,13 +137,13 @@ def muon(
     model: nn.Module, max_lr: float, embedding_lr: float, head_lr: float, scalar_lr: float, weight_decay: float = 0.0,
     beta1: float = 0.8, beta2: float = 0.95, eps: float = 1e-10, cautious: bool = False,
 ) -> Optimizers:  # fmt: skip
-    """Muon for the matrices of a GPT's blocks; Adam for embeddings, head and all that has one dimension or none, each
-    at its own rate. A tied table has the head's, which suits logits. Weight decay is Muon's alone."""
+    """Build Muon for the matrices of the blocks, and Adam for embeddings, head, and all scalars and vectors.
+
+    Each kind has its own learning rate; a tied embedding has that of the head. Weight decay applies to Muon only.
+    """
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if name.startswith("h.") and p.dim() == 2}
-    splits = {
-        p: _heights_of_qkv(p) if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()
-    }
+    splits = {p: _qkv_rows(p) if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()}
     embeddings: tuple[str, ...] = ("wte.", "wpe.", "vte.")
     heads: tuple[str, ...] = ("lm_head.",)
     if "lm_head.weight" not in named:  # a tied head is the embedding
@@ -163,14 +160,14 @@ def muon(
     ]
 
 
-def _heights_of_qkv(c_attn: nn.Parameter) -> list[int]:
-    """Rows of queries, keys and values in c_attn.weight, (C + 2 K D, C); grouped heads have fewer of the latter two."""
+def _qkv_rows(c_attn: nn.Parameter) -> list[int]:
+    """Return the numbers of rows of queries, keys and values in c_attn.weight, (C + 2 K D, C)."""
     keys = (c_attn.size(0) - c_attn.size(1)) // 2
     return [c_attn.size(1), keys, keys]
 
 
 def make_optimizers(model: nn.Module, settings: dict) -> Optimizers:
-    """The optimizers of a model, by the fields of train_config.py's section `optimizer`."""
+    """Build the optimizers of a model from the fields of train_config.Optimizer."""
     shared = {name: settings[name] for name in ("max_lr", "weight_decay", "beta1", "beta2", "eps")}
     if settings["name"] == "adamw":
         return adamw(model, **shared)
@@ -200,13 +197,13 @@ def set_learning_rates(optimizers: Optimizers, schedule: LRSchedule, step: int) 
 
 
 def optimizer_state(optimizers: Optimizers, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """The optimizers' own tensors by parameter name: the same whatever the number of ranks or groups."""
+    """Return the state of the optimizers by parameter name. It does not depend on the number of ranks or groups."""
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     return {name: dict(states[parameter]) for name, parameter in model.named_parameters() if parameter in states}
 
 
 def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: dict[str, dict]) -> None:
-    """Puts back what `optimizer_state` gave. KeyError where a name is not the model's."""
+    """Restore a state that `optimizer_state` returned. KeyError if the model has no parameter of a name."""
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, values in state.items():
