@@ -1,4 +1,4 @@
-"""A picture of one or several runs, from their log.csv alone.
+"""Plot one or several runs from their log.csv.
 
 >>> plot([Path("out/gpt2"), Path("out/modern")], Path("compare.png"), x="tokens")
 """
@@ -12,11 +12,11 @@ from babygpt.training.log import column, read_log
 
 GPT2_124M_HELLASWAG = 0.2955  # OpenAI's weights, karpathy acc_norm, as build-nanogpt reports
 HELLASWAG_EXAMPLES = 10_042
-COLOURS = ("#2a6fbb", "#d1495b", "#3d9970", "#e0a030", "#7b5ea7", "#4a4a4a")
+COLORS = ("#2a6fbb", "#d1495b", "#3d9970", "#e0a030", "#7b5ea7", "#4a4a4a")
 
 
 def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -> None:
-    """Draws losses, HellaSwag, learning rate, gradient norm and speed of the runs into one PNG."""
+    """Plot losses, HellaSwag accuracy, learning rate, gradient norm and throughput of the runs into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,39 +29,39 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
     })  # fmt: skip
     figure, axes = plt.subplot_mosaic([["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]], figsize=(11, 6.2))  # type: ignore[list-item]
     titles = {
-        "loss": "loss (nats a token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
-        "norm": "gradient norm", "speed": "tokens / s",
+        "loss": "loss (nats per token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
+        "norm": "gradient norm", "speed": "tokens per second",
     }  # fmt: skip
     for name, title in titles.items():
         axes[name].set_title(title)
         axes[name].set_xlabel(x)
-    for (path, rows), colour in zip(logs.items(), COLOURS * len(logs), strict=False):
+    for (path, rows), color in zip(logs.items(), COLORS * len(logs), strict=False):
         tokens_at = {row["step"]: row["tokens"] for row in rows}
 
         def line(axis: str, name: str, rows=rows, tokens_at=tokens_at, **style: Any) -> tuple[list, list[float]]:
             steps, values = column(rows, name)
-            places = [tokens_at[s] for s in steps] if x == "tokens" else steps
-            axes[axis].plot(places, values, **style)
-            return places, values
+            positions = [tokens_at[s] for s in steps] if x == "tokens" else steps
+            axes[axis].plot(positions, values, **style)
+            return positions, values
 
         name = path.name
-        line("loss", "loss", color=colour, alpha=0.35, linewidth=0.8, label=f"{name}: training")
+        line("loss", "loss", color=color, alpha=0.35, linewidth=0.8, label=f"{name}: training")
         marker = {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(column(rows, "val_loss")[0]) < 60 else {}
-        places, val = line("loss", "val_loss", color=colour, label=f"{name}: validation", **marker)
+        positions, val = line("loss", "val_loss", color=color, label=f"{name}: validation", **marker)
         if val:
             axes["loss"].annotate(
-                f"{val[-1]:.3f}", (places[-1], val[-1]), textcoords="offset points",
-                xytext=(4, 7), color=colour, ha="right",
+                f"{val[-1]:.3f}", (positions[-1], val[-1]), textcoords="offset points",
+                xytext=(4, 7), color=color, ha="right",
                 bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "edgecolor": "none"},
             )  # fmt: skip
-        _hellaswag(axes["hellaswag"], rows, tokens_at if x == "tokens" else None, colour, name, _examples(path))
-        line("lr", "lr", color=colour)
-        line("norm", "grad_norm", color=colour, linewidth=0.8)
-        line("speed", "tokens_per_s", color=colour, linewidth=0.8)
+        _hellaswag(axes["hellaswag"], rows, tokens_at if x == "tokens" else None, color, name, _examples(path))
+        line("lr", "lr", color=color)
+        line("norm", "grad_norm", color=color, linewidth=0.8)
+        line("speed", "tokens_per_s", color=color, linewidth=0.8)
     for value, text in ((GPT2_124M_HELLASWAG, "GPT-2 124M, 0.2955"), (0.25, "chance")):
         axes["hellaswag"].axhline(value, color="black", linestyle="--", linewidth=0.8)
-        place = axes["hellaswag"].get_yaxis_transform()
-        axes["hellaswag"].text(0.02, value, text, transform=place, va="bottom", fontsize=8)
+        transform = axes["hellaswag"].get_yaxis_transform()
+        axes["hellaswag"].text(0.02, value, text, transform=transform, va="bottom", fontsize=8)
     axes["hellaswag"].set_xlim(axes["loss"].get_xlim())
     axes["speed"].set_ylim(bottom=0)
     for axis in axes.values():
@@ -73,16 +73,16 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
     plt.close(figure)
 
 
-def _hellaswag(axis, rows: list[dict], tokens_at: dict[int, int] | None, colour: str, name: str, total: int) -> None:
-    """The score with its standard error, that of a mean over `total` questions (0: not known, not drawn)."""
+def _hellaswag(axis, rows: list[dict], tokens_at: dict[int, int] | None, color: str, name: str, total: int) -> None:
+    """Plot the accuracy with its standard error over `total` examples; without it if `total` is 0, for unknown."""
     steps, values = column(rows, "hellaswag")
     errors = [math.sqrt(p * (1 - p) / max(1, total - 1)) if total else 0.0 for p in values]
-    at = [tokens_at[step] for step in steps] if tokens_at else steps
-    axis.errorbar(at, values, yerr=errors, color=colour, marker="o", markersize=3.5, capsize=2, label=name)
+    positions = [tokens_at[step] for step in steps] if tokens_at else steps
+    axis.errorbar(positions, values, yerr=errors, color=color, marker="o", markersize=3.5, capsize=2, label=name)
 
 
 def _examples(run: Path) -> int:
-    """How many HellaSwag questions a run answers, from its config.json; 0 where that doesn't tell."""
+    """Return the number of HellaSwag examples that a run evaluates, from its config.json; 0 if it is unknown."""
     try:
         evaluation = json.loads((run / "config.json").read_text(encoding="utf-8"))["evaluation"]
         whole = HELLASWAG_EXAMPLES if evaluation["file"] is None and evaluation["language"] == "en" else 0

@@ -183,7 +183,7 @@ def test_hellaswag_and_its_translations_come_from_the_hub(tmp_path):
         (["owner/tiny", "--text-column", "body"], "has no column 'body': it has text, id"),
         (["owner/tiny", "--split", "dev"], "Bad split: dev"),
         (["fineweb-edu-10BT", "--text-column", "body"], "no column 'body': it has text, id"),
-        (["fineweb-edu-10B"], "Did you mean fineweb-edu-10BT?"),
+        (["fineweb-edu-10B"], "Did you mean 'fineweb-edu-10BT'?"),
     ],
 )
 def test_what_the_hub_has_not_is_told_in_one_message(arguments, words, prepare):
