@@ -88,10 +88,9 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
         with open(temporary / OPTIMIZER, "wb") as file:
             torch.save(optimizer, file)
-        write_json(temporary / STATE, {"format": FORMAT} | state)
-        write_json(
-            temporary / MANIFEST, {"files": {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}}
-        )
+        (temporary / STATE).write_text(json.dumps({"format": FORMAT} | state, indent=1) + "\n", encoding="utf-8")
+        hashes = {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
+        (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
             _sync(path)
         if final.exists():  # corrupted: the run resumed from an earlier one
