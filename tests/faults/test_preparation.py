@@ -90,7 +90,7 @@ def test_second_interrupt_kills_the_workers():
     begin = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt), local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
         wait_until(pool.submit(time.sleep, 50).running)
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()  # while the pool shuts down
+        threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT)).start()  # while the pool shuts down
         raise KeyboardInterrupt
     wait_until(lambda: not multiprocessing.active_children())
     assert time.monotonic() - begin < 40
