@@ -423,6 +423,10 @@ def main() -> None:
     ]
     for stage in options.stages:
         chosen = [name for name in ways(options)[stage] if options.only in name]
+        if not chosen:
+            sys.exit(
+                f"error: no way of {stage} contains {options.only!r}. Use a part of: {'; '.join(ways(options)[stage])}"
+            )
         measured = {name: (name, ROOT) for name in chosen}
         if options.against:  # before and after, one after the other
             sides = {f" ({options.against})": options.against, "": ROOT}
