@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import subprocess
-import threading
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.preparation import prepare, snapshot, start
+from support.runs import ROOT
 
-from babygpt.data.tokenizer import load_tokenizer
-from babygpt.data.workers import Setup, local_workers
 from babygpt.errors import UserError
 
 
@@ -86,14 +85,34 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
 
 
 def test_second_interrupt_kills_the_workers():
-    """The first Ctrl-C waits for the running tasks, a second one does not."""
-    begin = time.monotonic()
-    with contextlib.suppress(KeyboardInterrupt), local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
-        wait_until(pool.submit(time.sleep, 50).running)
-        threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT)).start()  # while the pool shuts down
-        raise KeyboardInterrupt
-    wait_until(lambda: not multiprocessing.active_children())
-    assert time.monotonic() - begin < 40
+    """The first Ctrl-C waits for the running task, a second one does not, and no process is left."""
+    program = """
+import time
+from babygpt.data.tokenizer import load_tokenizer
+from babygpt.data.workers import Setup, local_workers
+
+with local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
+    task = pool.submit(time.sleep, 300)
+    while not task.running():
+        time.sleep(0.01)
+    print("running", flush=True)
+    task.result()
+"""
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == b"running\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert process.poll() is None, "it waits for the task"
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        with pytest.raises(ProcessLookupError):
+            wait_until(lambda: os.killpg(process.pid, 0))  # raises once the last process of the group has exited
+    finally:
+        kill_group(process)
 
 
 def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages):
