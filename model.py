@@ -365,7 +365,8 @@ class ModernAttention(CausalSelfAttention):
         if shared.cos_sin is not None:
             q, k = apply_rotary_emb(q, shared.cos_sin), apply_rotary_emb(k, shared.cos_sin)
         if self.value_lambdas is not None:
-            embedded = shared.value_embeds[self.table].unflatten(2, (-1, v.size(-1))).transpose(1, 2)  # (B, K, T, D)
+            B, K, T, D = v.size()
+            embedded = shared.value_embeds[self.table].view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
             v = (self.value_lambdas[0] * v + self.value_lambdas[1] * embedded).type_as(v)
         return self.attend(q, k, v, shared.mask, shared.cache, self.scale)  # (B, T, C)
 
