@@ -87,10 +87,12 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
 def test_second_interrupt_kills_the_workers():
     """The first Ctrl-C waits for the running task, a second one does not, and no process is left."""
     program = """
+import signal
 import time
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.data.workers import Setup, local_workers
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
 with local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
     task = pool.submit(time.sleep, 300)
     while not task.running():
