@@ -1,8 +1,8 @@
-"""A small data set, made once for all tests."""
+"""Fixtures of all tests: a small data set and a training run on it, each made once."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # small models, several processes: more threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run several processes; more threads than cores would slow them down
 
 import random
 from pathlib import Path
@@ -25,13 +25,13 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def dataset(texts, tmp_path_factory) -> Path:
-    """A folder with shards of about 2,300 training tokens, from a trained vocabulary of 300."""
+    """The directory of a data set of about 2,300 training tokens, with a trained vocabulary of 300."""
     return tiny_dataset(texts, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def unbroken(dataset, tmp_path_factory) -> Path:
-    """A run of train.py that nothing interrupted, with a checkpoint behind every step."""
+    """The run directory of an uninterrupted run of train.py, with a checkpoint after every step."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     call(train.main, *flags(dataset, out))
     return out
@@ -39,5 +39,5 @@ def unbroken(dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Runs of a test draw no plot.png, which would take most of their time; `unbroken` draws one."""
+    """Skip plot.png, which takes most of the time of a small run. The session fixture `unbroken` draws it."""
     monkeypatch.setattr(metrics, "plot", lambda runs, out: None)
