@@ -25,7 +25,7 @@ case " $* " in *" --general.out"[-_]dir* | *" --general.init"[-_]from*)
     exit 2
 esac
 if [ -e "out/$preset/finished" ]; then
-    echo "out/$preset is finished"
+    echo "The run in out/$preset has already finished."
     exit 0
 fi
 export MASTER_ADDR MASTER_PORT
@@ -33,13 +33,14 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export PATH="$PWD/.venv/bin:$PATH"
 
-# each task is a rank, without torchrun, so that Slurm's early SIGUSR1 reaches train.py itself
-srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+# Each task runs one rank without torchrun, so that train.py itself receives the early SIGUSR1 from Slurm.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
     LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec python train.py "$@"' train "$preset" \
     --general.out-dir "out/$preset" --general.init-from resume "$@"
 code=$?
 
-# If the run has stopped and saved, requeue the job. Otherwise it has finished, or a person must read the error message.
+# Requeue the job if the run was stopped and saved a checkpoint. Otherwise the run has finished or failed.
 if [ $code = 0 ] && [ -e "out/$preset/stopped" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
