@@ -1,4 +1,4 @@
-"""shards.py: the bytes on disk are llm.c's, what isn't whole is refused by name, nothing is read wrongly."""
+"""shards.py: shards are byte-compatible with llm.c, and a corrupted data set is refused with the name of the file."""
 
 import hashlib
 import json
@@ -23,38 +23,38 @@ VAL, TRAIN = [[EOT, 1, 2]], [[EOT, 3, 4, EOT], [5, 6, EOT, 7]]
 ROOT = Path(__file__).parents[2]
 
 
-def make_dataset(folder: Path, val=VAL, train=TRAIN, vocab_size=50257) -> Path:
-    """A data set of these shards (lists of ids), with the manifest that fineweb.py would write."""
-    folder.mkdir(parents=True)
-    rows, counts = [], {"val": 0, "train": 0}
-    (folder / "gpt2.tiktoken").write_bytes(b"ranks")
+def make_dataset(directory: Path, val=VAL, train=TRAIN, vocab_size=50257) -> Path:
+    """Write shards with these token ids, and the manifest that fineweb.py would write."""
+    directory.mkdir(parents=True)
+    shards, counts = [], {"val": 0, "train": 0}
+    (directory / "gpt2.tiktoken").write_bytes(b"ranks")
     for number, (split, ids) in enumerate([*(("val", ids) for ids in val), *(("train", ids) for ids in train)]):
-        file = shard_name(folder.name, split, number)
-        sha256 = write_shard(folder / file, len(ids), vocab_size, [np.array(ids)])
+        file = shard_name(directory.name, split, number)
+        sha256 = write_shard(directory / file, len(ids), vocab_size, [np.array(ids)])
         counts[split] += len(ids)
-        rows.append({"file": file, "tokens": len(ids), "documents": ids.count(EOT), "sha256": sha256})
+        shards.append({"file": file, "tokens": len(ids), "documents": ids.count(EOT), "sha256": sha256})
     write_json(
-        folder / MANIFEST,
+        directory / MANIFEST,
         {
-            "name": folder.name,
+            "name": directory.name,
             "tokenizer": {"name": "gpt2", "file": "gpt2.tiktoken", "sha256": hashlib.sha256(b"ranks").hexdigest()},
             "eot_id": EOT,
             "vocab_size": vocab_size,
-            "counts": {"tokens": counts, "documents": {"kept": sum(shard["documents"] for shard in rows)}},
-            "shards": rows,
+            "counts": {"tokens": counts, "documents": {"kept": sum(shard["documents"] for shard in shards)}},
+            "shards": shards,
         },
     )
-    return folder
+    return directory
 
 
-def edit_manifest(folder: Path, **changes) -> None:
-    """Changes keys of dataset.json; `row` is merged into its first shard."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["shards"][0] |= changes.pop("row", {})
-    write_json(folder / MANIFEST, manifest | changes)
+def edit_manifest(directory: Path, **changes) -> None:
+    """Change keys of dataset.json; `first_shard` contains the changes of its first shard."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest["shards"][0] |= changes.pop("first_shard", {})
+    write_json(directory / MANIFEST, manifest | changes)
 
 
-def flip(path: Path, offset: int) -> None:
+def flip_bit(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
@@ -67,19 +67,19 @@ def flip(path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     ("vocab_size", "magic", "version", "code"), [(50257, 20240520, 1, "H"), (128256, 20240801, 7, "I")]
 )
-def test_a_shard_is_llm_c_s_to_the_byte(tmp_path, vocab_size, magic, version, code):
+def test_shard_has_the_bytes_of_llm_c(tmp_path, vocab_size, magic, version, code):
     ids = [vocab_size - 1, 0, 1, 300]
     write_shard(tmp_path / "a.bin", 4, vocab_size, [np.array(ids[:1]), np.array(ids[1:])])
     header = struct.pack("<256i", magic, version, len(ids), *[0] * 253)
     assert (tmp_path / "a.bin").read_bytes() == header + struct.pack(f"<4{code}", *ids)
 
 
-def test_two_bytes_a_token_as_long_as_every_id_fits():
+def test_token_has_two_bytes_if_every_id_fits():
     assert [token_dtype(size).itemsize for size in (257, 50257, 65536, 65537)] == [2, 2, 2, 4]
 
 
 @pytest.mark.parametrize("vocab_size", [300, 50257, 65536, 65537, 128256])
-def test_what_was_written_is_read_back(tmp_path, vocab_size):
+def test_written_tokens_are_read_back(tmp_path, vocab_size):
     ids = np.random.default_rng(0).integers(0, vocab_size, 1000)
     ids[:2] = 0, vocab_size - 1
     write_shard(tmp_path / "a.bin", 1000, vocab_size, np.array_split(ids, 7))
@@ -91,13 +91,13 @@ def test_what_was_written_is_read_back(tmp_path, vocab_size):
 @pytest.mark.parametrize(
     ("vocab_size", "token"), [(50257, 50257), (50257, 65536 + 5), (65536, 65536), (128256, 128256), (50257, -1)]
 )
-def test_a_token_outside_the_vocabulary_is_never_wrapped(tmp_path, vocab_size, token):
+def test_token_outside_the_vocabulary_is_refused(tmp_path, vocab_size, token):
     with pytest.raises(ValueError, match="outside the vocabulary"):
         write_shard(tmp_path / "a.bin", 3, vocab_size, [np.array([1, token, 2])])
     assert not (tmp_path / "a.bin").exists()
 
 
-def test_a_half_written_shard_never_appears_under_its_final_name(tmp_path):
+def test_incomplete_shard_never_has_its_final_name(tmp_path):
     path = tmp_path / "a.bin"
 
     def pieces():
@@ -113,64 +113,64 @@ def test_a_half_written_shard_never_appears_under_its_final_name(tmp_path):
 
 
 DAMAGE = {
-    "a byte short": lambda data: data[:-1],
-    "a token short": lambda data: data[:-2],
-    "a token long": lambda data: data + b"\0\0",
+    "one byte missing": lambda data: data[:-1],
+    "one token missing": lambda data: data[:-2],
+    "one token too many": lambda data: data + b"\0\0",
     "empty": lambda data: b"",
-    "cut in the header": lambda data: data[:700],
-    "cut in its first bytes": lambda data: data[:10],
-    "another magic": lambda data: struct.pack("<i", 20240521) + data[4:],
-    "another version": lambda data: data[:4] + struct.pack("<i", 7) + data[8:],
-    "another count": lambda data: data[:8] + struct.pack("<i", 2) + data[12:],
-    "uint32 header over uint16 tokens": lambda data: struct.pack("<2i", 20240801, 7) + data[8:],
+    "truncated header": lambda data: data[:700],
+    "first 10 bytes only": lambda data: data[:10],
+    "wrong magic": lambda data: struct.pack("<i", 20240521) + data[4:],
+    "wrong version": lambda data: data[:4] + struct.pack("<i", 7) + data[8:],
+    "wrong token count": lambda data: data[:8] + struct.pack("<i", 2) + data[12:],
+    "uint32 header, uint16 tokens": lambda data: struct.pack("<2i", 20240801, 7) + data[8:],
     "big-endian": lambda data: struct.pack(">3i", 20240520, 1, 3) + data[12:],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_shard_that_is_not_whole_is_refused_by_name(tmp_path, damage):
-    folder = make_dataset(tmp_path / "d")
-    path = folder / "d_val_000000.bin"
+def test_corrupted_shard_is_refused_by_name(tmp_path, damage):
+    directory = make_dataset(tmp_path / "d")
+    path = directory / "d_val_000000.bin"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(UserError, match=path.name):
-        open_dataset(folder)
-    (folder / MANIFEST).unlink()
-    with pytest.raises(UserError, match=path.name):  # by its header alone
-        open_dataset(folder)
+        open_dataset(directory)
+    (directory / MANIFEST).unlink()
+    with pytest.raises(UserError, match=path.name):  # the header shows it
+        open_dataset(directory)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# one long array
+# shards as one array
 
 
-def test_reading_across_shard_borders_equals_reading_one_array():
+def test_read_across_shards_equals_slice_of_one_array():
     random = np.random.default_rng(0)
     shards = [random.integers(0, 50257, n).astype("<u2") for n in (5, 1, 0, 30, 0, 0, 7, 100)]
-    whole, tokens = np.concatenate(shards), Tokens(shards)
-    assert len(tokens) == len(whole)
-    for start, stop in np.sort(random.integers(0, len(whole) + 1, (500, 2))).tolist():
+    array, tokens = np.concatenate(shards), Tokens(shards)
+    assert len(tokens) == len(array)
+    for start, stop in np.sort(random.integers(0, len(array) + 1, (500, 2))).tolist():
         ids = tokens.read(start, stop)
         assert ids.dtype == np.int64
-        assert np.array_equal(ids, whole[start:stop])
+        assert np.array_equal(ids, array[start:stop])
 
 
-def test_reading_fills_the_buffer_that_is_given():
+def test_read_fills_the_given_buffer():
     buffer = np.zeros(4, np.int64)
     assert Tokens([np.arange(3), np.arange(3, 9)]).read(1, 5, out=buffer) is buffer
     assert buffer.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 10), (3, 2), (10, 10)])
-def test_reading_past_the_ends_is_an_error(start, stop):
+def test_read_outside_the_tokens_is_an_error(start, stop):
     with pytest.raises(IndexError):
         Tokens([np.arange(9)]).read(start, stop)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# a data set
+# opening a data set
 
 
-def test_a_data_set_gives_back_its_splits_and_its_tokenizer(tmp_path):
+def test_dataset_has_its_splits_and_tokenizer(tmp_path):
     dataset = open_dataset(make_dataset(tmp_path / "d"))
     assert dataset.val.read(0, len(dataset.val)).tolist() == VAL[0]
     assert dataset.train.read(0, len(dataset.train)).tolist() == TRAIN[0] + TRAIN[1]
@@ -178,21 +178,23 @@ def test_a_data_set_gives_back_its_splits_and_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["my_val_set", "my_train_set", "a_val_1"])
-def test_the_name_of_a_data_set_never_mixes_its_splits(tmp_path, name):
+def test_splits_do_not_depend_on_the_data_set_name(tmp_path, name):
+    """A name may contain `_val_` or `_train_`."""
     dataset = open_dataset(make_dataset(tmp_path / name))
     assert (len(dataset.val), len(dataset.train)) == (3, 8)
 
 
-def test_somebody_else_s_shards_open_without_a_manifest(tmp_path):
-    folder = make_dataset(tmp_path / "d")
-    (folder / MANIFEST).unlink()
-    dataset = open_dataset(folder)
+def test_shards_without_a_manifest_open(tmp_path):
+    """Shards of other projects have no manifest; their tokenizer is taken to be GPT-2's."""
+    directory = make_dataset(tmp_path / "d")
+    (directory / MANIFEST).unlink()
+    dataset = open_dataset(directory)
     assert dataset.manifest is None
     assert (dataset.eot_id, dataset.vocab_size, dataset.tokenizer) == (50256, 50257, "gpt2")
     assert (len(dataset.val), len(dataset.train)) == (3, 8)
 
 
-def test_nanogpt_s_and_build_nanogpt_s_files_open_too(tmp_path):
+def test_files_of_nanogpt_and_build_nanogpt_open(tmp_path):
     train, val = np.arange(50_000, dtype=np.uint16), np.arange(7, dtype=np.uint16)
     save(tmp_path / "nanogpt" / "train.bin", train.tobytes())
     save(tmp_path / "nanogpt" / "val.bin", val.tobytes())
@@ -207,56 +209,59 @@ def test_nanogpt_s_and_build_nanogpt_s_files_open_too(tmp_path):
         assert (dataset.eot_id, dataset.vocab_size, dataset.tokenizer) == (50256, 50257, "gpt2")
 
 
-@pytest.mark.parametrize("damage", ["odd", "short", "wide", "matrix", "no numpy"])
-def test_somebody_else_s_file_that_is_not_whole_is_refused_by_name(tmp_path, damage):
-    name = "train.bin" if damage == "odd" else "x_train_000001.npy"
-    if damage == "odd":
+@pytest.mark.parametrize("damage", ["odd size", "truncated", "uint32", "two dimensions", "not numpy"])
+def test_corrupted_file_of_another_project_is_refused_by_name(tmp_path, damage):
+    name = "train.bin" if damage == "odd size" else "x_train_000001.npy"
+    if damage == "odd size":
         save(tmp_path / name, b"12345")
     else:
-        tokens = np.zeros((4, 4) if damage == "matrix" else 100, np.uint32 if damage == "wide" else np.uint16)
+        tokens = np.zeros((4, 4) if damage == "two dimensions" else 100, np.uint32 if damage == "uint32" else np.uint16)
         np.save(tmp_path / name, tokens)
         data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes({"short": data[:-20], "no numpy": b"text"}.get(damage, data))
+        (tmp_path / name).write_bytes({"truncated": data[:-20], "not numpy": b"text"}.get(damage, data))
     with pytest.raises(UserError, match=name):
         open_dataset(tmp_path)
 
 
-def test_four_byte_shards_without_a_manifest_are_refused(tmp_path):
-    folder = make_dataset(tmp_path / "d", vocab_size=128256)
-    assert len(open_dataset(folder).train) == 8
-    (folder / MANIFEST).unlink()
+def test_uint32_shards_without_a_manifest_are_refused(tmp_path):
+    directory = make_dataset(tmp_path / "d", vocab_size=128256)
+    assert len(open_dataset(directory).train) == 8
+    (directory / MANIFEST).unlink()
     with pytest.raises(UserError, match="uint32"):
-        open_dataset(folder)
+        open_dataset(directory)
 
 
-def test_a_shard_missing_or_not_in_the_manifest_is_refused_by_name(tmp_path):
-    folder = make_dataset(tmp_path / "d")
-    foreign = shutil.copy(folder / "d_train_000001.bin", folder / "x_train_000009.bin")
+def test_missing_or_unlisted_shard_is_refused_by_name(tmp_path):
+    directory = make_dataset(tmp_path / "d")
+    unlisted = shutil.copy(directory / "d_train_000001.bin", directory / "x_train_000009.bin")
     with pytest.raises(UserError, match=r"x_train_000009\.bin is not in the manifest"):
-        open_dataset(folder)
-    os.remove(foreign)
-    os.remove(folder / "d_train_000001.bin")
+        open_dataset(directory)
+    os.remove(unlisted)
+    os.remove(directory / "d_train_000001.bin")
     with pytest.raises(UserError, match=r"d_train_000001\.bin is missing"):
-        open_dataset(folder)
+        open_dataset(directory)
 
 
-@pytest.mark.parametrize("change", [{"row": {"tokens": 4}}, {"row": {"tokens": "4"}}, {"vocab_size": 128256}])
-def test_shards_of_another_length_or_dtype_than_the_manifest_are_refused_by_name(tmp_path, change):
-    folder = make_dataset(tmp_path / "d")
-    edit_manifest(folder, **change)
+@pytest.mark.parametrize(
+    "change", [{"first_shard": {"tokens": 4}}, {"first_shard": {"tokens": "4"}}, {"vocab_size": 128256}]
+)
+def test_shard_that_contradicts_the_manifest_is_refused_by_name(tmp_path, change):
+    """The manifest determines the length and dtype of each shard."""
+    directory = make_dataset(tmp_path / "d")
+    edit_manifest(directory, **change)
     with pytest.raises(UserError, match=r"d_\w+\.bin"):
-        open_dataset(folder)
+        open_dataset(directory)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": []}', "\udcff"])
-def test_a_damaged_manifest_is_refused_by_name(tmp_path, content):
-    folder = make_dataset(tmp_path / "d")
-    (folder / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
+def test_corrupted_manifest_is_refused_by_name(tmp_path, content):
+    directory = make_dataset(tmp_path / "d")
+    (directory / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=MANIFEST):
-        open_dataset(folder)
+        open_dataset(directory)
 
 
-def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path):
+def test_missing_or_empty_directory_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"no data set at .*nowhere"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no data set at aaa"):
@@ -265,7 +270,7 @@ def test_a_folder_that_is_missing_or_empty_is_refused_by_name(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_a_manifest_is_replaced_whole_or_not_at_all(tmp_path):
+def test_write_json_is_atomic(tmp_path):
     write_json(tmp_path / "a.json", {"a": "é"})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"b": 1, "c": object()})
@@ -273,13 +278,17 @@ def test_a_manifest_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_the_fingerprint_stays_when_the_folder_moves_and_changes_with_a_token(tmp_path, manifest):
-    folders = [make_dataset(tmp_path / "a" / "d"), make_dataset(tmp_path / "b" / "d", train=[TRAIN[0], [5, 6, EOT, 8]])]
+def test_fingerprint_depends_on_the_tokens_alone(tmp_path, manifest):
+    """It stays the same if the directory moves, and changes with a token."""
+    directories = [
+        make_dataset(tmp_path / "a" / "d"),
+        make_dataset(tmp_path / "b" / "d", train=[TRAIN[0], [5, 6, EOT, 8]]),
+    ]
     if not manifest:
-        for folder in folders:
-            (folder / MANIFEST).unlink()
-    here, other = [open_dataset(folder).fingerprint for folder in folders]
-    assert open_dataset(folders[0].rename(tmp_path / "moved")).fingerprint == here != other
+        for directory in directories:
+            (directory / MANIFEST).unlink()
+    first, second = [open_dataset(directory).fingerprint for directory in directories]
+    assert open_dataset(directories[0].rename(tmp_path / "moved")).fingerprint == first != second
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -287,65 +296,65 @@ def test_the_fingerprint_stays_when_the_folder_moves_and_changes_with_a_token(tm
 
 
 def test_verify_counts_shards_tokens_and_documents(tmp_path):
-    read = []
-    totals = verify(make_dataset(tmp_path / "d"), read.append)
+    bytes_read = []
+    totals = verify(make_dataset(tmp_path / "d"), bytes_read.append)
     assert totals == {"shards": 3, "tokens": 11, "documents": 4}
-    assert sum(read) == 2 * 11
+    assert sum(bytes_read) == 2 * 11
 
 
 @pytest.mark.parametrize("offset", [0, 5, 9, 600, 1023, 1024, 1026, -1])
-def test_verify_finds_one_flipped_bit_of_header_or_body(tmp_path, offset):
-    folder = make_dataset(tmp_path / "d")
-    flip(folder / "d_train_000002.bin", offset)
+def test_verify_finds_a_flipped_bit_in_header_or_tokens(tmp_path, offset):
+    directory = make_dataset(tmp_path / "d")
+    flip_bit(directory / "d_train_000002.bin", offset)
     with pytest.raises(UserError, match=r"d_train_000002\.bin") as error:
-        verify(folder)
+        verify(directory)
     assert "d_train_000001" not in str(error.value)
 
 
-def test_verify_names_every_damaged_shard_at_once(tmp_path):
-    folder = make_dataset(tmp_path / "d")
-    flip(folder / "d_val_000000.bin", -1)
-    flip(folder / "d_train_000002.bin", 600)
+def test_verify_names_every_corrupted_shard(tmp_path):
+    directory = make_dataset(tmp_path / "d")
+    flip_bit(directory / "d_val_000000.bin", -1)
+    flip_bit(directory / "d_train_000002.bin", 600)
     with pytest.raises(UserError, match=r"(?s)d_val_000000\.bin.*d_train_000002\.bin"):
-        verify(folder)
+        verify(directory)
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
-        ({"row": {"documents": 2}}, "1 documents begin in it, the manifest says 2"),
-        ({"row": {"documents": "2"}}, "the manifest says '2'"), ({"vocab_size": 50256}, "50256"),
+        ({"first_shard": {"documents": 2}}, "1 documents begin in it, the manifest says 2"),
+        ({"first_shard": {"documents": "2"}}, "the manifest says '2'"), ({"vocab_size": 50256}, "50256"),
         ({"vocab_size": "50257"}, "eot_id and vocab_size are numbers"),
     ],
 )  # fmt: skip
-def test_verify_refuses_wrong_document_counts_and_tokens_outside_the_vocabulary(tmp_path, change, complaint):
-    folder = make_dataset(tmp_path / "d")
-    edit_manifest(folder, **change)
-    with pytest.raises(UserError, match=complaint):
-        verify(folder)
+def test_verify_checks_document_counts_and_the_vocabulary(tmp_path, change, message):
+    directory = make_dataset(tmp_path / "d")
+    edit_manifest(directory, **change)
+    with pytest.raises(UserError, match=message):
+        verify(directory)
 
 
-def test_verify_says_so_when_there_is_nothing_to_verify_by(tmp_path):
-    folder = make_dataset(tmp_path / "d")
-    (folder / MANIFEST).unlink()
+def test_verify_without_a_manifest_is_refused(tmp_path):
+    directory = make_dataset(tmp_path / "d")
+    (directory / MANIFEST).unlink()
     with pytest.raises(UserError, match=MANIFEST):
-        verify(folder)
+        verify(directory)
 
 
-def test_verify_finds_wrong_sums_and_another_tokenizer(tmp_path):
-    folder = make_dataset(tmp_path / "d")
-    edit_manifest(folder, counts={"tokens": {"val": 3, "train": 9}, "documents": {"kept": 77}})
-    (folder / "gpt2.tiktoken").write_bytes(b"other ranks")
+def test_verify_finds_wrong_totals_and_another_tokenizer(tmp_path):
+    directory = make_dataset(tmp_path / "d")
+    edit_manifest(directory, counts={"tokens": {"val": 3, "train": 9}, "documents": {"kept": 77}})
+    (directory / "gpt2.tiktoken").write_bytes(b"other ranks")
     with pytest.raises(
         UserError,
         match=r"(?s)tokens, its counts.*documents, its counts.*gpt2.tiktoken is missing",
     ):
-        verify(folder)
+        verify(directory)
 
 
-def test_more_shards_than_files_may_be_open_are_opened(tmp_path):
-    folder = make_dataset(tmp_path / "d", train=[[EOT, 1]] * 150)
+def test_opening_many_shards_raises_the_open_file_limit(tmp_path):
+    directory = make_dataset(tmp_path / "d", train=[[EOT, 1]] * 150)
     code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 1000)); from babygpt.data import shards; "
-    code += f"print(len(shards.open_dataset({str(folder)!r}).train))"
+    code += f"print(len(shards.open_dataset({str(directory)!r}).train))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "300\n", done.stderr
