@@ -42,7 +42,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from support.fuzzing import Kinds, fuzz, small_dataset  # noqa: E402
 from support.helpers import call, save_hellaswag  # noqa: E402
-from support.runs import assert_equal_to_the_bit, cut_back_to, ends_at, flags, rows_of, torchrun  # noqa: E402
+from support.runs import (  # noqa: E402
+    assert_bitwise_equal,
+    completes_before_call,
+    copy_killed_run,
+    flags,
+    read_recorded_rows,
+    torchrun,
+)
 
 import train  # noqa: E402
 from babygpt.errors import UserError  # noqa: E402
@@ -146,7 +153,7 @@ def writes(folder: Path) -> list[Row]:
             run, at = folder / f"{again}-{at}", at + 1
             for step in (1, 2):
                 save_step(run, step)
-            ended = ends_at(at, partial(save_step, run, 2 if again else 3))
+            ended = completes_before_call(at, partial(save_step, run, 2 if again else 3))
             found = checkpoint.latest(run)
             lost += found is None or not is_whole(found) or checkpoint.step_of(found) < 2
         rows.append((
@@ -235,9 +242,9 @@ def resumes(folder: Path, dataset: Path, steps: int = 40) -> list[Row]:
         at = range(1, steps) if world == 1 else range(7, steps, 7)
         same = 0
         for step in at:
-            run = cut_back_to(whole, step, folder / "resumed")
+            run = copy_killed_run(whole, step, folder / "resumed")
             start(*flags(dataset, run, preset, general__init_from="resume", **line))
-            assert_equal_to_the_bit(run, whole, steps)
+            assert_bitwise_equal(run, whole, steps)
             same += 1
             shutil.rmtree(run)
         rows.append((f"`{preset}` gone on with from a step, W = {world}", f"{len(at)}", f"{same} equal to the bit"))
@@ -270,7 +277,7 @@ def crashes(folder: Path, dataset: Path, count: int, rng: random.Random) -> list
                 break
             assert code == -signal.SIGKILL, code
             killed += 1
-        assert_equal_to_the_bit(folder / str(i), whole, 40)
+        assert_bitwise_equal(folder / str(i), whole, 40)
     return [("SIGKILL at a random instant of a run, the same command again", f"{killed}",
              f"{count} runs all equal to the bit to the one unbroken: log, weights, optimizer, samples")]  # fmt: skip
 
@@ -313,7 +320,7 @@ def stops(folder: Path, dataset: Path, count: int, rng: random.Random, world: in
         marker = [name for name in (STOPPED, FINISHED) if (run / name).exists()]
         assert len(marker) == 1 or (kept == 0 and not marker), marker  # none before the run's folder was there
         os.waitpid(start(line), 0)
-        assert_equal_to_the_bit(run, whole, 40)
+        assert_bitwise_equal(run, whole, 40)
     assert codes <= ({0} if world == 1 else {0, 1, -signal.SIGTERM}), codes  # torchrun tells 1 of any it had to stop
     return [(
         f"SIGTERM at a random instant of a run, W = {world}, then gone on with", f"{count}",
@@ -328,7 +335,7 @@ def numbers(folder: Path, dataset: Path, count: int) -> list[Row]:
         rank, step = i % 2, 1 + i // 2
         run = folder / str(i)
         line = flags(dataset, run, validation__every_n_steps=0, sampling__every_n_steps=0)
-        done = torchrun(2, *line, fault=f"nan {rank} {step}", check=False)
+        done = torchrun(2, *line, fault=f"nan_weight {rank} {step}", check=False)
         told = f"error: Step {step}: the loss is nan" in done.stderr
         logged = [row["step"] for row in read_log(run / "log.csv")] == list(range(step))
         sound = all(
@@ -346,12 +353,12 @@ def ranks(folder: Path, dataset: Path) -> list[Row]:
     changes = {
         "model__dropout": 0.0, "sampling__every_n_steps": 0, "training__max_steps": 30, "training__micro_batch_size": 2,
     }  # fmt: skip
-    torchrun(1, *flags(dataset, folder / "whole", "gpt2", **changes), fault="rows 0 0")
+    torchrun(1, *flags(dataset, folder / "whole", "gpt2", **changes), fault="record_rows 0 0")
     line = flags(dataset, folder / "run", "gpt2", **changes, general__init_from="resume")
     for world in (1, 2, 4, 8):
-        torchrun(world, *line, fault=f"stop {world - 1} 2")
-    torchrun(1, *line, fault="rows 0 0")
-    assert rows_of(folder / "run") == rows_of(folder / "whole")
+        torchrun(world, *line, fault=f"sigterm {world - 1} 2")
+    torchrun(1, *line, fault="record_rows 0 0")
+    assert read_recorded_rows(folder / "run") == read_recorded_rows(folder / "whole")
     one, other = (read_log(folder / name / "log.csv") for name in ("run", "whole"))
     apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(one[:-1], other[:-1], strict=True))
     return [

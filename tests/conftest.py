@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.helpers import call
-from support.runs import flags, tiny_dataset
+from support.runs import flags, make_tiny_dataset
 
 import train
 from babygpt.training import metrics
@@ -26,18 +26,18 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def dataset(texts, tmp_path_factory) -> Path:
     """The directory of a data set of about 2,300 training tokens, with a trained vocabulary of 300."""
-    return tiny_dataset(texts, tmp_path_factory.mktemp("data"))
+    return make_tiny_dataset(texts, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
-def unbroken(dataset, tmp_path_factory) -> Path:
+def uninterrupted_run(dataset, tmp_path_factory) -> Path:
     """The run directory of an uninterrupted run of train.py, with a checkpoint after every step."""
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
     call(train.main, *flags(dataset, out))
     return out
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """Skip plot.png, which takes most of the time of a small run. The session fixture `unbroken` draws it."""
+    """Skip plot.png, which takes most of the time of a small run. The session fixture `uninterrupted_run` draws it."""
     monkeypatch.setattr(metrics, "plot", lambda runs, out: None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import ROOT, STEPS, assert_equal_to_the_bit, flags, forked_ranks
+from support.runs import ROOT, STEPS, assert_bitwise_equal, flags, fork_ranks
 
 from babygpt.training.log import read_log
 
@@ -113,7 +113,7 @@ def ends_well(processes: list[subprocess.Popen], log: Path) -> None:
 @pytest.fixture(scope="module")
 def on_one_machine(dataset, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "machine"
-    forked_ranks(2, *flags(dataset, run))
+    fork_ranks(2, *flags(dataset, run))
     return run
 
 
@@ -121,7 +121,7 @@ def on_one_machine(dataset, tmp_path_factory) -> Path:
 def test_a_run_on_two_hosts_is_the_run_of_one_with_two_ranks(rendezvous, hosts, on_one_machine, dataset, tmp_path):
     line = flags(dataset, tmp_path / "run")
     ends_well([host.start(rendezvous(i), line, tmp_path / "log") for i, host in enumerate(hosts)], tmp_path / "log")
-    assert_equal_to_the_bit(tmp_path / "run", on_one_machine)
+    assert_bitwise_equal(tmp_path / "run", on_one_machine)
 
 
 def slow(dataset: Path, run: Path) -> list:
@@ -135,7 +135,7 @@ def slow(dataset: Path, run: Path) -> list:
 @pytest.fixture(scope="module")
 def slow_on_one_machine(dataset, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "slow"
-    forked_ranks(2, *slow(dataset, run))
+    fork_ranks(2, *slow(dataset, run))
     return run
 
 
@@ -157,7 +157,7 @@ def test_a_cable_that_is_out_for_seconds_delays_and_one_out_for_longer_ends_all(
             assert all(process.wait(90) != 0 for process in processes)
             assert "Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
             ends_well([host.start(static(i), line, log) for i, host in enumerate(hosts)], log)
-        assert_equal_to_the_bit(run, slow_on_one_machine)
+        assert_bitwise_equal(run, slow_on_one_machine)
 
 
 @pytest.mark.parametrize("rendezvous", [static, c10d])
@@ -171,7 +171,7 @@ def test_where_a_host_is_killed_the_other_ends_and_the_same_commands_go_on(
     assert first.wait(120) != 0
     assert "error: Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
     ends_well([host.start(rendezvous(i), line, log) for i, host in enumerate(hosts)], log)
-    assert_equal_to_the_bit(tmp_path / "run", slow_on_one_machine)
+    assert_bitwise_equal(tmp_path / "run", slow_on_one_machine)
     assert len(read_log(tmp_path / "run" / "log.csv")) == STEPS + 1
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.helpers import call
-from support.runs import STEPS, assert_equal_to_the_bit, cut_back_to, flags, forked_ranks, rows_of, torchrun, weights
+from support.runs import (
+    STEPS,
+    assert_bitwise_equal,
+    copy_killed_run,
+    flags,
+    fork_ranks,
+    load_tensors,
+    read_recorded_rows,
+    torchrun,
+)
 
 import train
 from babygpt.errors import exit_now
@@ -19,10 +28,10 @@ from babygpt.training.optim import (
 
 
 def test_two_ranks_stopped_across_an_epochs_end_go_on_equal_to_the_bit(dataset, tmp_path):
-    forked_ranks(2, *flags(dataset, tmp_path / "unbroken"))
-    out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
-    forked_ranks(2, *flags(dataset, out, general__init_from="resume"))
-    assert_equal_to_the_bit(out, tmp_path / "unbroken")
+    fork_ranks(2, *flags(dataset, tmp_path / "uninterrupted"))
+    out = copy_killed_run(tmp_path / "uninterrupted", 7, tmp_path / "stopped")
+    fork_ranks(2, *flags(dataset, out, general__init_from="resume"))
+    assert_bitwise_equal(out, tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -33,13 +42,13 @@ def test_a_modern_run_is_the_same_stopped_and_shared_out(world, dataset, tmp_pat
         "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_scale": 0.3,
         "optimizer__momentum_warmup_steps": 10, "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
     }  # fmt: skip
-    forked_ranks(world, *flags(dataset, tmp_path / "unbroken", "modern", **modern))
-    out = cut_back_to(tmp_path / "unbroken", 7, tmp_path / "stopped")
-    forked_ranks(world, *flags(dataset, out, "modern", general__init_from="resume", **modern))
-    assert_equal_to_the_bit(out, tmp_path / "unbroken")
+    fork_ranks(world, *flags(dataset, tmp_path / "uninterrupted", "modern", **modern))
+    out = copy_killed_run(tmp_path / "uninterrupted", 7, tmp_path / "stopped")
+    fork_ranks(world, *flags(dataset, out, "modern", general__init_from="resume", **modern))
+    assert_bitwise_equal(out, tmp_path / "uninterrupted")
     rows = read_log(out / "log.csv")
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
-    assert {"momentum_buffer"} == weights(out, STEPS)[1]["h.0.attn.c_attn.weight"].keys()
+    assert {"momentum_buffer"} == load_tensors(out, STEPS)[1]["h.0.attn.c_attn.weight"].keys()
 
 
 def test_a_modern_step_is_the_same_for_any_number_of_ranks(dataset, tmp_path):
@@ -51,7 +60,7 @@ def test_a_modern_step_is_the_same_for_any_number_of_ranks(dataset, tmp_path):
         "sampling__every_n_steps": 0,
     }
     for world in (1, 2, 4):
-        forked_ranks(world, *flags(dataset, tmp_path / str(world), "modern", **changes))
+        fork_ranks(world, *flags(dataset, tmp_path / str(world), "modern", **changes))
     one, two, four = (read_log(tmp_path / world / "log.csv") for world in ("1", "2", "4"))
     for other in (two, four):
         for a, b in zip(one[:-1], other[:-1], strict=True):
@@ -65,8 +74,8 @@ def traced(dataset: Path, out: Path, world: int, micro: int) -> tuple[list[list]
         dataset, out, training__micro_batch_size=micro, model__dropout=0.0, saving__every_n_steps=0,
         sampling__every_n_steps=0,
     )  # fmt: skip
-    forked_ranks(world, *line, fault="rows 0 0")
-    return rows_of(out), [
+    fork_ranks(world, *line, fault="record_rows 0 0")
+    return read_recorded_rows(out), [
         row[key]
         for row in read_log(out / "log.csv")
         for key in ("loss", "val_loss", "grad_norm")
@@ -86,7 +95,7 @@ def test_rows_and_losses_are_the_same_for_any_number_of_ranks_and_any_micro_batc
 def test_ranks_average_their_gradients(dataset, tmp_path):
     line = {"model__dropout": 0.0, "training__max_steps": 6, "saving__every_n_steps": 0, "sampling__every_n_steps": 0}
     call(train.main, *flags(dataset, tmp_path / "one", **line))
-    forked_ranks(2, *flags(dataset, tmp_path / "two", **line))
+    fork_ranks(2, *flags(dataset, tmp_path / "two", **line))
     one, two = (read_log(tmp_path / name / "log.csv") for name in ("one", "two"))
     for key in ("loss", "grad_norm", "val_loss"):
         assert [row[key] for row in two if row[key]] == pytest.approx([row[key] for row in one if row[key]], rel=1e-5)

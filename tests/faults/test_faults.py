@@ -20,12 +20,12 @@ from support.helpers import call, save_hellaswag
 from support.runs import (
     ROOT,
     STEPS,
-    assert_equal_to_the_bit,
-    cut_back_to,
-    ends_at,
+    assert_bitwise_equal,
+    completes_before_call,
+    copy_killed_run,
     flags,
-    forked_ranks,
-    rows_of,
+    fork_ranks,
+    read_recorded_rows,
     torchrun,
 )
 
@@ -69,7 +69,7 @@ def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost
         "evaluation__every_n_steps": 6, "sampling__every_n_steps": 6, "saving__every_n_steps": 6,
         "model__block_size": 32, "model__n_layer": 1,
     }  # fmt: skip
-    call(train.main, *flags(dataset, tmp_path / "unbroken", **changes))
+    call(train.main, *flags(dataset, tmp_path / "uninterrupted", **changes))
     updates, calls = [], []
     module, name = inner.rsplit(".", 1)
     function, step_of = getattr(sys.modules[module], name), train.train_step
@@ -95,17 +95,17 @@ def test_a_signal_in_the_middle_of_a_scene_is_heeded_at_once_and_nothing_is_lost
     assert [marker.exists() for marker in markers] == [True, False]
     call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume", **changes))
     assert [marker.exists() for marker in markers] == [False, True]
-    assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
+    assert_bitwise_equal(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_a_signal_to_one_of_two_ranks_in_the_middle_of_a_scene_stops_both(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", validation__every_n_steps=6, sampling__every_n_steps=0)
-    forked_ranks(2, *line, fault="scene 1 3")
+    fork_ranks(2, *line, fault="sigterm_in_validation 1 3")
     assert checkpoint.step_of(latest(tmp_path / "run")) == 6
     assert (tmp_path / "run" / STOPPED).exists()
-    forked_ranks(2, *line, "--general.init-from", "resume")
-    forked_ranks(2, *flags(dataset, tmp_path / "unbroken", validation__every_n_steps=6, sampling__every_n_steps=0))
-    assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
+    fork_ranks(2, *line, "--general.init-from", "resume")
+    fork_ranks(2, *flags(dataset, tmp_path / "uninterrupted", validation__every_n_steps=6, sampling__every_n_steps=0))
+    assert_bitwise_equal(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_where_the_terminal_is_closed_the_run_stops_and_is_saved(dataset, tmp_path):
@@ -134,7 +134,11 @@ def test_a_run_goes_on_where_nobody_reads_what_it_prints(dataset, tmp_path):
 def test_other_words_are_heard_where_some_are_lost(dataset, tmp_path):
     """stdout on a full disk, or closed, or of few letters."""
     command = [sys.executable, str(ROOT / "tests/support/faulty_train.py")]
-    environment = os.environ | {"FAULT": "nan 0 3", "TORCHELASTIC_RESTART_COUNT": "0", "PYTHONIOENCODING": "latin-1"}
+    environment = os.environ | {
+        "FAULT": "nan_weight 0 3",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "PYTHONIOENCODING": "latin-1",
+    }
     line = flags(dataset, tmp_path / "full", sampling__prompt="żółw")
     with open("/dev/full", "w") as full:
         done = subprocess.run([*command, *line], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -143,7 +147,7 @@ def test_other_words_are_heard_where_some_are_lost(dataset, tmp_path):
     for i, end in enumerate((">&-", "2>&-", "> /dev/null")):
         line = flags(dataset, tmp_path / str(i), sampling__prompt="żółw")
         shell = f"{shlex.join([*command, *line])} {end}"
-        assert subprocess.run(shell, shell=True, env=environment | {"FAULT": "stop 0 9"}).returncode == 0
+        assert subprocess.run(shell, shell=True, env=environment | {"FAULT": "sigterm 0 9"}).returncode == 0
         assert (tmp_path / str(i) / STOPPED).exists()
 
 
@@ -200,11 +204,11 @@ def test_a_spike_is_told_of_and_its_update_left_out_where_that_is_asked_for(data
     assert torch.equal(weights[2][1], weights[2][2]), "update 8 is left out"
     assert not torch.equal(weights[2][0], weights[2][1])
     assert not torch.equal(weights[2][2], weights[2][3])
-    resumed = cut_back_to(tmp_path / "2", 7, tmp_path / "resumed")
+    resumed = copy_killed_run(tmp_path / "2", 7, tmp_path / "resumed")
     updates[:] = [0] * 7
     call(train.main, *flags(dataset, resumed, general__init_from="resume", **changes), *skip)
     assert "step      8 | the loss" in capsys.readouterr().out, "what is usual is known still"
-    assert_equal_to_the_bit(resumed, tmp_path / "2")
+    assert_bitwise_equal(resumed, tmp_path / "2")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def test_a_save_killed_between_any_two_writes_loses_no_checkpoint(tmp_path):
             save(run, 2)
             if again:
                 (run / "checkpoints" / "step_00000002" / "model.safetensors").write_bytes(b"")
-            ended = ends_at(at, lambda: save(run, 2 if again else 3, keep=2))  # noqa: B023, called at once
+            ended = completes_before_call(at, lambda: save(run, 2 if again else 3, keep=2))  # noqa: B023, called at once
             found = load(latest(run))
             assert found.state["step"] in ((1, 2) if again else (2, 3))
             assert torch.equal(found.model["w"], tensors(float(found.state["step"]))[0]["w"])
@@ -315,7 +319,7 @@ def test_where_a_checkpoint_cannot_be_written_all_ranks_end_and_the_one_before_i
         dataset, tmp_path / "run", saving__every_n_steps=4, saving__keep=0, validation__every_n_steps=0,
         sampling__every_n_steps=0, model__n_embd=32,
     )  # fmt: skip
-    done = torchrun(world, *line, fault="full 0 5", check=False)
+    done = torchrun(world, *line, fault="disk_full 0 5", check=False)
     assert done.returncode != 0
     assert "error: The checkpoint of step 8 could not be written" in done.stderr
     assert "File too large" in done.stderr
@@ -326,7 +330,7 @@ def test_where_a_checkpoint_cannot_be_written_all_ranks_end_and_the_one_before_i
     assert read_log(tmp_path / "run" / "log.csv")[-1]["step"] < STEPS - 1, "it does not train on in vain"
 
 
-@pytest.mark.parametrize(("kind", "words"), [("locked", "Permission denied"), ("gone", "No such file")])
+@pytest.mark.parametrize(("kind", "words"), [("read_only", "Permission denied"), ("deleted", "No such file")])
 def test_where_the_folder_is_gone_or_locked_it_says_so_and_ends(kind, words, dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", saving__every_n_steps=4)
     done = torchrun(2, *line, fault=f"{kind} 0 5", check=False)
@@ -337,10 +341,10 @@ def test_where_the_folder_is_gone_or_locked_it_says_so_and_ends(kind, words, dat
     for folder in ("run", "run/checkpoints"):
         (tmp_path / folder).chmod(0o755)
     saved = load(latest(tmp_path / "run")).state["step"]
-    assert saved == (4 if kind == "locked" else 8), "where the folder is gone, weights at least are saved anew"
+    assert saved == (4 if kind == "read_only" else 8), "where the folder is gone, weights at least are saved anew"
     torchrun(2, *line, "--general.init-from", "resume")
     steps = [row["step"] for row in read_log(tmp_path / "run" / "log.csv")]
-    assert steps == list(range(0 if kind == "locked" else saved, STEPS + 1))
+    assert steps == list(range(0 if kind == "read_only" else saved, STEPS + 1))
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(dataset, tmp_path):
@@ -373,12 +377,12 @@ def no_traceback_of_ours(stderr: str) -> bool:
     return 'train.py", line' not in stderr
 
 
-@pytest.mark.parametrize(("kind", "rank", "step"), [("nan", 0, 3), ("nan", 1, 6), ("gradient", 1, 4)])
+@pytest.mark.parametrize(("kind", "rank", "step"), [("nan_weight", 0, 3), ("nan_weight", 1, 6), ("nan_gradient", 1, 4)])
 def test_a_number_that_is_not_finite_on_one_rank_stops_all_at_that_step(kind, rank, step, dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", **QUIET)
     done = torchrun(2, *line, fault=f"{kind} {rank} {step}", check=False)
     assert done.returncode != 0
-    loss = r"nan" if kind == "nan" else r"\d\.\d+"
+    loss = r"nan" if kind == "nan_weight" else r"\d\.\d+"
     assert re.search(
         f"error: Step {step}: the loss is {loss}, the gradient norm nan, first on rank {rank}\\.", done.stderr
     )
@@ -391,7 +395,7 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_at_that_step(kind, ra
 
 def test_ranks_whose_weights_differ_are_told_of_by_name(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", training__compare_ranks_every_n_steps=2, **QUIET)
-    done = torchrun(2, *line, fault="flip 1 5", check=False)
+    done = torchrun(2, *line, fault="changed_weight 1 5", check=False)
     assert done.returncode != 0
     assert "error: Step 6: the weights of rank 1 differ from those of the other ranks" in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -399,7 +403,7 @@ def test_ranks_whose_weights_differ_are_told_of_by_name(dataset, tmp_path):
     assert checkpoint.step_of(latest(tmp_path / "run")) == 6
 
 
-@pytest.mark.parametrize("kind", ["kill", "hang"])
+@pytest.mark.parametrize("kind", ["sigkill", "hang"])
 def test_where_a_rank_is_lost_the_others_end_in_time_and_say_in_what(kind, dataset, tmp_path):
     """Without torchrun, which would end them by itself."""
     line = flags(dataset, tmp_path / "run", general__timeout_minutes=0.1, **QUIET)
@@ -407,7 +411,7 @@ def test_where_a_rank_is_lost_the_others_end_in_time_and_say_in_what(kind, datas
     assert first.wait(60) == 2
     assert "error: Another rank exited, or did not respond for 0.1 minutes, in step 5;" in (said := first.stderr.read())
     assert no_traceback_of_ours(said)
-    assert second.wait(60) == (-signal.SIGKILL if kind == "kill" else 2)
+    assert second.wait(60) == (-signal.SIGKILL if kind == "sigkill" else 2)
     assert checkpoint.step_of(latest(tmp_path / "run")) in (4, 5)
 
 
@@ -420,7 +424,7 @@ def test_a_rank_that_waits_for_one_that_never_comes_says_so(rank, dataset, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def alone(line: list[str], ranks: tuple[int, ...], fault: str = "rows 0 0") -> list[subprocess.Popen]:
+def alone(line: list[str], ranks: tuple[int, ...], fault: str = "record_rows 0 0") -> list[subprocess.Popen]:
     """Some ranks of two, started as Slurm does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -440,23 +444,23 @@ def alone(line: list[str], ranks: tuple[int, ...], fault: str = "rows 0 0") -> l
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_is_lost(dataset, tmp_path):
     """Though the address of the killed rank is in torchrun's store still when the other ones join again."""
-    forked_ranks(2, *flags(dataset, tmp_path / "unbroken"))
+    fork_ranks(2, *flags(dataset, tmp_path / "uninterrupted"))
     line = flags(dataset, tmp_path / "run", general__init_from="resume", general__timeout_minutes=0.3)
-    torchrun(2, *line, fault="kill 1 5", restarts=3)
-    assert_equal_to_the_bit(tmp_path / "run", tmp_path / "unbroken")
+    torchrun(2, *line, fault="sigkill 1 5", restarts=3)
+    assert_bitwise_equal(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(dataset, tmp_path):
     """1, 2, 4 and 1, three steps or four each: as one rank does alone."""
     changes = {"model__dropout": 0.0, "sampling__every_n_steps": 0}
-    forked_ranks(1, *flags(dataset, tmp_path / "unbroken", **changes), fault="rows 0 0")
+    fork_ranks(1, *flags(dataset, tmp_path / "uninterrupted", **changes), fault="record_rows 0 0")
     for world in (1, 2, 4):
         line = flags(dataset, tmp_path / "run", **changes, general__init_from="resume")
-        forked_ranks(world, *line, fault=f"stop {world - 1} 2")
+        fork_ranks(world, *line, fault=f"sigterm {world - 1} 2")
         assert not (tmp_path / "run" / FINISHED).exists()
-    forked_ranks(1, *line, fault="rows 0 0")
-    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "unbroken")
-    for one, other in zip(*(read_log(tmp_path / run / "log.csv") for run in ("run", "unbroken")), strict=True):
+    fork_ranks(1, *line, fault="record_rows 0 0")
+    assert read_recorded_rows(tmp_path / "run") == read_recorded_rows(tmp_path / "uninterrupted")
+    for one, other in zip(*(read_log(tmp_path / run / "log.csv") for run in ("run", "uninterrupted")), strict=True):
         for key in ("loss", "val_loss", "grad_norm"):
             assert one[key] == (other[key] and pytest.approx(other[key], rel=1e-5))
         assert (one["tokens"], one["epoch"]) == (other["tokens"], other["epoch"])
@@ -468,7 +472,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(dataset, tmp_path):
 
 def test_where_memory_is_short_the_ways_to_less_are_told(dataset, tmp_path):
     line = flags(dataset, tmp_path / "run", **QUIET)
-    done = torchrun(2, *line, fault="memory 1 2", check=False)
+    done = torchrun(2, *line, fault="out_of_memory 1 2", check=False)
     assert (
         "error (rank 1): Out of memory in step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Use" in done.stderr
     )
@@ -498,17 +502,17 @@ def test_malformed_input_is_refused_in_a_sentence_or_harmless(dataset, tmp_path)
 @pytest.mark.parametrize(
     ("name", "value"), [("losses", ["x"]), ("launches", [True]), ("launches", 5), ("tokenizer", {"name": 3})]
 )
-def test_a_state_that_was_rewritten_is_refused_in_a_sentence(name, value, unbroken, dataset, tmp_path):
-    run = cut_back_to(unbroken, 1, tmp_path / "run")
+def test_a_state_that_was_rewritten_is_refused_in_a_sentence(name, value, uninterrupted_run, dataset, tmp_path):
+    run = copy_killed_run(uninterrupted_run, 1, tmp_path / "run")
     found = load(latest(run))
     checkpoint.save(run, 1, found.model, found.optimizer, found.state | {name: value}, keep=0)
     with pytest.raises(UserError, match=r"lacks what a resume needs|is not the state.json of a checkpoint"):
         call(train.main, *flags(dataset, run, general__init_from="resume"))
 
 
-def test_a_record_of_the_settings_that_is_none_does_no_harm(unbroken, dataset, tmp_path):
+def test_a_record_of_the_settings_that_is_none_does_no_harm(uninterrupted_run, dataset, tmp_path):
     for i, text in enumerate(('{"general": 0, "model": [1]}', "[]", "{")):
-        run = cut_back_to(unbroken, 12, tmp_path / str(i))
+        run = copy_killed_run(uninterrupted_run, 12, tmp_path / str(i))
         (run / "config.json").write_text(text)
         call(train.main, *flags(dataset, run, general__init_from="resume"))
-        assert_equal_to_the_bit(run, unbroken)
+        assert_bitwise_equal(run, uninterrupted_run)

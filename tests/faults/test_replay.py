@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import call, save_hellaswag
-from support.runs import STEPS, cut_back_to, flags, forked_ranks, torchrun
+from support.runs import STEPS, copy_killed_run, flags, fork_ranks, torchrun
 
 import train
 from babygpt.training import checkpoint
@@ -29,7 +29,7 @@ def honest(changes, dataset, tmp_path_factory) -> Path:
     """A run with HellaSwag, stopped and gone on with."""
     folder = tmp_path_factory.mktemp("honest")
     call(train.main, *flags(dataset, folder / "first", **changes))
-    run = cut_back_to(folder / "first", 8, folder / "run")
+    run = copy_killed_run(folder / "first", 8, folder / "run")
     call(train.main, *flags(dataset, run, general__init_from="resume", **changes))
     return run
 
@@ -63,8 +63,8 @@ def test_a_run_whose_settings_changed_on_the_way_comes_out_equal_too(dataset, tm
         sampling__every_n_steps=0,
         model__dropout=0.0,
     )
-    forked_ranks(2, *line, fault="stop 1 8")
-    forked_ranks(2, *line, "--optimizer.max-lr", 0.02, "--validation.every-n-steps", 5)
+    fork_ranks(2, *line, fault="sigterm 1 8")
+    fork_ranks(2, *line, "--optimizer.max-lr", 0.02, "--validation.every-n-steps", 5)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [6, 11, 12, STEPS]
     shutil.rmtree(run / "checkpoints" / "step_00000011")
     audited = torchrun(2, run, "--device", "cpu", script="tools.replay", check=False)

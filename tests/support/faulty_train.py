@@ -1,17 +1,19 @@
-"""train.py with a fault: FAULT="kind rank step" strikes that rank in its so-manieth update, at torchrun's first try.
+"""Run train.py with one injected fault: FAULT="kind rank step" injects it on that rank before that update.
 
-full    from here on no file can grow beyond 20 kB, as on a disk that is full
-nan     a weight is not a number, on this rank alone
-gradient  a gradient of this rank is not a number, its loss is
-flip    a weight is another, on this rank alone
-kill    the process ends by SIGKILL, and begins late when torchrun tries again
-hang    it sleeps for 15 s
-rows    nothing strikes, but every rank writes down the rows of each step: out/<run>/rows_<rank>.jsonl
-stop    it is told to stop; the rows too
-scene   it is told to stop in the middle of the next validation
-memory  the device is out of memory
-locked  from here on nothing can be written to the run's folder
-gone    the run's folder is deleted
+`step` counts the updates of this process from 0. After a restart by torchrun, no fault is injected. The kinds:
+
+disk_full       from now on, no file can grow beyond 20 kB
+nan_weight      a weight becomes NaN
+nan_gradient    a gradient becomes NaN; the loss stays finite
+changed_weight  a weight changes
+sigkill         the process receives SIGKILL; if torchrun restarts it, it starts 3 s late
+hang            the process sleeps for 15 s
+record_rows     no fault; every rank records the rows of each step in out/<run>/rows_<rank>.jsonl
+sigterm         the process receives SIGTERM; rows are recorded too
+sigterm_in_validation  the process receives SIGTERM during the next validation
+out_of_memory   the device runs out of memory
+read_only       the run directory becomes read-only
+deleted         the run directory is deleted
 """
 
 import json
@@ -32,71 +34,74 @@ from babygpt.errors import run
 from babygpt.training import metrics
 
 KIND, RANK, STEP = os.environ["FAULT"].split()
-step_of, set_up_of, calls, OUT = train.train_step, train.set_up, [], [Path()]
-FIRST_TRY = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+FIRST_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+original_train_step, original_set_up = train.train_step, train.set_up
+num_updates, out_dir = 0, Path()
 
 
-def strike(weight: torch.Tensor, out: Path) -> None:
-    if KIND == "full":
+def inject(weight: torch.Tensor) -> None:
+    if KIND == "disk_full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    elif KIND == "nan":
+    elif KIND == "nan_weight":
         weight[0, 0] = float("nan")
-    elif KIND == "gradient":
+    elif KIND == "nan_gradient":
         weight.register_hook(lambda gradient: gradient * float("nan"))
-    elif KIND == "flip":
+    elif KIND == "changed_weight":
         weight[0, 0] += 1e-3
-    elif KIND == "kill":
+    elif KIND == "sigkill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif KIND == "stop":
+    elif KIND == "sigterm":
         os.kill(os.getpid(), signal.SIGTERM)
     elif KIND == "hang":
         time.sleep(15)
-    elif KIND == "scene":
-        batches_of = train.validation_batches
+    elif KIND == "sigterm_in_validation":
+        validation_batches = train.validation_batches
 
-        def told_at_the_second(*args):
-            for i, batch in enumerate(batches_of(*args)):
+        def with_sigterm(*args):
+            for i, batch in enumerate(validation_batches(*args)):
                 if i == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield batch
-                assert i < 1, "it went on with the validation"
+                assert i < 1, "validation continued after SIGTERM"
 
-        train.validation_batches = told_at_the_second
-    elif KIND == "locked":
-        for folder in (out, out / "checkpoints"):
-            folder.chmod(0o555)
+        train.validation_batches = with_sigterm
+    elif KIND == "read_only":
+        for directory in (out_dir, out_dir / "checkpoints"):
+            directory.chmod(0o555)
         if os.geteuid() == 0:
-            os.seteuid(65534)  # root may write anywhere
-    elif KIND == "gone":
-        shutil.rmtree(out)
-    elif KIND == "memory":
+            os.seteuid(65534)  # permissions do not restrict root
+    elif KIND == "deleted":
+        shutil.rmtree(out_dir)
+    elif KIND == "out_of_memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
 
 
-def faulty_step(state, batch, *rest, **named):
-    calls.append(0)
+def train_step(state, batch, *args, **kwargs):
+    global num_updates
     rank = state.ranks.rank
-    if KIND in ("rows", "stop"):
+    if KIND in ("record_rows", "sigterm"):
         rows = [row.tolist() for micro_batch in batch.micro_batches for row in micro_batch]
-        with open(OUT[0] / f"rows_{rank}.jsonl", "a") as file:
+        with open(out_dir / f"rows_{rank}.jsonl", "a") as file:
             file.write(json.dumps([batch.start.epoch, batch.start.n, rows]) + "\n")
-    if (rank, len(calls) - 1) == (int(RANK), int(STEP)) and FIRST_TRY:
+    num_updates += 1
+    if (rank, num_updates - 1) == (int(RANK), int(STEP)) and FIRST_ATTEMPT:
         with torch.no_grad():
-            strike(next(state.model.parameters()), OUT[0])
-    return step_of(state, batch, *rest, **named)
+            inject(next(state.model.parameters()))
+    return original_train_step(state, batch, *args, **kwargs)
 
 
-def set_up(config, *rest):
-    OUT[:] = [Path(config.general.out_dir)]
-    return set_up_of(config, *rest)
+def set_up(config, *args):
+    global out_dir
+    out_dir = Path(config.general.out_dir)
+    return original_set_up(config, *args)
 
 
-train.train_step, train.set_up = faulty_step, set_up
-if KIND not in ("gone", "locked", "full"):  # there the picture is a file that cannot be written
-    metrics.plot = lambda runs, out: None  # elsewhere it would take most of the time
+train.train_step, train.set_up = train_step, set_up
+if KIND not in ("deleted", "read_only", "disk_full"):  # with these, plot.png is one of the files that cannot be written
+    metrics.plot = lambda runs, out: None  # drawing it would take most of the time
 
 if __name__ == "__main__":
-    if KIND == "kill" and os.environ["RANK"] == RANK and not FIRST_TRY:
+    if KIND == "sigkill" and os.environ["RANK"] == RANK and not FIRST_ATTEMPT:
         time.sleep(3)
     run(train.main)

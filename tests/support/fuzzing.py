@@ -33,7 +33,7 @@ from babygpt.training.log import COLUMNS, Log, read_log
 from hellaswag import load_examples
 from model import GPT, GPTConfig
 from support.helpers import call, save_hellaswag, save_jsonl
-from support.runs import flags, tiny_dataset
+from support.runs import flags, make_tiny_dataset
 from train_config import Config, parse, preset, resolve
 
 ODD = (
@@ -131,7 +131,7 @@ def small_dataset(folder: Path) -> Path:
         " ".join(rng.choices(["the", "a", "of", "and", "model", "data", "token", "loss", "step"], k=30))
         for _ in range(30)
     ]
-    return tiny_dataset(texts, folder, 280)
+    return make_tiny_dataset(texts, folder, 280)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What more than one test file uses."""
+"""Helpers that several test files share: run a script, write input files, generate token data."""
 
 import gzip
 import json
@@ -13,17 +13,17 @@ import pyarrow as pa
 
 from babygpt.data.shards import Tokens
 
-EOT = 0  # end of text in `make_tokens`
+EOT = 0  # the EOT id of `make_tokens`
 
 
 def call(main: Callable[[], None], *arguments) -> None:
-    """Runs a script's `main()` in this process, with these arguments on its command line."""
+    """Run the `main()` of a script in this process, with `arguments` as its command line."""
     with mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]):
         main()
 
 
 def save(path: Path, data: bytes) -> Path:
-    """Writes a file, compressed as its ending says."""
+    """Write a file, compressed according to its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zst":
         file = pa.output_stream(str(path), compression="zstd")
@@ -40,7 +40,7 @@ def save_jsonl(path: Path, texts: Iterable[str], ascii: bool = True) -> Path:
 
 
 def save_hellaswag(path: Path, count: int) -> Path:
-    """Questions in HellaSwag's format."""
+    """Write `count` questions in the format of HellaSwag."""
     rows = [
         {
             "ind": i, "activity_label": "Reading data", "ctx_a": f"the model reads {i} tokens.", "ctx_b": "it",
@@ -52,10 +52,10 @@ def save_hellaswag(path: Path, count: int) -> Path:
     return save(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def make_tokens(num_tokens: int, mean_document: float, rng: np.random.Generator, num_shards: int = 3) -> Tokens:
-    """Documents of random length behind EOTs, in shards of unequal size; text ids count up, so none repeats."""
+def make_tokens(num_tokens: int, mean_length: float, rng: np.random.Generator, num_shards: int = 3) -> Tokens:
+    """Return documents of random length, each after an EOT, in shards of unequal size. No text id occurs twice."""
     ids = np.arange(1, num_tokens + 1, dtype=np.uint32)
     ids[0] = EOT
-    ids[1:][rng.random(num_tokens - 1) < 1 / mean_document] = EOT
-    borders = np.sort(rng.integers(0, num_tokens + 1, num_shards - 1))
-    return Tokens(np.split(ids, borders))
+    ids[1:][rng.random(num_tokens - 1) < 1 / mean_length] = EOT
+    boundaries = np.sort(rng.integers(0, num_tokens + 1, num_shards - 1))
+    return Tokens(np.split(ids, boundaries))

@@ -1,4 +1,4 @@
-"""Small runs of train.py, and what two of them are held against each other by."""
+"""Small runs of train.py, and comparisons of two runs."""
 
 import importlib
 import json
@@ -23,23 +23,23 @@ from support.helpers import call, save_jsonl
 from tools.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TIMING = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
-STEPS = 14  # the data has 8 steps an epoch
+TIMING_COLUMNS = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
+STEPS = 14  # an epoch of the data set has 8 steps
 
 
-def tiny_dataset(texts: list[str], folder: Path, vocab_size: int = 300) -> Path:
-    """A data set of some short texts, as fineweb.py makes it, with a trained vocabulary."""
-    train_tokenizer(texts, vocab_size, folder / "bpe.json", progress=False)
-    save_jsonl(folder / "texts.jsonl", texts)
+def make_tiny_dataset(texts: list[str], directory: Path, vocab_size: int = 300) -> Path:
+    """Prepare a data set of a few short texts with fineweb.py, with a tokenizer trained on them."""
+    train_tokenizer(texts, vocab_size, directory / "bpe.json", progress=False)
+    save_jsonl(directory / "texts.jsonl", texts)
     call(
-        fineweb.main, "files", "--input", folder / "texts.jsonl", "--tokenizer", folder / "bpe.json",
-        "--out-dir", folder / "tiny", "--val-tokens", 300, "--workers", 1,
+        fineweb.main, "files", "--input", directory / "texts.jsonl", "--tokenizer", directory / "bpe.json",
+        "--out-dir", directory / "tiny", "--val-tokens", 300, "--workers", 1,
     )  # fmt: skip
-    return folder / "tiny"
+    return directory / "tiny"
 
 
 def flags(dataset: Path, out: Path, preset: str = "gpt2", **changes: object) -> list[str]:
-    """The command line of a small run; changes as section__field=value."""
+    """Return the command line of a small run; `changes` are given as section__field=value."""
     fields = {
         "data__dataset": dataset, "general__out_dir": out, "data__num_streams": 4, "data__chunk_tokens": 100,
         "model__block_size": 16, "model__n_layer": 2, "model__n_head": 2, "model__n_embd": 16, "model__dropout": 0.1,
@@ -48,18 +48,19 @@ def flags(dataset: Path, out: Path, preset: str = "gpt2", **changes: object) -> 
         "evaluation__every_n_steps": 0, "sampling__every_n_steps": 5, "sampling__max_new_tokens": 8,
         "saving__every_n_steps": 1, "saving__keep": 0, "general__device": "cpu", "training__dtype": "float32",
     } | changes  # fmt: skip
-    line = [preset]
+    arguments = [preset]
     for name, value in fields.items():
         section, field = name.split("__")
-        line += [f"--{section}.{field.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
-    return line
+        arguments += [f"--{section}.{field.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    return arguments
 
 
 def torchrun(
-    world: int, *arguments: object, script: str = "train.py", check: bool = True, fault: str = "", restarts: int = 0
-) -> subprocess.CompletedProcess:
-    """A run of several ranks; `script` is a file or a module, `fault` tests/support/faulty_train.py's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    world_size: int, *arguments: object, script: str = "train.py", check: bool = True, fault: str = "",
+    restarts: int = 0,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """Run `script`, a file or a module, with torchrun; with a `fault`, run tests/support/faulty_train.py instead."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     script = "tests/support/faulty_train.py" if fault else script
     target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     done = subprocess.run(
@@ -70,22 +71,23 @@ def torchrun(
     return done
 
 
-def forked_ranks(world: int, *arguments: object, fault: str = "") -> None:
-    """The same run as `torchrun`, by processes forked from this one, which has imported everything: seconds faster.
+def fork_ranks(world_size: int, *arguments: object, fault: str = "") -> None:
+    """Run train.py on several ranks, as `torchrun` does, in forks of this process.
 
-    With an accelerator PyTorch allows no backward pass in a forked process, and torchrun starts the run.
+    The forks have already imported everything, which saves seconds. With an accelerator this calls `torchrun`, since
+    PyTorch does not support a backward pass in a forked process there.
     """
     if torch.accelerator.is_available():
-        torchrun(world, *arguments, fault=fault)
+        torchrun(world_size, *arguments, fault=fault)
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     group |= {"TORCHELASTIC_RESTART_COUNT": 0, "FAULT": fault}
     with tempfile.TemporaryFile() as output:
         children = []
-        for rank in range(world):
+        for rank in range(world_size):
             if (child := os.fork()) == 0:
                 try:
                     os.dup2(output.fileno(), 1)
@@ -104,73 +106,80 @@ def forked_ranks(world: int, *arguments: object, fault: str = "") -> None:
                     sys.stderr.flush()
                     os._exit(1)
             children.append(child)
-        codes = [os.waitpid(child, 0)[1] for child in children]
+        statuses = [os.waitpid(child, 0)[1] for child in children]
         output.seek(0)
-        assert codes == [0] * world, output.read().decode()[-3000:]
+        assert statuses == [0] * world_size, output.read().decode()[-3000:]
 
 
-def rows_of(out: Path) -> list[list]:
-    """The rows of every step over all ranks, in order, of a run with the fault `rows` or `stop`; an update that was
-    done again has the same ones."""
+def read_recorded_rows(run: Path) -> list[list]:
+    """Return the rows of each step over all ranks, which the faults `record_rows` and `sigterm` record.
+
+    A step that was repeated after a resume appears once: it has the same rows.
+    """
     steps = {}
-    for path in sorted(out.glob("rows_*.jsonl")):
+    for path in sorted(run.glob("rows_*.jsonl")):
         for line in path.read_text().splitlines():
             epoch, n, rows = json.loads(line)
             steps.setdefault((epoch, n), set()).update(map(tuple, rows))
     return [sorted(steps[key]) for key in sorted(steps)]
 
 
-def measured(out: Path) -> list[dict]:
-    """The log but for what a clock says."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_log(out / "log.csv")]
+def read_log_without_timing(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in read_log(run / "log.csv")]
 
 
-def weights(out: Path, step: int) -> tuple[dict, dict]:
-    loaded = checkpoint.load(out / "checkpoints" / f"step_{step:08d}")
+def load_tensors(run: Path, step: int) -> tuple[dict, dict]:
+    """Return the tensors of the model and of the optimizer from the checkpoint of a step."""
+    loaded = checkpoint.load(run / "checkpoints" / f"step_{step:08d}")
     return loaded.model, loaded.optimizer
 
 
-def assert_equal_to_the_bit(one: Path, other: Path, step: int = STEPS) -> None:
-    """Log but for timing, weights, optimizer and samples."""
-    assert measured(one) == measured(other)
-    (model, optimizer), (model_2, optimizer_2) = weights(one, step), weights(other, step)
-    assert model.keys() == model_2.keys()
-    assert all(torch.equal(model[name], model_2[name]) for name in model)
-    assert optimizer.keys() == optimizer_2.keys()
+def assert_bitwise_equal(one: Path, other: Path, step: int = STEPS) -> None:
+    """Compare the logs of two runs without their timing, the weights, the optimizer states and the samples."""
+    assert read_log_without_timing(one) == read_log_without_timing(other)
+    (model, optimizer), (other_model, other_optimizer) = load_tensors(one, step), load_tensors(other, step)
+    assert model.keys() == other_model.keys()
+    assert all(torch.equal(model[name], other_model[name]) for name in model)
+    assert optimizer.keys() == other_optimizer.keys()
     for name in optimizer:
-        assert all(torch.equal(optimizer[name][key], optimizer_2[name][key]) for key in optimizer[name])
+        assert all(torch.equal(optimizer[name][key], other_optimizer[name][key]) for key in optimizer[name])
     assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
 
 
-def ends_at(nth: int, work: Callable[[], object]) -> bool:
-    """Whether a child that ends itself before its nth call of the system in saving has done its work before."""
+def completes_before_call(n: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child process that exits before its n-th call of a function that writes, renames or deletes.
+
+    Returns whether `work` completed before that call.
+    """
     if (child := os.fork()) == 0:
-        left = [nth]
+        remaining = n
 
-        def or_end(function):
-            def call(*args, **named):
-                left[0] -= 1
-                if left[0] == 0:
+        def or_exit(function):
+            def wrapper(*args, **kwargs):
+                nonlocal remaining
+                remaining -= 1
+                if remaining == 0:
                     os._exit(9)
-                return function(*args, **named)
+                return function(*args, **kwargs)
 
-            return call
+            return wrapper
 
-        saving = ("babygpt.training.checkpoint.save_file", "torch.save")
-        for name in ("os.rename", "os.replace", "os.fsync", "os.rmdir", "os.unlink", *saving):
+        save_functions = ("babygpt.training.checkpoint.save_file", "torch.save")
+        for name in ("os.rename", "os.replace", "os.fsync", "os.rmdir", "os.unlink", *save_functions):
             module, function = name.rsplit(".", 1)
-            setattr(sys.modules[module], function, or_end(getattr(sys.modules[module], function)))
+            setattr(sys.modules[module], function, or_exit(getattr(sys.modules[module], function)))
         work()
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
 
 
-def cut_back_to(run: Path, step: int, to: Path) -> Path:
-    """A copy of a run as a kill behind `step` leaves it: no later checkpoint, half a line in the log."""
-    shutil.copytree(run, to)
-    for path in checkpoint.checkpoints(to):
+def copy_killed_run(run: Path, step: int, target: Path) -> Path:
+    """Copy a run as a kill after `step` leaves it: without later checkpoints, and with an incomplete last line in the
+    log."""
+    shutil.copytree(run, target)
+    for path in checkpoint.checkpoints(target):
         if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
-    text = (to / "log.csv").read_text()
-    (to / "log.csv").write_text(text[: len(text) - 15])
-    return to
+    text = (target / "log.csv").read_text()
+    (target / "log.csv").write_text(text[: len(text) - 15])
+    return target

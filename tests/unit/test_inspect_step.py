@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.helpers import EOT, call, make_tokens
-from support.runs import cut_back_to, flags
+from support.runs import copy_killed_run, flags
 
 import fineweb
 import train
@@ -106,7 +106,7 @@ def test_a_look_ahead_takes_the_batch_of_the_settings_where_the_log_ends(retold,
     run, _ = retold
     lines = (run / "log.csv").read_text().splitlines(keepends=True)
     for logged, row in ((20, 72), (5, 80)):  # at 5 the first part has ended and the resume has logged nothing yet
-        stopped = cut_back_to(run, logged, tmp_path / str(logged))
+        stopped = copy_killed_run(run, logged, tmp_path / str(logged))
         (stopped / "log.csv").write_text("".join(lines[: 1 + logged]))
         (_, first), (_, later) = (told(stopped, step, capsys) for step in (logged, 25))
         assert int(first[0]["row"]) == row

@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.helpers import call, save_hellaswag
-from support.runs import ROOT, STEPS, assert_equal_to_the_bit, cut_back_to, flags, measured, weights
+from support.runs import (
+    ROOT,
+    STEPS,
+    assert_bitwise_equal,
+    copy_killed_run,
+    flags,
+    load_tensors,
+    read_log_without_timing,
+)
 
 import train
 from babygpt.errors import ConfigError, UserError, run
@@ -24,21 +32,23 @@ from model import GPT
 # what a run leaves
 
 
-def test_a_run_learns_and_writes_its_files(unbroken):
-    rows = read_log(unbroken / "log.csv")
+def test_a_run_learns_and_writes_its_files(uninterrupted_run):
+    rows = read_log(uninterrupted_run / "log.csv")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert [row["tokens"] for row in rows] == [256 * step for step in range(STEPS + 1)]
-    assert (unbroken / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert (uninterrupted_run / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert [row["step"] for row in rows if row["val_loss"]] == [0, 4, 8, 12, STEPS]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
     assert rows[-1]["loss"] is None
     assert rows[-1]["val_bpb"]
     assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the test run crosses the end of an epoch"
-    assert (unbroken / "plot.png").stat().st_size > 10_000
-    assert json.loads((unbroken / "config.json").read_text())["model"]["n_embd"] == 16
-    sampled = re.findall(r"^\| (\d+) \| Hello, I'm a language model,", (unbroken / "samples.txt").read_text(), re.M)
+    assert (uninterrupted_run / "plot.png").stat().st_size > 10_000
+    assert json.loads((uninterrupted_run / "config.json").read_text())["model"]["n_embd"] == 16
+    sampled = re.findall(
+        r"^\| (\d+) \| Hello, I'm a language model,", (uninterrupted_run / "samples.txt").read_text(), re.M
+    )
     assert sampled == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
-    names = load_file(unbroken / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
+    names = load_file(uninterrupted_run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
     assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
 
 
@@ -67,8 +77,8 @@ def test_a_run_uses_the_compiled_model_and_its_switches(dataset, tmp_path, monke
     assert wrapped == [True]
 
 
-def test_a_cosine_follows_the_warm_up(unbroken):
-    lr = [row["lr"] for row in read_log(unbroken / "log.csv")[:-1]]
+def test_a_cosine_follows_the_warm_up(uninterrupted_run):
+    lr = [row["lr"] for row in read_log(uninterrupted_run / "log.csv")[:-1]]
     assert lr[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
     assert lr[3 + 5] == pytest.approx(
         1e-2 * (0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 5 / 11)).item()))
@@ -80,18 +90,18 @@ def test_a_cosine_follows_the_warm_up(unbroken):
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_a_run_stopped_behind_any_step_ends_as_if_never_stopped(step, unbroken, dataset, tmp_path):
-    out = cut_back_to(unbroken, step, tmp_path / "stopped")
+def test_a_run_stopped_behind_any_step_ends_as_if_never_stopped(step, uninterrupted_run, dataset, tmp_path):
+    out = copy_killed_run(uninterrupted_run, step, tmp_path / "stopped")
     call(train.main, *flags(dataset, out, general__init_from="resume"))
-    assert_equal_to_the_bit(out, unbroken)
+    assert_bitwise_equal(out, uninterrupted_run)
 
 
-def test_resume_without_a_checkpoint_starts_from_scratch(unbroken, dataset, tmp_path):
+def test_resume_without_a_checkpoint_starts_from_scratch(uninterrupted_run, dataset, tmp_path):
     call(train.main, *flags(dataset, tmp_path / "fresh", general__init_from="resume"))
-    assert_equal_to_the_bit(tmp_path / "fresh", unbroken)
+    assert_bitwise_equal(tmp_path / "fresh", uninterrupted_run)
 
 
-def test_a_stop_signal_saves_ends_well_and_loses_nothing(unbroken, dataset, tmp_path):
+def test_a_stop_signal_saves_ends_well_and_loses_nothing(uninterrupted_run, dataset, tmp_path):
     out = tmp_path / "stopped"
     line = flags(dataset, out, saving__every_n_steps=1000)
     process = subprocess.Popen(
@@ -111,11 +121,11 @@ def test_a_stop_signal_saves_ends_well_and_loses_nothing(unbroken, dataset, tmp_
     assert 4 <= stopped_at < STEPS
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
     call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
-    assert_equal_to_the_bit(out, unbroken)
+    assert_bitwise_equal(out, uninterrupted_run)
 
 
 @pytest.mark.parametrize("told_in", range(STEPS))
-def test_whichever_step_a_stop_falls_into_nothing_is_lost(told_in, unbroken, dataset, tmp_path, monkeypatch):
+def test_whichever_step_a_stop_falls_into_nothing_is_lost(told_in, uninterrupted_run, dataset, tmp_path, monkeypatch):
     out, step_of, calls = tmp_path / "stopped", train.train_step, []
 
     def told(*args, stop, **named):
@@ -129,7 +139,7 @@ def test_whichever_step_a_stop_falls_into_nothing_is_lost(told_in, unbroken, dat
     assert told_in + 1 <= last <= told_in + 2, "saved behind the step, or behind the one that was under way"
     assert len(calls) == last
     call(train.main, *flags(dataset, out, general__init_from="resume"))
-    assert_equal_to_the_bit(out, unbroken)
+    assert_bitwise_equal(out, uninterrupted_run)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -170,20 +180,22 @@ def test_looking_on_is_done_without_gradients_and_without_dropout(dataset, tmp_p
     assert seen.count((False, False)) == len(seen) - 2 * 4 > 0
 
 
-def test_validation_evaluation_and_sampling_leave_training_alone(unbroken, dataset, tmp_path):
+def test_validation_evaluation_and_sampling_leave_training_alone(uninterrupted_run, dataset, tmp_path):
     questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
     line = flags(
         dataset, tmp_path / "watched", validation__every_n_steps=1, evaluation__every_n_steps=1,
         evaluation__file=questions, evaluation__limit=5, sampling__every_n_steps=1, model__block_size=16,
     )  # fmt: skip
     call(train.main, *line)
-    watched, alone = read_log(tmp_path / "watched" / "log.csv"), read_log(unbroken / "log.csv")
+    watched, alone = read_log(tmp_path / "watched" / "log.csv"), read_log(uninterrupted_run / "log.csv")
     assert [(row["loss"], row["grad_norm"]) for row in watched] == [(row["loss"], row["grad_norm"]) for row in alone]
     assert all(row["hellaswag"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in watched[1:])
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            weights(tmp_path / "watched", STEPS)[0].values(), weights(unbroken, STEPS)[0].values(), strict=True
+            load_tensors(tmp_path / "watched", STEPS)[0].values(),
+            load_tensors(uninterrupted_run, STEPS)[0].values(),
+            strict=True,
         )
     )
 
@@ -266,11 +278,11 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
 # other ways to begin, other modes
 
 
-def test_a_folder_with_a_run_is_not_overwritten(unbroken, dataset):
-    before = (unbroken / "log.csv").read_bytes()
+def test_a_folder_with_a_run_is_not_overwritten(uninterrupted_run, dataset):
+    before = (uninterrupted_run / "log.csv").read_bytes()
     with pytest.raises(ConfigError, match=r"already contains a run.*--general.init-from resume.*--general.out-dir"):
-        call(train.main, *flags(dataset, unbroken))
-    assert (unbroken / "log.csv").read_bytes() == before
+        call(train.main, *flags(dataset, uninterrupted_run))
+    assert (uninterrupted_run / "log.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -284,13 +296,13 @@ def test_a_folder_with_a_run_is_not_overwritten(unbroken, dataset):
         ({"optimizer__name": "muon"}, "optimizer.name: adamw there, muon now"),
     ],
 )
-def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, unbroken, dataset):
+def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, uninterrupted_run, dataset):
     with pytest.raises(ConfigError, match=re.escape(name)):
-        call(train.main, *flags(dataset, unbroken, general__init_from="resume", **change))
+        call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", **change))
 
 
-def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(unbroken, dataset, tmp_path):
-    out = cut_back_to(unbroken, 2, tmp_path / "run")
+def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(uninterrupted_run, dataset, tmp_path):
+    out = copy_killed_run(uninterrupted_run, 2, tmp_path / "run")
     for path in checkpoint.checkpoints(out):
         (path / "model.safetensors").write_bytes(b"")
     before = {name: (out / name).read_bytes() for name in ("log.csv", "samples.txt", "config.json")}
@@ -299,16 +311,16 @@ def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(
     assert before == {name: (out / name).read_bytes() for name in before}
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_began(unbroken, dataset, tmp_path):
-    changes = {"general__init_from": unbroken, "saving__every_n_steps": 0, "training__max_steps": 2}
+def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_began(uninterrupted_run, dataset, tmp_path):
+    changes = {"general__init_from": uninterrupted_run, "saving__every_n_steps": 0, "training__max_steps": 2}
     call(train.main, *flags(dataset, tmp_path / "run", **changes))
-    first = measured(tmp_path / "run")
+    first = read_log_without_timing(tmp_path / "run")
     for _ in range(2):
         call(train.main, *flags(dataset, tmp_path / "run", **changes | {"general__init_from": "resume"}))
-        assert measured(tmp_path / "run") == first
+        assert read_log_without_timing(tmp_path / "run") == first
 
 
-def test_ranks_that_see_different_checkpoints_do_not_begin(unbroken, dataset, tmp_path, monkeypatch):
+def test_ranks_that_see_different_checkpoints_do_not_begin(uninterrupted_run, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Ranks, "gather", lambda self, number: [number, number if number >= 0 else number - 1])
     with pytest.raises(ConfigError, match="The ranks see different checkpoints"):
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
@@ -333,9 +345,9 @@ def test_warnings_have_one_prefix(dataset, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_checkpoint_of_another_format_is_refused(version, unbroken, dataset, tmp_path):
+def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dataset, tmp_path):
     """Neither a resume nor a reader of the weights takes a checkpoint that an earlier or later version wrote."""
-    out = cut_back_to(unbroken, 6, tmp_path / "other")
+    out = copy_killed_run(uninterrupted_run, 6, tmp_path / "other")
     found = checkpoint.load(checkpoint.latest(out))
     checkpoint.save(out, 6, found.model, found.optimizer, found.state | {"format": version}, keep=0)
     message = f"has checkpoint format {version}, but this version of BabyGPT reads format 2"
@@ -345,39 +357,42 @@ def test_checkpoint_of_another_format_is_refused(version, unbroken, dataset, tmp
         GPT.from_pretrained(out)
 
 
-def test_a_resume_beyond_the_last_step_is_refused(unbroken, dataset):
+def test_a_resume_beyond_the_last_step_is_refused(uninterrupted_run, dataset):
     with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
-        call(train.main, *flags(dataset, unbroken, general__init_from="resume", training__max_steps=5))
+        call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
 
 
-def test_a_resume_tells_what_else_has_changed(unbroken, dataset, tmp_path, capsys):
-    out = cut_back_to(unbroken, 10, tmp_path / "stopped")
+def test_a_resume_tells_what_else_has_changed(uninterrupted_run, dataset, tmp_path, capsys):
+    out = copy_killed_run(uninterrupted_run, 10, tmp_path / "stopped")
     call(train.main, *flags(dataset, out, general__init_from="resume", optimizer__max_lr=1e-3))
     assert "optimizer.max_lr was 0.01, is now 0.001" in capsys.readouterr().out
 
 
-def test_weights_of_another_run_can_begin_one(unbroken, dataset, tmp_path):
-    line = flags(dataset, tmp_path / "tuned", general__init_from=unbroken, training__max_steps=1)
+def test_weights_of_another_run_can_begin_one(uninterrupted_run, dataset, tmp_path):
+    line = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
     call(train.main, *line)
-    assert read_log(tmp_path / "tuned" / "log.csv")[0]["val_loss"] == read_log(unbroken / "log.csv")[-1]["val_loss"]
+    assert (
+        read_log(tmp_path / "tuned" / "log.csv")[0]["val_loss"]
+        == read_log(uninterrupted_run / "log.csv")[-1]["val_loss"]
+    )
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         call(train.main, *flags(dataset, tmp_path / "file"))
     with pytest.raises(ConfigError, match="n_embd: 16 there, 32 here"):
-        call(train.main, *flags(dataset, tmp_path / "wide", general__init_from=unbroken, model__n_embd=32))
+        call(train.main, *flags(dataset, tmp_path / "wide", general__init_from=uninterrupted_run, model__n_embd=32))
 
 
 @pytest.mark.parametrize("mode", ["val", "eval", "sample"])
-def test_each_mode_works_alone_on_a_checkpoint_and_writes_nothing(mode, unbroken, dataset, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+def test_each_mode_works_alone_on_a_checkpoint_and_writes_nothing(mode, uninterrupted_run, dataset, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in uninterrupted_run.rglob("*") if path.is_file()}
     questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
-    call(train.main, *flags(dataset, unbroken, general__mode=[mode], evaluation__file=questions))
+    call(train.main, *flags(dataset, uninterrupted_run, general__mode=[mode], evaluation__file=questions))
     out = capsys.readouterr().out
-    val_loss = read_log(unbroken / "log.csv")[-1]["val_loss"]
+    val_loss = read_log(uninterrupted_run / "log.csv")[-1]["val_loss"]
     assert {"val": f"validation loss {val_loss:.4f}", "eval": "hellaswag karpathy acc_norm", "sample": "Hello, I'm"}[
         mode
     ] in out
-    assert before == {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in uninterrupted_run.rglob("*") if path.is_file()}
 
 
 def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
@@ -435,11 +450,11 @@ def test_refused_run_leaves_the_files_of_its_directory(dataset, tmp_path):
     assert (tmp_path / "mine.tmp").read_text() == "precious"
 
 
-def test_validation_uses_the_block_size_of_the_checkpoint(dataset, unbroken, tmp_path, capsys):
+def test_validation_uses_the_block_size_of_the_checkpoint(dataset, uninterrupted_run, tmp_path, capsys):
     """--general.mode val validates a model with a short context, whatever the preset's block size."""
-    changes = {"general__mode": ["val"], "general__init_from": unbroken, "model__block_size": 512}
+    changes = {"general__mode": ["val"], "general__init_from": uninterrupted_run, "model__block_size": 512}
     call(train.main, *flags(dataset, tmp_path / "never", **changes))
-    val_loss = read_log(unbroken / "log.csv")[-1]["val_loss"]
+    val_loss = read_log(uninterrupted_run / "log.csv")[-1]["val_loss"]
     assert f"validation loss {val_loss:.4f}" in capsys.readouterr().out
 
 
