@@ -149,7 +149,7 @@ def report(work: Workspace) -> None:
 
 def verify_data_set(directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY")], /) -> None:
     """Check every header, size, checksum, token and document count of a data set in a directory or at a URL."""
-    size = sum(path.stat().st_size for path in open_dataset(directory).folder.glob("*.bin"))
+    size = sum(path.stat().st_size for path in open_dataset(directory).directory.glob("*.bin"))
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         totals = verify(directory, bar.update)
     print(f"{directory} is intact: " + ", ".join(f"{count:,} {name}" for name, count in totals.items()))

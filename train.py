@@ -210,7 +210,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     )  # fmt: skip
     describe(config, raw_model, order, ranks, compiled)
     if dataset.manifest is None:
-        console.warning(f"{dataset.folder} has no dataset.json: its tokens are assumed to be GPT-2's, unverified")
+        console.warning(f"{dataset.directory} has no dataset.json: its tokens are assumed to be GPT-2's, unverified")
     return Run(
         config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, metrics, identity
     )

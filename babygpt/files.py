@@ -28,14 +28,14 @@ from babygpt.errors import UserError
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 READ_AHEAD = 1 << 20  # bytes; the file systems' own is up to 50 MB, and they copy it for every line
 AT_ONCE = 8  # transfers
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # end of the name of a file that `create` has not finished
+TEMPORARY_SUFFIX = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # end of the name of a file that `create` has not finished
 
 
 def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def cache(path: str | Path) -> Path:
+def local_directory(path: str | Path) -> Path:
     """The folder of this machine that stands for a path: the path itself, or of a URL one under data/cache/."""
     if not is_remote(path):
         return Path(path)
@@ -168,7 +168,7 @@ def state(path: str | Path) -> str:
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime"))
 
 
-def names(folder: str | Path) -> list[str]:
+def list_names(folder: str | Path) -> list[str]:
     """The names of a folder's files, sorted; none where there is no folder."""
     if not is_remote(folder):
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if os.path.isdir(folder) else []

@@ -208,11 +208,11 @@ def stages(files: list[str]) -> dict[str, float]:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(workers, "read", read),
         mock.patch.object(tokenizer, "encode_batch", clocked("encode", tokenizer.encode_batch)),
-        mock.patch.object(filters.Filters, "judge", clocked("filter", filters.Filters.judge)),
+        mock.patch.object(filters.Filters, "decide", clocked("filter", filters.Filters.decide)),
         mock.patch.object(workers, "hash_texts", clocked("hash", workers.hash_texts)),
         mock.patch.object(os, "fsync", clocked("commit", os.fsync)),
     ):
-        tasks, begin = [task for file in files for task in readers.parquet_tasks(file, ("text",))], time.perf_counter()
+        tasks, begin = [task for file in files for task in readers.split_parquet(file, ("text",))], time.perf_counter()
         stems = [f"{folder}/{i:05d}" for i in range(len(tasks))]
         for task, stem in zip(tasks, stems, strict=True):
             workers.tokenize_task(task, stem)

@@ -95,7 +95,7 @@ def train(dataset: Dataset, out: Path, steps: int, *order: object) -> list[dict]
     """The log of a run."""
     line = [
         "gpt2", "--general.mode", "train", "val", "--general.device", "cpu", "--general.out-dir", out,
-        "--data.dataset", dataset.folder, *order, "--training.max-steps", steps,
+        "--data.dataset", dataset.directory, *order, "--training.max-steps", steps,
         "--training.batch-tokens", BATCH_TOKENS, "--training.micro-batch-size", 8,
         "--optimizer.max-lr", 3e-3, "--optimizer.warmup-steps", steps // 10, "--validation.every-n-steps", steps,
         "--evaluation.every-n-steps", 0, "--sampling.every-n-steps", 0, "--saving.every-n-steps", 0,

@@ -54,7 +54,7 @@ def main() -> None:
         raise UserError('give one or more tokenizers: "gpt2" or paths of a tokenizer.json.')
     source = sources.find("files", tuple(path for path in args.input if path not in behind), (args.text_column,))
     texts, left = [], args.max_bytes
-    for text in sources.first_bytes(source, args.max_bytes):
+    for text in sources.read_first_documents(source, args.max_bytes):
         texts.append(text.encode()[:left].decode(errors="ignore").encode())  # no part of a character
         left -= len(texts[-1])
     print(compare(specs, texts))

@@ -52,7 +52,7 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
     state = read_state(found) if found else None
     if state and state["data"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
-            f"{dataset.folder} is not the data that {run} was trained on: its fingerprint is "
+            f"{dataset.directory} is not the data that {run} was trained on: its fingerprint is "
             f"{dataset.fingerprint[:16]}, {found} has {state['data']['fingerprint'][:16]}. Bring the earlier data back."
         )
     log = read_log(run / "log.csv") if (run / "log.csv").exists() else []

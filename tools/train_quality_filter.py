@@ -22,8 +22,8 @@ from xxhash import xxh3_128_digest
 
 from babygpt import files
 from babygpt.constraints import parse_arguments
-from babygpt.data.quality import FORMAT, PAIR_BITS, QualityModel, pairs_of, weights_sha256
-from babygpt.data.sources import documents, find
+from babygpt.data.quality import BIGRAM_BITS, FORMAT, QualityModel, hash_bigrams, weights_sha256
+from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import UserError, run
 
@@ -41,11 +41,11 @@ def frequencies(ids: Sequence[np.ndarray], vocab_size: int):
     a sparse matrix (documents, vocab_size + 2^18) float32. A row times the weights is a document's mean."""
     from scipy.sparse import csr_matrix
 
-    rows = [np.concatenate([document, pairs_of(document) + np.uint32(vocab_size)]) for document in ids]
+    rows = [np.concatenate([document, hash_bigrams(document) + np.uint32(vocab_size)]) for document in ids]
     sizes = [len(row) for row in rows]
     values = np.repeat(np.array([1 / len(document) for document in ids], np.float32), sizes)
     columns = np.concatenate(rows).astype(np.int32)
-    shape = (len(rows), vocab_size + (1 << PAIR_BITS))
+    shape = (len(rows), vocab_size + (1 << BIGRAM_BITS))
     matrix = csr_matrix((values, columns, np.cumsum([0, *sizes])), shape=shape)
     matrix.sum_duplicates()
     return matrix
@@ -145,7 +145,7 @@ def train_quality_filter(
         "held_out": {name: len(side) for name, side in held_out.items()},
         "on_both_sides": len(doubles),
         **measure(draft.score(held_out["good"]), draft.score(held_out["other"])),
-        "heaviest_tokens": heaviest(draft.tokens, learnt, tokenizer),
+        "heaviest_tokens": heaviest(draft.token_weights, learnt, tokenizer),
     }
     about = {
         "format": FORMAT,
@@ -191,7 +191,7 @@ def _sample(source, count: int) -> dict[bytes, bytes]:
     def smallest() -> dict[bytes, bytes]:
         return {hash: found[hash] for hash in sorted(found)[:count]}
 
-    for text in documents(source):
+    for text in read_documents(source):
         if text.strip():
             data = text.encode()
             found[xxh3_128_digest(data, HASH_SEED)] = data
@@ -224,7 +224,7 @@ def main() -> None:
     good, other = (_sample(source, args.max_documents) for source in sources)
     model = train_quality_filter(good, other, tokenizer, args.out)
     print(f"{args.out}: for {model.tokenizer} (sha256 {model.tokenizer_sha256[:12]}), sha256 {model.sha256[:12]}")
-    print(report(model.figures))
+    print(report(model.metrics))
 
 
 if __name__ == "__main__":

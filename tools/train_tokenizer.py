@@ -60,7 +60,7 @@ class TokenizerArgs:
 def main() -> None:
     args = parse_arguments(TokenizerArgs, "python -m tools.train_tokenizer", __doc__)
     source = sources.find(args.source, args.input, (args.text_column,))
-    tokenizer = train_tokenizer(sources.first_bytes(source, args.max_bytes), args.vocab_size, args.out)
+    tokenizer = train_tokenizer(sources.read_first_documents(source, args.max_bytes), args.vocab_size, args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
 
 

@@ -33,7 +33,7 @@ class Filters:
         wanted = {"score": self.min_score, "language_score": self.min_language_score}
         return {column: value for column, value in wanted.items() if value is not None}
 
-    def judge(self, batch: Batch) -> np.ndarray:
+    def decide(self, batch: Batch) -> np.ndarray:
         """What becomes of each document by its text and numbers, (n,) uint8."""
         decisions = np.full(len(batch.texts), KEPT, np.uint8)
         for column, least in self.columns.items():

@@ -1,6 +1,6 @@
 """Documents out of files: parquet, jsonl and txt, the latter two also compressed, and out of streams of the hub.
 
->>> for task in parquet_tasks("pages.parquet", ("text", "score")):
+>>> for task in split_parquet("pages.parquet", ("text", "score")):
 ...     for batch in read(task):
 ...         batch.texts, batch.numbers["score"]
 
@@ -63,7 +63,7 @@ def check_columns(wanted: tuple[str, ...], there: list[str], where: str) -> None
             raise UserError(f"{where} has no column {column!r}: it has {', '.join(there)}. {mend}")
 
 
-def parquet_tasks(path: str, columns: tuple[str, ...]) -> list[Task]:
+def split_parquet(path: str, columns: tuple[str, ...]) -> list[Task]:
     """Ranges of row groups with about TASK_BYTES of text each."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
@@ -90,7 +90,7 @@ def _parquet(path: str):
     return files.reading(path) if files.is_remote(path) else path
 
 
-def jsonl_tasks(path: str, size: int, columns: tuple[str, ...]) -> list[Task]:
+def split_jsonl(path: str, size: int, columns: tuple[str, ...]) -> list[Task]:
     """Ranges of TASK_BYTES."""
     ranges = [(start, min(start + TASK_BYTES, size)) for start in range(0, size, TASK_BYTES)]
     return [Task("files", (path,), columns, part) for part in ranges]

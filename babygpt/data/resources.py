@@ -22,7 +22,7 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
     tokens = min(tokens, max_tokens or tokens)
-    downloads = source.units_at_once * max((unit.bytes for unit in source.units), default=0) if source.downloads else 0
+    downloads = source.max_open_units * max((unit.bytes for unit in source.units), default=0) if source.downloads else 0
     parts_and_shards = 0 if files.is_remote(work.directory) else 2 * token_dtype(vocab_size).itemsize * tokens
     disk, free = downloads + parts_and_shards, shutil.disk_usage(work.local).free
     plan_memory = tokens // 1000 + min(tokens // 1000, BUCKET_ROWS) * 100  # a FineWeb document has 1,000 tokens

@@ -142,7 +142,7 @@ class Tokens:
 class Dataset:
     """An opened data set. `manifest` is None where somebody else's shards came without one."""
 
-    folder: Path
+    directory: Path
     manifest: dict | None
     train: Tokens
     val: Tokens
@@ -156,7 +156,7 @@ class Dataset:
         """Raise a ConfigError if the data set was prepared with another tokenizer than that of `source`."""
         if self.tokenizer_sha256 not in (None, tokenizer.sha256) or tokenizer.vocab_size != self.vocab_size:
             raise ConfigError(
-                f"{source} does not have the tokenizer that {self.folder} was prepared with: their vocabularies have "
+                f"{source} and the data set {self.directory} have different tokenizers, with vocabularies of "
                 f"{tokenizer.vocab_size:,} and {self.vocab_size:,} entries. Use a data set prepared with the tokenizer "
                 f"of {source}, or another model."
             )
@@ -173,7 +173,7 @@ def open_dataset(folder: str | Path) -> Dataset:
             f"There is no data set at {folder}. Prepare it with `python fineweb.py` (its --help lists the sources), "
             "or use another --data.dataset."
         )
-    found = {name: folder / name for name in files.names(folder) if _split_of(name)}
+    found = {name: folder / name for name in files.list_names(folder) if _split_of(name)}
     manifest = read_manifest(folder)
     if manifest is not None:
         named = [shard["file"] for shard in manifest["shards"]]
@@ -228,7 +228,7 @@ def pull(url: str) -> Path:
     Every shard is held against the manifest's sha256; one that was found sound is not read again as long as its size
     and time stay. The processes of a node take turns: the first one fetches, the others find everything there.
     """
-    folder = files.cache(url)
+    folder = files.local_directory(url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -243,16 +243,16 @@ def _pull(url: str, folder: Path) -> None:
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
     manifest = read_manifest(url)
     if manifest is None:  # somebody else's
-        if files.names(f"{url}/parts"):
+        if files.list_names(f"{url}/parts"):
             raise UserError(f"{url} is not finished. Give the command that began it again: python fineweb.py ...")
-        wanted = {name: files.state(f"{url}/{name}") for name in files.names(url) if _split_of(name)}
+        wanted = {name: files.state(f"{url}/{name}") for name in files.list_names(url) if _split_of(name)}
         if not wanted:
             raise UserError(f"there is no data set at {url}: no {MANIFEST}, and no shards.")
     else:
         wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         wanted[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
     record = folder / "sound.json"  # of each file that was found sound: its size and time here, what it should be
-    for name in set(files.names(folder)) - {*wanted, record.name, "lock"}:
+    for name in set(files.list_names(folder)) - {*wanted, record.name, "lock"}:
         (folder / name).unlink()  # of another state of this data set
     known = {}
     with suppress(OSError, ValueError):
@@ -324,7 +324,7 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
     tokenizer's file. UserError lists all that is wrong. `progress` is called with the bytes just read.
     """
     dataset = open_dataset(folder)
-    folder = dataset.folder
+    folder = dataset.directory
     if dataset.manifest is None:
         raise UserError(f"{folder} has no {MANIFEST} to verify it by: its sizes fit its headers, no more is known.")
     shards = dataset.manifest["shards"]
@@ -352,7 +352,7 @@ def verify(folder: str | Path, progress=lambda num_bytes: None) -> dict[str, int
 
 def _verify_shard(dataset: Dataset, shard: dict, progress) -> tuple[list[str], int]:
     """What is wrong with a shard, and how many documents begin in it."""
-    path, problems = dataset.folder / shard["file"], []
+    path, problems = dataset.directory / shard["file"], []
     digest, documents, highest = hashlib.sha256(), 0, 0
     with open(path, "rb") as file:
         digest.update(file.read(HEADER_BYTES))

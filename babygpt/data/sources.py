@@ -3,7 +3,7 @@
     python fineweb.py fineweb-edu-10BT                       # a named source
     python fineweb.py files --input 'pages/*.jsonl.gz'       # parquet, jsonl, txt; .gz .xz .zst too
     python fineweb.py roneneldan/TinyStories                 # any hub data set, through `datasets`
-    >>> for text in documents(find("stdlib")): ...
+    >>> for text in read_documents(find("stdlib")): ...
 
 A source is a list of units (a file to fetch, or a batch of small ones), and a unit a list of tasks (a range of a
 parquet file's row groups or of a jsonl file's bytes, or the batch). Both follow from the source alone, never from
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from babygpt import files, hub
 from babygpt.data import readers
-from babygpt.data.readers import COMPRESSED, READABLE, Task, check_columns, jsonl_tasks, parquet_tasks, plain_name, read
+from babygpt.data.readers import COMPRESSED, READABLE, Task, check_columns, plain_name, read, split_jsonl, split_parquet
 from babygpt.errors import UserError, nearest
 
 WHOLE_BYTES, PLACE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
@@ -65,7 +65,7 @@ class Source(ABC):
     columns: tuple[str, ...] = ("text",)  # the text's, then those of numbers
     revision: str = ""
     units: list[Unit] = field(default_factory=list)
-    units_at_once = 1000  # how many may be fetched and not yet released
+    max_open_units = 1000  # how many may be fetched and not yet released
     downloads = False
     tokens_per_byte = 0.4  # for the estimate of disk; FineWeb-Edu's parquet files hold 0.35 GPT-2 tokens a byte
 
@@ -120,9 +120,9 @@ class LocalFiles(Source):
     def fetch(self, unit: int, folder: str) -> list[Task]:
         batch, size = self.batches[unit], self.units[unit].bytes
         if batch[0].endswith(".parquet"):
-            return parquet_tasks(batch[0], self.columns)
+            return split_parquet(batch[0], self.columns)
         if batch[0].endswith(".jsonl") and size > readers.TASK_BYTES:
-            return jsonl_tasks(batch[0], size, self.columns)
+            return split_jsonl(batch[0], size, self.columns)
         return [Task("files", tuple(batch), self.columns)]
 
 
@@ -181,7 +181,7 @@ class HubFiles(Source):
 
     repo: str = ""
     prefix: str = ""
-    units_at_once = 2  # the next file is downloaded while one is tokenized
+    max_open_units = 2  # the next file is downloaded while one is tokenized
     downloads = True
 
     def open(self, revision: str | None = None) -> None:
@@ -208,7 +208,7 @@ class HubFiles(Source):
             with tempfile.TemporaryDirectory() as here:
                 name = hub.download(self.repo, file.name, self.revision, Path(here), "dataset", file.sha256)
                 files.put(name, path)
-        return parquet_tasks(path, self.columns)
+        return split_parquet(path, self.columns)
 
     def release(self, unit: int, folder: str) -> None:
         files.remove(f"{folder}/{self.units[unit].name}")
@@ -269,7 +269,7 @@ def find(
     raise UserError(f"There is no source {name!r}. {nearest(name, known)}")
 
 
-def documents(source: Source, revision: str | None = None) -> Iterator[str]:
+def read_documents(source: Source, revision: str | None = None) -> Iterator[str]:
     """All documents of a source in order, downloading a file at a time."""
     source.open(revision)
     with tempfile.TemporaryDirectory() as folder:
@@ -280,10 +280,10 @@ def documents(source: Source, revision: str | None = None) -> Iterator[str]:
             source.release(unit, folder)
 
 
-def first_bytes(source: Source, max_bytes: int) -> Iterator[str]:
+def read_first_documents(source: Source, max_bytes: int) -> Iterator[str]:
     """Documents of a source until `max_bytes` of UTF-8 are reached."""
     total = 0
-    for text in documents(source):
+    for text in read_documents(source):
         yield text
         total += len(text.encode())
         if total >= max_bytes:

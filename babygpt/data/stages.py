@@ -53,7 +53,7 @@ class TokenizeStage:
         self.queue = TaskQueue(pool, self.on_done, None if max_tokens else 4096)  # keeps workers busy during downloads
         self.downloads = f"{work.parts if pool.is_cluster else work.scratch}/download"
         self.buckets = work.scratch / "buckets"
-        self.earlier = set(files.names(work.parts))  # files that an earlier run wrote
+        self.earlier = set(files.list_names(work.parts))  # files that an earlier run wrote
         self.stems: list[str] = []  # parts of all tasks so far, in source order
         self.finished: set[str] = set()  # parts of finished tasks
         self.messages: set[str] = set()
@@ -77,7 +77,7 @@ class TokenizeStage:
 
     def must_wait_for_units(self) -> bool:
         """Return whether the maximum number of units is open and tasks are still running."""
-        return len(self.unfinished) >= self.source.units_at_once and bool(self.queue.running)
+        return len(self.unfinished) >= self.source.max_open_units and bool(self.queue.running)
 
     def run_unit(self, unit: int) -> None:
         """Submit the unfinished tasks of a unit."""
@@ -148,7 +148,8 @@ def list_shards(plan: Plan, shard_tokens: int) -> list[tuple[int, tuple[str, int
 
 def write_shards(plan: Plan, work: Workspace, pool: Pool, shard_tokens: int, vocab_size: int) -> list[dict[str, Any]]:
     """Write the shards that an earlier run did not finish; return the manifest's entry of every shard."""
-    shards, existing, recorded = list_shards(plan, shard_tokens), files.names(work.directory), files.names(work.parts)
+    shards = list_shards(plan, shard_tokens)
+    existing, recorded = files.list_names(work.directory), files.list_names(work.parts)
     entries = []
     with tqdm(total=len(shards), desc="write", unit="shard") as bar:
         queue = TaskQueue(pool, lambda key, result: bar.update())

@@ -30,7 +30,7 @@ from xxhash import xxh3_128_digest
 from babygpt import files
 from babygpt.data.filters import FILTERED, KEPT, Filters
 from babygpt.data.plan import Piece, load_index, token_ranges
-from babygpt.data.quality import QualityModel, check
+from babygpt.data.quality import QualityModel, check_tokenizer
 from babygpt.data.readers import Batch, Task, read
 from babygpt.data.shards import token_dtype, write_shard
 from babygpt.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Setup:
 
     def __post_init__(self):
         if self.quality is not None:
-            check(self.quality, self.tokenizer)
+            check_tokenizer(self.quality, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def tokenize_task(task: Task, stem: str) -> tuple[int, int, str | None]:
 
 def filter_and_encode(batch: Batch) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the decision on each document, (documents,) uint8, and the token ids of the kept ones, without EOT."""
-    decisions = _setup.filters.judge(batch)
+    decisions = _setup.filters.decide(batch)
     kept = np.flatnonzero(decisions == KEPT)
     ids = _setup.tokenizer.encode_batch([batch.texts[i] for i in kept])
     if _setup.quality is not None:

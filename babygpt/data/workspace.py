@@ -32,7 +32,7 @@ class Workspace:
         self.directory, self.settings, self.source = directory, settings, source
         self.name = os.path.basename(directory if files.is_remote(directory) else os.path.abspath(directory))
         self.parts = f"{directory}/parts"  # files of all workers
-        self.local = files.cache(directory)  # the directory itself, or one on this machine for a URL
+        self.local = files.local_directory(directory)  # the directory itself, or one on this machine for a URL
         self.scratch = self.local / "parts"  # files of this machine
         self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the data set is complete
 
@@ -65,7 +65,7 @@ class Workspace:
     def begin(self) -> None:
         """Delete the incomplete files of a killed run and write settings.json."""
         (self.scratch / "download").mkdir(parents=True, exist_ok=True)
-        stale = [path for path in self.local.iterdir() if files.TEMPORARY.search(path.name)]
+        stale = [path for path in self.local.iterdir() if files.TEMPORARY_SUFFIX.search(path.name)]
         for path in [*stale, *self.scratch.rglob("*.tmp"), *self.scratch.rglob("*.incomplete")]:
             path.unlink()
         self.recorded = {"format": FORMAT} | self.settings
@@ -114,7 +114,7 @@ class Workspace:
         if not self.source.downloads:  # the revision on the hub is not compared: that would need a network
             self._open_source()
         self._compare(self.manifest["settings"], "a complete data set with other settings")
-        existing = files.names(self.directory)
+        existing = files.list_names(self.directory)
         if missing := [shard["file"] for shard in self.manifest["shards"] if shard["file"] not in existing]:
             raise UserError(
                 f"{self.directory} is missing {', '.join(missing)}, which {MANIFEST} lists. Copy the shards there, or "
@@ -125,7 +125,7 @@ class Workspace:
 
     def _compare_with_unfinished(self) -> None:
         """Open the source in the revision of an earlier run; UserError if that run had other settings."""
-        names = files.names(self.parts)
+        names = files.list_names(self.parts)
         if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
             earlier = json.loads(files.read_bytes(f"{self.parts}/settings.json"))  # it finished a task
             if earlier.get("format") != FORMAT:
@@ -134,7 +134,7 @@ class Workspace:
             self._open_source(earlier["revision"])
             self._compare(earlier, "an unfinished data set of another revision of the source")
         else:
-            if any(name.endswith(".bin") for name in files.names(self.directory)):
+            if any(name.endswith(".bin") for name in files.list_names(self.directory)):
                 raise UserError(f"{self.directory} has shards but no {MANIFEST}. Move them or use another --out-dir.")
             self._open_source()
 

@@ -49,7 +49,8 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
             file.close()
             return lock()
         (out / STOPPED).unlink(missing_ok=True)
-        for stale in (path for path in out.iterdir() if files.TEMPORARY.search(path.name)):  # left by a killed process
+        stale_files = [path for path in out.iterdir() if files.TEMPORARY_SUFFIX.search(path.name)]
+        for stale in stale_files:  # left by a killed process
             stale.unlink()
         return file, is_new
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from babygpt.data.sources import documents, find  # noqa: E402
+from babygpt.data.sources import find, read_documents  # noqa: E402
 
 MODEL = "--model.block-size 256 --model.n-layer 4 --model.n-head 4 --model.n-embd 128"
 TRAINING = (
@@ -27,7 +27,7 @@ def call(*arguments: object) -> None:
 def split(paths: list[str], out: Path) -> None:
     """The texts as documents of some 3,000 characters, so that books don't go to one side as a whole."""
     with open(out, "w", encoding="utf-8") as file:
-        for text in documents(find("files", tuple(paths))):
+        for text in read_documents(find("files", tuple(paths))):
             piece = ""
             for paragraph in text.split("\n"):
                 piece += paragraph + "\n"

@@ -17,7 +17,7 @@ from xxhash import xxh3_128_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from babygpt.data.sources import documents, find
+from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from tools.train_quality_filter import BLOCK, HASH_SEED, HELD_OUT, frequencies
 
@@ -32,7 +32,7 @@ STRENGTHS = (1, 10, 100, 1000, 10000)
 
 def read(path: str, tokenizer: Tokenizer) -> csr_matrix:
     """The documents' frequencies, (documents, features), in the order of their hashes read backwards."""
-    texts = {text.encode() for text in documents(find("files", (path,))) if text.strip()}
+    texts = {text.encode() for text in read_documents(find("files", (path,))) if text.strip()}
     texts = sorted(texts, key=lambda text: xxh3_128_digest(text, HASH_SEED)[::-1])
     tokenizer.use_gigatoken(texts, 100_000)
     ids = tokenizer.encode_batch(texts)

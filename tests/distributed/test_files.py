@@ -117,7 +117,7 @@ def test_a_data_set_is_brought_here_once_and_checked(far, local):
 
 
 def test_a_file_that_was_changed_here_is_fetched_again(far, local):
-    folder = open_dataset(far).folder
+    folder = open_dataset(far).directory
     shard = next(folder.glob("*_train_*.bin"))
     with open(shard, "r+b") as file:
         file.seek(1100)
@@ -137,7 +137,7 @@ def test_a_damaged_or_missing_shard_far_away_is_refused_by_name(far, local, dama
         system.pipe_file(f"{far}/{name}", data[:-7] if damage == "short" else data[:1500] + b"\0\1" + data[1502:])
     with pytest.raises(UserError, match=name):
         open_dataset(far)
-    assert not (files.cache(far) / name).exists()
+    assert not (files.local_directory(far) / name).exists()
 
 
 def test_somebody_else_s_shards_open_from_far_away(bucket, local, tmp_path, monkeypatch):
@@ -195,13 +195,13 @@ def test_a_name_is_a_name_and_no_pattern(bucket):
         with files.create(f"{bucket}/{name}") as file:
             file.write(b"x")
     files.remove(f"{bucket}/a[bc]")
-    assert [files.names(f"{bucket}/{name}") for name in ("a[bc]", "ab", "ac")] == [[], ["x"], ["x"]]
+    assert [files.list_names(f"{bucket}/{name}") for name in ("a[bc]", "ab", "ac")] == [[], ["x"], ["x"]]
 
 
 def test_every_url_has_a_cache_of_its_own():
     urls = ("s3://a/b/c", "s3://a-b/c", "s3://a/b-c", "gs://a/b/c")
-    assert len({files.cache(url) for url in urls}) == 4
-    assert files.cache("s3://a/b/c/") == files.cache("s3://a/b/c")
+    assert len({files.local_directory(url) for url in urls}) == 4
+    assert files.local_directory("s3://a/b/c/") == files.local_directory("s3://a/b/c")
 
 
 def test_a_set_whose_url_ends_in_a_slash_is_the_same_set(bucket, tmp_path, pages, local, monkeypatch):
@@ -238,5 +238,5 @@ def test_names_that_are_taken_for_files_are(tmp_path):
     save(tmp_path / "d" / "a", b"")
     save(tmp_path / "d" / "e" / "b", b"")
     for folder in (str(tmp_path / "d"), f"file://{tmp_path}/d"):
-        assert files.names(folder) == ["a"]
-        assert files.names(folder + "/none") == []
+        assert files.list_names(folder) == ["a"]
+        assert files.list_names(folder + "/none") == []

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 import train
 from babygpt.data.shards import open_dataset, verify
-from babygpt.data.sources import documents, find
+from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
 from babygpt.training import checkpoint
@@ -261,7 +261,7 @@ class Kinds:
         else:
             save_jsonl(path, texts)
         path.write_bytes(damaged(path.read_bytes(), rng))
-        for _ in documents(find("files", (str(path),))):
+        for _ in read_documents(find("files", (str(path),))):
             pass
 
 

@@ -521,7 +521,7 @@ def test_memory_that_only_caches_files_counts_as_free():
 
 
 def read_all(*inputs: Path, column="text") -> list[str]:
-    return list(sources.documents(sources.find("files", tuple(map(str, inputs)), (column,))))
+    return list(sources.read_documents(sources.find("files", tuple(map(str, inputs)), (column,))))
 
 
 def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path):

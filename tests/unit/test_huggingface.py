@@ -201,7 +201,7 @@ def test_weights_with_another_tokenizer_are_refused(dataset, tmp_path):
         tmp_path / "hf"
     )
     train_tokenizer(["some other text, with other words " * 20], 270, tmp_path / "hf" / "tokenizer.json", False)
-    with pytest.raises(UserError, match=r"does not have the tokenizer that .* have 270 and 300 entries"):
+    with pytest.raises(UserError, match=r"have different tokenizers, .* of 270 and 300 entries"):
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from=tmp_path / "hf"))
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.helpers import call, save, save_jsonl
 
-from babygpt.data.quality import PAIR_BITS, QualityModel, check, pairs_of
+from babygpt.data.quality import BIGRAM_BITS, QualityModel, check_tokenizer, hash_bigrams
 from babygpt.data.sources import find
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
@@ -54,7 +54,7 @@ def made() -> QualityModel:
     """A model of random weights."""
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=VOCABULARY).astype(np.float32)
-    pairs = rng.normal(size=1 << PAIR_BITS).astype(np.float32)
+    pairs = rng.normal(size=1 << BIGRAM_BITS).astype(np.float32)
     return QualityModel(Path("m"), tokens, pairs, 0.3, "gpt2", "0" * 64, {}, "")
 
 
@@ -69,10 +69,10 @@ def ids(sizes: list[int], seed: int = 0) -> list[np.ndarray]:
 
 def plainly(model: QualityModel, document: list[int]) -> float:
     """The score in its plainest form: a document, a token at a time."""
-    total = sum(float(model.tokens[token]) for token in document)
+    total = sum(float(model.token_weights[token]) for token in document)
     for left, right in itertools.pairwise(document):
-        bucket = (left * 0x9E3779B1 + right * 0x85EBCA6B) % 2**32 // 2 ** (32 - PAIR_BITS)
-        total += float(model.pairs[bucket])
+        bucket = (left * 0x9E3779B1 + right * 0x85EBCA6B) % 2**32 // 2 ** (32 - BIGRAM_BITS)
+        total += float(model.bigram_weights[bucket])
     return 1 / (1 + math.exp(-(model.bias + total / max(len(document), 1))))
 
 
@@ -104,18 +104,18 @@ def test_a_token_outside_the_vocabulary_is_no_score(made):
 
 def test_pairs_spread_over_all_buckets_and_know_their_order():
     left, right = (grid.ravel().astype(np.uint32) for grid in np.meshgrid(range(1024), range(1024)))
-    buckets = pairs_of(np.stack([left, right], axis=1).ravel())[::2]  # of the pairs, not of what lies between them
-    counts = np.bincount(buckets, minlength=1 << PAIR_BITS)  # 2^20 pairs of neighbouring ids, the hardest case
-    assert len(counts) == 1 << PAIR_BITS
+    buckets = hash_bigrams(np.stack([left, right], axis=1).ravel())[::2]  # of the pairs, not of what lies between them
+    counts = np.bincount(buckets, minlength=1 << BIGRAM_BITS)  # 2^20 pairs of neighbouring ids, the hardest case
+    assert len(counts) == 1 << BIGRAM_BITS
     assert np.count_nonzero(counts) > 0.97 * len(counts)  # of random numbers 1 - exp(-4) = 0.982
     assert counts.max() <= 20  # 4 on the average
-    assert pairs_of(np.array([1, 2], np.uint32)) != pairs_of(np.array([2, 1], np.uint32))
+    assert hash_bigrams(np.array([1, 2], np.uint32)) != hash_bigrams(np.array([2, 1], np.uint32))
 
 
 def test_what_is_learnt_from_is_what_is_scored(made):
     documents = ids([30, 1, 200])
     rows = frequencies(documents, VOCABULARY)
-    logits = rows @ np.concatenate([made.tokens, made.pairs]) + made.bias
+    logits = rows @ np.concatenate([made.token_weights, made.bigram_weights]) + made.bias
     np.testing.assert_allclose(made.score(documents), 1 / (1 + np.exp(-logits)), rtol=1e-5)
 
 
@@ -206,7 +206,7 @@ def test_held_out_documents_are_never_learnt_from(sides, learnt, tmp_path, monke
 def test_the_figures_in_the_file_are_those_of_the_held_out_documents_and_are_printed(sides, learnt, capsys, tmp_path):
     train(sides, tmp_path / "m")
     out = capsys.readouterr().out
-    figures = learnt.figures
+    figures = learnt.metrics
     assert figures["learnt_from"] == {"good": 54, "other": 54}
     assert f"AUC {figures['auc']:.5f}" in out
     assert [row["quality"] for row in figures["thresholds"]] == [i / 10 for i in range(1, 10)]
@@ -235,8 +235,8 @@ def test_documents_on_both_sides_teach_nothing(sides, tmp_path):
     both = made_up("good", 5, seed=7)
     mixed = {k: save_jsonl(tmp_path / f"{k}.jsonl", [*made_up(k, 60), *both]) for k in ("good", "other")}
     model = train(mixed, tmp_path / "m")
-    assert model.figures["on_both_sides"] == 5
-    assert np.array_equal(model.pairs, train(sides, tmp_path / "n").pairs)
+    assert model.metrics["on_both_sides"] == 5
+    assert np.array_equal(model.bigram_weights, train(sides, tmp_path / "n").bigram_weights)
 
 
 def test_a_file_on_both_sides_is_refused_by_name(sides, tmp_path):
@@ -264,28 +264,28 @@ def test_a_mistake_in_the_paths_names_the_flag(sides, tmp_path):
 
 def test_a_model_of_another_tokenizer_is_refused_and_both_are_named(sides, learnt, tmp_path):
     trained = train_tokenizer(made_up("good", 60), 300, tmp_path / "own.json", progress=False)
-    check(learnt, load_tokenizer("gpt2"))
+    check_tokenizer(learnt, load_tokenizer("gpt2"))
     with pytest.raises(UserError, match=rf"of gpt2 \(sha256 306cd27f03c1\).*own\.json \(sha256 {trained.sha256[:12]}"):
-        check(learnt, trained)
+        check_tokenizer(learnt, trained)
     own = train(sides, tmp_path / "m", "--tokenizer", tmp_path / "own.json")
-    assert own.tokens.shape == (300,)
-    check(own, trained)
+    assert own.token_weights.shape == (300,)
+    check_tokenizer(own, trained)
     with pytest.raises(UserError, match=r"of tokenizer\.json .* the tokenizer is .*more\.json"):
-        check(own, train_tokenizer(made_up("good", 60), 310, tmp_path / "more.json", progress=False))
+        check_tokenizer(own, train_tokenizer(made_up("good", 60), 310, tmp_path / "more.json", progress=False))
     with pytest.raises(UserError, match="--tokenizer gpt2"):
-        check(own, load_tokenizer("gpt2"))
+        check_tokenizer(own, load_tokenizer("gpt2"))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100])
 def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
-    with pytest.raises(UserError, match=r"odd is no quality model.*tools\.train_quality_filter"):
+    with pytest.raises(UserError, match=r"odd is not a quality model.*tools\.train_quality_filter"):
         QualityModel.load(save(tmp_path / "odd", content))
 
 
 def test_other_weights_and_missing_files_are_refused_by_name(learnt, tmp_path):
     for about in (None, {"quality": "{}"}, {"quality": "[]"}, {"quality": json.dumps({"format": 2})}):
         save_file(load_file(learnt.path), tmp_path / "odd", about)
-        with pytest.raises(UserError, match="odd is no quality model"):
+        with pytest.raises(UserError, match="odd is not a quality model"):
             QualityModel.load(tmp_path / "odd")
     with safe_open(learnt.path, "numpy") as file:
         about = json.loads(file.metadata()["quality"])
@@ -293,19 +293,19 @@ def test_other_weights_and_missing_files_are_refused_by_name(learnt, tmp_path):
     with pytest.raises(UserError, match="its format is 2"):
         QualityModel.load(tmp_path / "odd")
     save_file({"wte.weight": np.zeros(3, np.float32)}, tmp_path / "odd", {"quality": json.dumps({"format": 1})})
-    with pytest.raises(UserError, match="odd is no quality model"):
+    with pytest.raises(UserError, match="odd is not a quality model"):
         QualityModel.load(tmp_path / "odd")
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(UserError, match="can't be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             QualityModel.load(path)
 
 
 def test_a_damaged_model_is_refused(learnt, tmp_path):
     data = bytearray(learnt.path.read_bytes())
     data[-5] ^= 1
-    with pytest.raises(UserError, match="not those that were written"):
+    with pytest.raises(UserError, match="the sha256 of its weights is wrong"):
         QualityModel.load(save(tmp_path / "m", bytes(data)))
-    with pytest.raises(UserError, match="is no quality model"):
+    with pytest.raises(UserError, match="is not a quality model"):
         QualityModel.load(save(tmp_path / "m", bytes(data[:-100])))
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.helpers import save, save_jsonl
 
 from babygpt.data import readers
-from babygpt.data.sources import documents, find, first_bytes
+from babygpt.data.sources import find, read_documents, read_first_documents
 from babygpt.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_documents_come_in_the_order_of_the_sorted_paths_however_they_are_named(
         save(tmp_path / name, name.encode())
     expected = ["a/z.txt", "b/10.txt", "b/2.txt", "c.txt"]
     for patterns in (["c.txt", "b/*", "a"], ["."], ["b", "*/*.txt", "*.txt", "a/z.txt"], ["**/*.txt"]):
-        assert list(documents(files(*(tmp_path / pattern for pattern in patterns)))) == expected
+        assert list(read_documents(files(*(tmp_path / pattern for pattern in patterns)))) == expected
 
 
 def test_tasks_follow_from_the_files_alone(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_tasks_of_a_parquet_file_are_ranges_of_its_row_groups_each_in_one_task(t
     ranges = [task.part for task in tasks(source) if task.kind == "parquet"]
     assert [group for first, stop in ranges for group in range(first, stop)] == list(range(17))
     assert 3 < len(ranges) < 17
-    assert list(documents(files(tmp_path))) == ["before", *texts, "after"]
+    assert list(read_documents(files(tmp_path))) == ["before", *texts, "after"]
     assert [task.kind for task in tasks(source)] == ["files", *["parquet"] * len(ranges), "files"]
 
 
@@ -106,20 +106,20 @@ def test_a_large_jsonl_file_is_many_tasks_and_every_line_in_one_of_them(tmp_path
     for size in (1, 2, 30, 31, 32, 33, 100, 1000):
         monkeypatch.setattr(readers, "TASK_BYTES", size)
         assert len(tasks(opened(tmp_path))) == -(-len(lines.encode()) // size)
-        assert list(documents(files(tmp_path))) == texts
+        assert list(read_documents(files(tmp_path))) == texts
 
 
 def test_a_bad_line_of_a_later_task_is_told_with_its_place(tmp_path, monkeypatch):
     save(tmp_path / "a.jsonl", b'{"text": "a"}\n' * 10 + b"{\n")
     monkeypatch.setattr(readers, "TASK_BYTES", 50)
     with pytest.raises(UserError, match=r"a\.jsonl, the line at byte 140 is not JSON"):
-        list(documents(files(tmp_path)))
+        list(read_documents(files(tmp_path)))
 
 
 def test_the_text_column_can_have_another_name(tmp_path):
     pq.write_table(pa.table({"text": [1], "body": ["from parquet"]}), tmp_path / "a.parquet")
     save(tmp_path / "b.jsonl", b'{"body": "from jsonl", "text": 1}\n')
-    assert list(documents(files(tmp_path, column="body"))) == ["from parquet", "from jsonl"]
+    assert list(read_documents(files(tmp_path, column="body"))) == ["from parquet", "from jsonl"]
 
 
 @pytest.mark.parametrize("name", ["page[1].txt", "pages [old]/1.txt", b"\xff.txt"])
@@ -127,21 +127,21 @@ def test_odd_names_are_read_too(tmp_path, name):
     path = tmp_path / os.fsdecode(name)
     save(path, b"hello")
     for pattern in (path, path.parent):
-        assert list(documents(files(pattern))) == ["hello"]
+        assert list(read_documents(files(pattern))) == ["hello"]
 
 
 def test_hidden_files_below_a_folder_are_no_text(tmp_path):
     for name in ("1.txt", ".DS_Store", ".cache/huggingface/1.txt", "below/.2.txt"):
         save(tmp_path / name, name.encode())
     os.symlink(tmp_path / "gone.txt", tmp_path / "broken.txt")
-    assert list(documents(files(tmp_path))) == ["1.txt"]
+    assert list(read_documents(files(tmp_path))) == ["1.txt"]
 
 
 def test_a_folder_of_one_s_home_can_be_named_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path / "pages" / "1.txt", b"hello")
-    assert list(documents(files("~/pages"))) == ["hello"]
-    assert list(documents(files("~/pages/*.txt"))) == ["hello"]
+    assert list(read_documents(files("~/pages"))) == ["hello"]
+    assert list(read_documents(files("~/pages/*.txt"))) == ["hello"]
 
 
 def test_the_standard_library_is_read_without_its_tests():
@@ -156,7 +156,7 @@ def test_the_standard_library_is_read_without_its_tests():
 def test_reading_the_first_bytes_stops_with_the_document_that_reaches_them(tmp_path):
     save_jsonl(tmp_path / "a.jsonl", ["aaaa", "žž", "cccc", "dddd"])
     for wanted, expected in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (1000, 4)):
-        assert len(list(first_bytes(files(tmp_path), wanted))) == expected
+        assert len(list(read_first_documents(files(tmp_path), wanted))) == expected
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_known_one():
@@ -173,10 +173,10 @@ def test_hidden_files_and_circles_of_links_are_left_out(tmp_path):
     save(tmp_path / "in" / ".cache" / "b.lock", b"")
     os.symlink(".", tmp_path / "in" / "loop")
     os.symlink("nowhere.txt", tmp_path / "in" / "broken.txt")
-    assert list(documents(files(tmp_path / "in"))) == ["a"]
+    assert list(read_documents(files(tmp_path / "in"))) == ["a"]
 
 
 def test_a_text_that_is_no_utf8_is_refused_by_name(tmp_path):
     save(tmp_path / "a.txt", "zażółć".encode("utf-16"))
     with pytest.raises(UserError, match=r"a\.txt is no UTF-8"):
-        list(documents(files(tmp_path)))
+        list(read_documents(files(tmp_path)))

@@ -21,7 +21,7 @@ class Source:
     """Six units of many tasks. Two may be open at once, as with files of the hub."""
 
     units = [Unit(f"unit {i}", 1000) for i in range(6)]  # noqa: RUF012
-    units_at_once = 2
+    max_open_units = 2
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
