@@ -1,4 +1,4 @@
-"""Training steps of GPT-2 124M's size that fake_h200.py predicts without a GPU and gpu_report.py measures with one."""
+"""Training steps of GPT-2 124M that fake_h200.py predicts without a GPU and gpu_report.py measures on a GPU."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from unittest import mock
 
 @dataclass(frozen=True)
 class Case:
-    """A preset, the rows of a micro-batch, and switches."""
+    """A preset, the rows per micro-batch, and switches."""
 
     preset: str
     rows: int
     bf16_activations: bool = False
     n_head: int = 12
-    plain_loss: bool = False  # F.cross_entropy of the whole logits
-    cudnn: bool = False  # attention by cuDNN
+    plain_loss: bool = False  # F.cross_entropy on the full logits
+    cudnn: bool = False  # cuDNN attention
     activation_checkpointing: bool = False
     deterministic: bool = False
     compiled: bool = True
@@ -33,20 +33,20 @@ class Case:
         }
         return ", ".join([self.preset, f"{self.rows} rows", *(name for name, on in switches.items() if on)])
 
-    def loss(self) -> AbstractContextManager:
-        """A context in which the model uses the loss of this case."""
+    def patch_loss(self) -> AbstractContextManager:
+        """Return a context manager that makes the model use the loss of this case."""
         return mock.patch("model.linear_cross_entropy", plain_cross_entropy) if self.plain_loss else nullcontext()
 
 
 def plain_cross_entropy(x: Any, weight: Any, targets: Any, vocab_size: int, softcap: float | None = None) -> Any:
-    """What a user would write in place of linear_cross_entropy, with the same arguments and without a softcap."""
+    """Compute the loss from the full logits. Takes the arguments of linear_cross_entropy, but ignores the softcap."""
     import torch.nn.functional as F
 
     logits = F.linear(x, weight).float()[:, :vocab_size]
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
-# the most informative first
+# in order of importance
 CASES = [
     Case("gpt2", 64),
     Case("gpt2", 64, bf16_activations=True),

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 
 if TYPE_CHECKING:
     import tiktoken
@@ -295,7 +295,7 @@ def compare(files: list[str], options: argparse.Namespace) -> None:
     spent = stages(files)
     lines += ["", "Ours, one process that has imported all:", "", "| stage | seconds | share |", "|---|---:|---:|"]
     lines += [f"| {name} | {second:.2f} | {second / sum(spent.values()):.0%} |" for name, second in spent.items()]
-    show(lines, options.out)
+    write_table(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import fineweb  # noqa: E402
 from babygpt.data import readers, workers  # noqa: E402
 from babygpt.data.shards import HEADER_BYTES, MANIFEST, open_dataset, verify  # noqa: E402
 from babygpt.errors import UserError  # noqa: E402
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 
 
 def write_pages(folder: Path) -> int:
@@ -200,7 +200,7 @@ def main() -> None:
         lines.append(kills(options.kills, count, rng))
         print(lines[-1], file=sys.stderr)
     lines += damages(options.damages, rng)
-    show(lines, options.out)
+    write_table(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-// The part of CUDA's runtime that PyTorch calls to detect a GPU: one NVIDIA H200 whose kernels do nothing.
-// benchmarks/fake_h200.py compiles this and preloads it.
+// Stub of the CUDA runtime functions that PyTorch calls to detect a GPU. It reports one NVIDIA H200; kernel launches do
+// nothing. benchmarks/fake_h200.py compiles and preloads it.
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define OK \
+#define RETURN_SUCCESS \
   { return cudaSuccess; }
 
 cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-cudaError_t cudaSetDevice(int device) OK
-cudaError_t cudaGetLastError(void) OK
-cudaError_t cudaPeekAtLastError(void) OK
-cudaError_t cudaDeviceSynchronize(void) OK
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) OK
+cudaError_t cudaSetDevice(int device) RETURN_SUCCESS
+cudaError_t cudaGetLastError(void) RETURN_SUCCESS
+cudaError_t cudaPeekAtLastError(void) RETURN_SUCCESS
+cudaError_t cudaDeviceSynchronize(void) RETURN_SUCCESS
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) RETURN_SUCCESS
 cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = *greatest = 0; return cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
@@ -29,8 +29,8 @@ cudaError_t cudaMalloc(void **pointer, size_t size) {
   return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void *pointer) { free(pointer); return cudaSuccess; }
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
-  memcpy(to, from, size);
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+  memcpy(dst, src, size);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void *pointer, int value, size_t size, cudaStream_t stream) {
@@ -38,9 +38,9 @@ cudaError_t cudaMemsetAsync(void *pointer, int value, size_t size, cudaStream_t 
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
-                             cudaStream_t stream) OK
+                             cudaStream_t stream) RETURN_SUCCESS
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
-  memset(p, 0, sizeof *p);  // NVIDIA's data sheet and CUDA's table for compute capability 9.0
+  memset(p, 0, sizeof *p);  // from NVIDIA's data sheet and CUDA's table for compute capability 9.0
   strcpy(p->name, "NVIDIA H200");
   p->major = 9;
   p->multiProcessorCount = 132;

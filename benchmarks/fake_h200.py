@@ -43,7 +43,7 @@ from typing import Any, cast
 from unittest import mock
 
 from benchmarks.cases import CASES, Case
-from benchmarks.table import show
+from benchmarks.table import write_table
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "results" / "speed" / "fake-h200.csv"
@@ -244,7 +244,7 @@ def measure(case: Case) -> dict[str, Any]:
             counts.hold(parameter.data)
         idx = torch.zeros(case.rows, config.block_size, dtype=torch.int64)
         compiled = torch.compile(model, backend=backend(counts), fullgraph=True, dynamic=False)
-        with case.loss(), torch.autocast("cuda", torch.bfloat16):
+        with case.patch_loss(), torch.autocast("cuda", torch.bfloat16):
             total = compiled(idx, idx, reduction="sum")
         total.backward()
     parameters = sum(p.numel() for p in model.parameters())
@@ -295,7 +295,7 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
         "|---|" + "---:|" * (len(rows[0]) - 1),
         *("| " + " | ".join(map(str, row.values())) + " |" for row in rows),
     ]
-    show(lines, out.with_suffix(".md") if out == OUT else None)
+    write_table(lines, out.with_suffix(".md") if out == OUT else None)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ from babygpt.training import checkpoint  # noqa: E402
 from babygpt.training.log import read_log  # noqa: E402
 from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
 from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 Row = tuple[str, str, str]  # what was tried, how often, what came of it
@@ -424,7 +424,7 @@ def main() -> None:
         "|---|---:|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-    show(lines, options.out)
+    write_table(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def training_step(sizes: Sizes, case: Case) -> Result:
     switches = {name: getattr(case, name) for name in ("bf16_activations", "activation_checkpointing")}
     config = variant(config, training=switches)
     cudnn = mock.patch.object(attention, "CUDA_BACKENDS", [SDPBackend.CUDNN_ATTENTION])
-    with case.loss(), cudnn if case.cudnn else nullcontext():
+    with case.patch_loss(), cudnn if case.cudnn else nullcontext():
         training = Training(sizes, config, case.compiled)
         begin = time.perf_counter()
         training.step().tolist()

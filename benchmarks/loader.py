@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from babygpt.data.shards import HEADER_BYTES, MAGIC_UINT16, VERSION_UINT16, open_dataset, shard_name  # noqa: E402
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 from dataloader import DataLoader, Order, Position  # noqa: E402
 
 EOT, T, STREAMS, SEED, SHARD = 50256, 1024, 64, 1337, 100_000_000
@@ -216,7 +216,7 @@ def main() -> None:
             times = (max(rest), statistics.median(rest), first)
             lines.append(f"| the consumer: {name} | " + " | ".join(f"{1e3 * t:.2f} ms" for t in times) + " |")
             print(lines[-1], file=sys.stderr, flush=True)
-    show(lines, options.out)
+    write_table(lines, options.out)
 
 
 if __name__ == "__main__":

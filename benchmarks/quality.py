@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from babygpt.data.shards import MANIFEST, open_dataset  # noqa: E402
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 
 FULL = {"vocab_size": 4096, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "steps": 350, "rows": 16}
 QUICK = {"vocab_size": 512, "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16, "steps": 6, "rows": 16}
@@ -183,7 +183,7 @@ def main() -> None:
             "|---|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
         ]
-    show(lines, options.out)
+    write_table(lines, options.out)
 
 
 if __name__ == "__main__":

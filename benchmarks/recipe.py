@@ -1,17 +1,18 @@
-"""Tokens to loss: how many the modern recipe needs for the classic's final loss, and what each part of it is worth.
+"""Tokens to loss: the tokens that the modern recipe needs to reach the classic recipe's final loss, and an ablation.
 
     python benchmarks/recipe.py DATASET [--steps 1600] [--jobs 2] [--out results/recipe]
 
-DATASET is a prepared folder with a small vocabulary (`python -m tools.train_tokenizer --vocab-size 8192`). The model is
-the same in both recipes but for their switches: 4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step.
+DATASET is a prepared data set with a small vocabulary (`python -m tools.train_tokenizer --vocab-size 8192`). Both
+recipes use 4 layers, 4 heads, n_embd = 128, T = 256 and 4,096 tokens per step. The benchmark runs
 
-    classic    the preset gpt2 at five learning rates, one seed; the best of them with two seeds more
-    modern     the preset modern as it is, at shares of the classic's steps, three seeds; the first share whose mean
-               loss is not above the classic's tells how many tokens it needs
-    parts      modern with each part taken out alone, and some put in, at a quarter of the steps, one seed
-    clock      a step of both, alone on the machine with all its threads, three times in turns
+- classic: the preset gpt2 with five learning rates and one seed, then the best learning rate with two more seeds;
+- modern: the preset modern, unchanged, with three seeds, at increasing fractions of the classic steps up to the first
+  fraction whose mean loss is at most that of classic;
+- an ablation: modern with one part removed or added at a time, at a quarter of the steps, with one seed;
+- timing: both recipes alternate three times, alone on the machine and with all its threads.
 
-Runs go to out/recipe and are resumed: a finished one is not run again. --jobs at once, one thread each if several.
+Runs are written to out/recipe and resumed; finished runs are not repeated. If --jobs is greater than 1, each run uses
+one thread.
 """
 
 import argparse
@@ -30,41 +31,41 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from babygpt.training.log import column, read_log  # noqa: E402
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (1337, 1338, 1339)
-SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5)
-# what is taken out, or put in, by the flags that do it
-OUT = {
-    "Muon (AdamW at the classic's best rate)": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
-    "constant rate, then linear (cosine)": ["--optimizer.cooldown", "None"],
-    "warm-up of momentum": ["--optimizer.momentum-warmup-steps", "0"],
-    "RoPE (learned positions)": ["--model.no-rope"],
-    "QK-norm": ["--model.no-qk-norm"],
-    "ReLU^2 (GELU)": ["--model.no-relu2"],
-    "RMS norm (layer norm)": ["--model.no-rms-norm"],
-    "norm of the embedding": ["--model.no-embedding-norm"],
-    "zero initialisation": ["--model.no-zero-init"],
-    "untied head": ["--model.tie-head"],
-    "no biases (biases)": ["--model.bias"],
-    "value embeddings": ["--model.value-embeddings", "0"],
-    "x0 shortcut": ["--model.no-x0-shortcut"],
-    "U-Net shortcuts": ["--model.no-unet"],
-    "soft-cap": ["--model.logit-softcap", "None"],
+FRACTIONS = (0.125, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
+# rows of the ablation table, with the flags of the run; BEST stands for the best learning rate of classic
+REMOVED = {
+    "AdamW instead of Muon, best learning rate of classic": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
+    "cosine schedule instead of constant with linear cooldown": ["--optimizer.cooldown", "None"],
+    "no momentum warmup": ["--optimizer.momentum-warmup-steps", "0"],
+    "learned position embeddings instead of RoPE": ["--model.no-rope"],
+    "no QK-norm": ["--model.no-qk-norm"],
+    "GELU instead of ReLU^2": ["--model.no-relu2"],
+    "LayerNorm instead of RMSNorm": ["--model.no-rms-norm"],
+    "no norm after the embedding": ["--model.no-embedding-norm"],
+    "no zero initialization": ["--model.no-zero-init"],
+    "tied head": ["--model.tie-head"],
+    "biases": ["--model.bias"],
+    "no value embeddings": ["--model.value-embeddings", "0"],
+    "no x0 shortcut": ["--model.no-x0-shortcut"],
+    "no U-Net skip connections": ["--model.no-unet"],
+    "no logit softcap": ["--model.logit-softcap", "None"],
 }
-IN = {
-    "2 key and value heads of 4": ["--model.n-kv-head", "2"],
+ADDED = {
+    "2 key and value heads for 4 query heads": ["--model.n-kv-head", "2"],
     "attention scale 0.12": ["--model.attention-scale", "0.12"],
     "document mask": ["--model.document-mask"],
-    "window of 128": ["--model.window", "128"],
+    "attention window of 128": ["--model.window", "128"],
     "weight decay 0.1": ["--optimizer.weight-decay", "0.1"],
     "cautious weight decay 0.1": ["--optimizer.weight-decay", "0.1", "--optimizer.cautious"],
 }
 
 
 class Runs:
-    """Trainings by name, each done once."""
+    """Training runs by name. Each run is trained once."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.out = options, Path(options.runs)
@@ -72,7 +73,7 @@ class Runs:
     def train(
         self, name: str, preset: str, steps: int, seed: int, *flags: str, alone: bool = False, ranks: int = 1
     ) -> str:
-        """Trains, unless that is done already; returns the name."""
+        """Train the run unless it has finished, and return its name."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         threads = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
         command = [
@@ -88,47 +89,49 @@ class Runs:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | threads)
         if done.returncode:
             sys.exit(f"error: {name} failed:\n{done.stderr[-3000:]}")
-        print(f"{name}: {self.loss(name):.4f}", file=sys.stderr, flush=True)
+        print(f"{name}: {self.final_loss(name):.4f}", file=sys.stderr, flush=True)
         return name
 
-    def all(self, wanted: list[tuple], ranks: dict[str, int] | None = None) -> list[str]:
+    def train_all(self, runs: list[tuple], ranks: dict[str, int] | None = None) -> list[str]:
+        """Train runs given as arguments of `train`, on one rank unless `ranks` says otherwise; return their names."""
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            return list(pool.map(lambda a: self.train(*a, ranks=(ranks or {}).get(a[0], 1)), wanted))
+            return list(pool.map(lambda a: self.train(*a, ranks=(ranks or {}).get(a[0], 1)), runs))
 
-    def loss(self, name: str) -> float:
+    def final_loss(self, name: str) -> float:
         return column(read_log(self.out / name / "log.csv"), "val_loss")[1][-1]
 
-    def ms(self, name: str) -> float:
-        """Of a step, the median: other work on the machine comes and goes."""
+    def step_ms(self, name: str) -> float:
+        """Return the median, because the load on the machine varies."""
         return statistics.median(column(read_log(self.out / name / "log.csv"), "step_ms")[1])
 
-    def mean(self, names: list[str]) -> float:
-        return statistics.mean(map(self.loss, names))
+    def mean_loss(self, names: list[str]) -> float:
+        return statistics.mean(map(self.final_loss, names))
 
-    def spread(self, names: list[str]) -> str:
-        losses = sorted(map(self.loss, names))
+    def format_losses(self, names: list[str]) -> str:
+        losses = sorted(map(self.final_loss, names))
         return f"{statistics.mean(losses):.4f} ({losses[0]:.4f} to {losses[-1]:.4f})"
 
 
-def draw(curves: dict[str, list[Path]], goal: float, out: Path) -> None:
-    """Training losses against tokens, averaged over 20 steps and the seeds, and the validation losses at the ends."""
+def plot_losses(curves: dict[str, list[Path]], target_loss: float, out: Path) -> None:
+    """Plot training losses averaged over 20 steps and all seeds, and the final validation loss of each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4))
-    for (name, folders), colour in zip(curves.items(), ("#2a6fbb", "#d1495b"), strict=True):
-        logs = [read_log(folder / "log.csv") for folder in folders]
+    for (name, directories), color in zip(curves.items(), ("#2a6fbb", "#d1495b"), strict=True):
+        logs = [read_log(directory / "log.csv") for directory in directories]
         losses = torch.tensor([column(log, "loss")[1] for log in logs]).mean(dim=0)
         losses = losses[: len(losses) // 20 * 20].view(-1, 20).mean(dim=1)
         tokens = 4096 * (20 * torch.arange(len(losses)) + 10)
-        axis.plot(tokens / 1e6, losses, color=colour, label=f"{name}: training")
-        ends = [column(log, "val_loss")[1][-1] for log in logs]
-        end = [logs[0][-1]["tokens"] / 1e6] * len(ends)
-        axis.plot(end, ends, "o", color=colour, markersize=4, label=f"{name}: validation, {len(ends)} seeds")
-    axis.axhline(goal, color="#4a4a4a", linewidth=0.8, linestyle="--")
-    axis.set(xlabel="million tokens", ylabel="loss (nats a token)")
+        axis.plot(tokens / 1e6, losses, color=color, label=f"{name}: training")
+        val_losses = [column(log, "val_loss")[1][-1] for log in logs]
+        positions = [logs[0][-1]["tokens"] / 1e6] * len(val_losses)
+        label = f"{name}: validation, {len(val_losses)} seeds"
+        axis.plot(positions, val_losses, "o", color=color, markersize=4, label=label)
+    axis.axhline(target_loss, color="#4a4a4a", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.tight_layout()
@@ -137,35 +140,35 @@ def draw(curves: dict[str, list[Path]], goal: float, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
-    parser.add_argument("--steps", type=int, default=1600, help="of the classic")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--runs", default="out/recipe", help="folder for the runs")
-    parser.add_argument("--out", type=Path, help="folder for table and picture")
+    parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared data set")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of the classic recipe (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
+    parser.add_argument("--runs", default="out/recipe", help="directory of the runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="directory for recipe.md and recipe.png")
     options = parser.parse_args()
     runs, steps = Runs(options), options.steps
 
-    def classic(rate: float, seed: int) -> tuple:
+    def classic_run(rate: float, seed: int) -> tuple:
         flags = ["--optimizer.max-lr", str(rate), "--optimizer.warmup-steps", str(steps // 20)]
         return (f"classic-{rate:g}-{seed}", "gpt2", steps, seed, *flags)
 
-    def modern(share: float, seed: int) -> tuple:
-        return (f"modern-{share:g}-{seed}", "modern", round(share * steps), seed)
+    def modern_run(fraction: float, seed: int) -> tuple:
+        return (f"modern-{fraction:g}-{seed}", "modern", round(fraction * steps), seed)
 
-    rates = dict(zip(RATES, runs.all([classic(rate, SEEDS[0]) for rate in RATES]), strict=True))
-    best = min(rates, key=lambda rate: runs.loss(rates[rate]))
-    classics = runs.all([classic(best, seed) for seed in SEEDS])
-    moderns, needed = {}, None
-    for share in SHARES:
-        moderns[share] = runs.all([modern(share, seed) for seed in SEEDS])
-        if runs.mean(moderns[share]) <= runs.mean(classics):
-            needed = share
+    rate_runs = runs.train_all([classic_run(rate, SEEDS[0]) for rate in LEARNING_RATES])
+    rates = dict(zip(LEARNING_RATES, rate_runs, strict=True))
+    best = min(rates, key=lambda rate: runs.final_loss(rates[rate]))
+    classic = runs.train_all([classic_run(best, seed) for seed in SEEDS])
+    modern, needed = {}, None
+    for fraction in FRACTIONS:
+        modern[fraction] = runs.train_all([modern_run(fraction, seed) for seed in SEEDS])
+        if runs.mean_loss(modern[fraction]) <= runs.mean_loss(classic):
+            needed = fraction
             break
-    quarters = moderns[0.25] = runs.all([modern(0.25, seed) for seed in SEEDS])
-    parts = [("all of it", quarters[0])]
-    wanted = [
+    baseline = modern[0.25] = runs.train_all([modern_run(0.25, seed) for seed in SEEDS])
+    variants = [
         (
-            f"{kind} {what}",
+            change,
             (
                 "-".join([kind, *(f.replace("BEST", f"{best:g}").strip("-") for f in flags)]),
                 "modern",
@@ -174,55 +177,60 @@ def main() -> None:
                 *(f.replace("BEST", str(best)) for f in flags),
             ),
         )
-        for kind, table in (("without", OUT), ("with", IN))
-        for what, flags in table.items()
+        for kind, table in (("without", REMOVED), ("with", ADDED))
+        for change, flags in table.items()
     ]
-    parts += zip((what for what, _ in wanted), runs.all([arguments for _, arguments in wanted]), strict=True)
+    variant_names = runs.train_all([arguments for _, arguments in variants])
+    ablation = [("none", baseline[0]), *zip((change for change, _ in variants), variant_names, strict=True)]
 
-    paces: dict[str, list[str]] = {"gpt2": [], "modern": []}
+    timed: dict[str, list[str]] = {"gpt2": [], "modern": []}
     for turn in range(3):
-        for preset, names in paces.items():
+        for preset, names in timed.items():
             names.append(runs.train(f"clock-{preset}-{turn}", preset, 30, SEEDS[0], alone=True))
-    ms = {preset: statistics.median(map(runs.ms, names)) for preset, names in paces.items()}
-    slower = statistics.median(runs.ms(m) / runs.ms(c) for c, m in zip(*paces.values(), strict=True))
+    ms = {preset: statistics.median(map(runs.step_ms, names)) for preset, names in timed.items()}
+    time_ratio = statistics.median(runs.step_ms(m) / runs.step_ms(c) for c, m in zip(*timed.values(), strict=True))
 
-    def row(recipe: str, rate: str, share: float, names: list[str]) -> str:
-        return f"| {recipe} | {rate} | {len(names)} | {round(share * steps) * 4096:,} | {runs.spread(names)} |"
+    def row(recipe: str, rate: str, fraction: float, names: list[str]) -> str:
+        tokens = round(fraction * steps) * 4096
+        return f"| {recipe} | {rate} | {len(names)} | {tokens:,} | {runs.format_losses(names)} |"
 
-    told = "Modern does not reach the classic's loss at any of these shares."
+    summary = "At none of these fractions does modern reach the loss of classic."
     if needed:
-        told = f"Modern needs at most {needed:g} of the classic's tokens, and {needed * slower:.2f} of its time"
-        told += f": a step takes {ms['modern']:.0f} ms, a classic one {ms['gpt2']:.0f} ({slower:.2f} times, in pairs)."
+        summary = (
+            f"Modern reaches the loss of classic with at most {needed:g} of its tokens, in {needed * time_ratio:.2f} "
+            f"of its time: a step takes {ms['modern']:.0f} ms instead of {ms['gpt2']:.0f} ms (ratio {time_ratio:.2f}, "
+            "median of three pairs of runs)."
+        )
     lines = [
         f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {options.jobs} runs at once" + (" with one thread each" if options.jobs > 1 else ""),
+        f"{torch.__version__}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
         "",
-        f"4 layers, 4 heads, 128 wide, T = 256, 4,096 tokens a step; {Path(options.dataset).name}. Loss in validation,",
-        "at the end.",
+        f"4 layers, 4 heads, n_embd = 128, T = 256, 4,096 tokens per step; data set: {Path(options.dataset).name}. The",
+        "validation loss is that after the last step.",
         "",
         "| recipe | learning rate | seeds | tokens | validation loss, mean (min to max) |",
         "|---|---:|---:|---:|---:|",
         *(row("classic", f"{rate:g}", 1.0, [name]) for rate, name in rates.items()),
-        row("classic", f"{best:g}", 1.0, classics),
-        *(row("modern", "as the preset", share, names) for share, names in sorted(moderns.items())),
+        row("classic", f"{best:g}", 1.0, classic),
+        *(row("modern", "preset default", fraction, names) for fraction, names in sorted(modern.items())),
         "",
-        told,
+        summary,
         "",
-        f"## Parts, at {round(0.25 * steps) * 4096:,} tokens, one seed",
+        f"## Ablation of modern, at {round(0.25 * steps) * 4096:,} tokens, one seed",
         "",
-        f"The three seeds of all of it: {runs.spread(quarters)}.",
+        f"Modern without a change, three seeds: {runs.format_losses(baseline)}.",
         "",
-        "| modern | validation loss | worse by |",
+        "| change | validation loss | difference |",
         "|---|---:|---:|",
     ]
-    for what, name in parts:
-        worse = runs.loss(name) - runs.loss(quarters[0])
-        lines.append(f"| {what} | {runs.loss(name):.4f} | {worse:+.4f} |")
-    show(lines, options.out and options.out / "recipe.md")
+    for change, name in ablation:
+        difference = runs.final_loss(name) - runs.final_loss(baseline[0])
+        lines.append(f"| {change} | {runs.final_loss(name):.4f} | {difference:+.4f} |")
+    write_table(lines, options.out and options.out / "recipe.md")
     if options.out:
-        curves = {"classic": classics, f"modern, {needed or 0.25:g} of the tokens": moderns[needed or 0.25]}
-        folders = {name: [runs.out / run for run in names] for name, names in curves.items()}
-        draw(folders, runs.mean(classics), options.out / "recipe.png")
+        curves = {"classic": classic, f"modern, {needed or 0.25:g} of the tokens": modern[needed or 0.25]}
+        directories = {name: [runs.out / run for run in names] for name, names in curves.items()}
+        plot_losses(directories, runs.mean_loss(classic), options.out / "recipe.png")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from babygpt.training.optim import (  # noqa: E402
     set_learning_rates,
 )
 from babygpt.training.schedule import LRSchedule  # noqa: E402
-from benchmarks.table import show  # noqa: E402
+from benchmarks.table import write_table  # noqa: E402
 from dataloader import Batch, Position  # noqa: E402
 from hellaswag import load_examples, losses, picks  # noqa: E402
 from model import GPT, GPTConfig, build_model  # noqa: E402
@@ -437,7 +437,7 @@ def main() -> None:
                 found[label].append(measure(stage, name, options, root))
                 print(f"{stage}, {label}: {found[label][-1]['ms']:,.1f} ms", file=sys.stderr, flush=True)
         lines += table(stage, found)
-    show(lines, options.out)
+    write_table(lines, options.out)
 
 
 if __name__ == "__main__":

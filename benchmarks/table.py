@@ -1,10 +1,10 @@
-"""What the benchmarks end with: their tables on the screen and, if asked for, in a file."""
+"""Output of the benchmarks: Markdown on the standard output and, optionally, in a file."""
 
 from pathlib import Path
 
 
-def show(lines: list[str], out: Path | None) -> None:
-    """Prints lines of Markdown, and writes them to `out` if that is given."""
+def write_table(lines: list[str], out: Path | None) -> None:
+    """Print lines of Markdown and also write them to `out`, if given."""
     text = "\n".join(lines) + "\n"
     print(text)
     if out:
