@@ -1,5 +1,5 @@
-"""fineweb.py: every document once, split without leaks, the same bytes however often it is killed and by how many
-workers it is done, and a clear word about what can't be read."""
+"""fineweb.py: every document once, no document in both splits, the same bytes after any number of kills and with any
+number of workers, and a clear message about input that cannot be read."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
 from tools.train_tokenizer import train_tokenizer
 
-TEXTS = [  # doubles, empties, long and short, and signs that have broken readers
+TEXTS = [  # duplicates, empty, long and short documents, and characters that some readers take for line breaks
     "The first document.",
     "",
     "Twice the same.",
@@ -51,19 +51,19 @@ SETTINGS = {"val_tokens": 200, "shard_tokens": 500}
 GPT2 = load_tokenizer("gpt2")
 
 
-def documents(folder: Path) -> dict[str, list[list[int]]]:
-    """The documents on disk, each from its end-of-text token to the next."""
-    dataset, splits = open_dataset(folder), {}
+def documents(directory: Path) -> dict[str, list[list[int]]]:
+    """Return the documents of each split on disk, each from its end-of-text token to the next."""
+    dataset, splits = open_dataset(directory), {}
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         ids = tokens.read(0, len(tokens)).tolist()
-        begins = [i for i, token in enumerate(ids) if token == dataset.eot_id]
-        assert begins[:1] == [0][: len(ids)]
-        splits[split] = [ids[a:b] for a, b in itertools.pairwise([*begins, len(ids)])]
+        starts = [i for i, token in enumerate(ids) if token == dataset.eot_id]
+        assert starts[:1] == [0][: len(ids)]
+        splits[split] = [ids[a:b] for a, b in itertools.pairwise([*starts, len(ids)])]
     return splits
 
 
 def expected(texts: list[str], val_tokens: int, max_tokens=float("inf"), tokenizer=GPT2) -> dict[str, list[list[int]]]:
-    """What the documents on disk must be, in plain Python."""
+    """Return the documents of each split as a simple implementation finds them."""
     kept, total, val, val_total = {}, 0, set(), 0
     for text in texts:
         if text.strip() and text not in kept and total < max_tokens:
@@ -85,11 +85,11 @@ def digest(text: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> Path:
-    """TEXTS in a folder of jsonl files."""
-    folder = tmp_path_factory.mktemp("pages")
+    """A directory of jsonl files with TEXTS."""
+    directory = tmp_path_factory.mktemp("pages")
     for i in range(0, len(TEXTS), 20):
-        save_jsonl(folder / f"{i:03d}.jsonl", TEXTS[i : i + 20])
-    return folder
+        save_jsonl(directory / f"{i:03d}.jsonl", TEXTS[i : i + 20])
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -99,67 +99,68 @@ def finished(pages, tmp_path_factory) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# every document, once
+# every document once
 
 
-def write_texts(folder: Path, kind: str) -> None:
+def write_texts(directory: Path, kind: str) -> None:
     if kind == "parquet":
-        folder.mkdir()
-        rows = pa.table({"id": range(len(TEXTS)), "text": [text or None for text in TEXTS]})  # None: a missing value
-        pq.write_table(rows, folder / "a.parquet", row_group_size=7)
+        directory.mkdir()
+        rows = pa.table({"id": range(len(TEXTS)), "text": [text or None for text in TEXTS]})  # None is a missing value
+        pq.write_table(rows, directory / "a.parquet", row_group_size=7)
     elif kind.startswith("jsonl"):
-        save_jsonl(folder / f"a.{kind}", TEXTS[:30], ascii=False)
-        save_jsonl(folder / f"b.{kind}", TEXTS[30:])
+        save_jsonl(directory / f"a.{kind}", TEXTS[:30], ascii=False)
+        save_jsonl(directory / f"b.{kind}", TEXTS[30:])
     else:
         for i, text in enumerate(TEXTS):
-            save(folder / f"{i:03d}.{kind}", text.encode())
+            save(directory / f"{i:03d}.{kind}", text.encode())
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.xz", "txt.zst"])
-def test_every_document_is_there_once_as_if_encoded_by_itself(tmp_path, kind):
+def test_every_document_is_written_once(tmp_path, kind):
+    """Its tokens are the same as if it were encoded alone."""
     write_texts(tmp_path / "in", kind)
     prepare(tmp_path / "d", tmp_path / "in", **SETTINGS)
     assert documents(tmp_path / "d") == expected(TEXTS, 200)
     assert verify(tmp_path / "d")["documents"] == len({text for text in TEXTS if text.strip()})
 
 
-def test_documents_of_one_large_task_come_in_order(tmp_path):
+def test_documents_of_one_large_task_keep_their_order(tmp_path):
     texts = [f"number {i}" for i in range(700)]
     prepare(tmp_path / "d", save_jsonl(tmp_path / "a.jsonl", texts), task_bytes=10**6, val_tokens=100)
     assert documents(tmp_path / "d") == expected(texts, 100)
 
 
-def test_shards_hold_the_tokens_asked_for_and_val_comes_first(finished):
-    rows = read_manifest(finished)["shards"]
-    splits = [row["file"].split("_")[1] for row in rows]
-    assert [row["file"] for row in rows] == [f"d_{split}_{number:06d}.bin" for number, split in enumerate(splits)]
+def test_shards_have_the_requested_size_and_val_is_first(finished):
+    shards = read_manifest(finished)["shards"]
+    splits = [shard["file"].split("_")[1] for shard in shards]
+    assert [shard["file"] for shard in shards] == [f"d_{split}_{number:06d}.bin" for number, split in enumerate(splits)]
     assert splits == sorted(splits, reverse=True)
     for split in ("val", "train"):
-        tokens = [row["tokens"] for row in rows if f"_{split}_" in row["file"]]
+        tokens = [shard["tokens"] for shard in shards if f"_{split}_" in shard["file"]]
         assert tokens[:-1] == [500] * (len(tokens) - 1)
         assert 1 <= tokens[-1] <= 500
 
 
-def test_a_trained_tokenizer_lies_beside_its_shards(tmp_path, pages):
-    own = train_tokenizer(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
-    prepare(tmp_path / "d", pages, tokenizer=tmp_path / "own.json", **SETTINGS)
-    assert documents(tmp_path / "d") == expected(TEXTS, 200, tokenizer=own)
+def test_tokenizer_file_is_copied_next_to_the_shards(tmp_path, pages):
+    trained = train_tokenizer(TEXTS * 2, 300, tmp_path / "bpe.json", progress=False)
+    prepare(tmp_path / "d", pages, tokenizer=tmp_path / "bpe.json", **SETTINGS)
+    assert documents(tmp_path / "d") == expected(TEXTS, 200, tokenizer=trained)
     dataset = open_dataset(tmp_path / "d")
     assert (dataset.eot_id, dataset.vocab_size) == (299, 300)
-    assert load_tokenizer(dataset.tokenizer).sha256 == dataset.tokenizer_sha256 == own.sha256
+    assert load_tokenizer(dataset.tokenizer).sha256 == dataset.tokenizer_sha256 == trained.sha256
 
 
-@pytest.mark.parametrize("way", ["d", "d/../d", "link"])
-def test_a_tokenizer_may_lie_in_the_folder_it_is_used_for(tmp_path, pages, way):
+@pytest.mark.parametrize("directory", ["d", "d/../d", "link"])
+def test_tokenizer_may_be_in_the_output_directory(tmp_path, pages, directory):
     train_tokenizer(TEXTS * 2, 300, tmp_path / "d" / "tokenizer.json", progress=False)
     os.symlink(tmp_path / "d", tmp_path / "link")
-    prepare(tmp_path / "d", pages, tokenizer=tmp_path / way / "tokenizer.json")
+    prepare(tmp_path / "d", pages, tokenizer=tmp_path / directory / "tokenizer.json")
     assert load_tokenizer(open_dataset(tmp_path / "d").tokenizer).vocab_size == 300
 
 
-def test_a_vocabulary_over_65536_keeps_its_ids(tmp_path, pages):
-    signs = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"unused{i}" for i in range(70_000))]
-    large = Tokenizer(models.BPE({sign: i for i, sign in enumerate(reversed(signs))}, []))
+def test_vocabulary_above_65536_keeps_its_ids(tmp_path, pages):
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"unused{i}" for i in range(70_000))]
+    large = Tokenizer(models.BPE({token: i for i, token in enumerate(reversed(vocabulary))}, []))
     large.pre_tokenizer, large.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     large.add_special_tokens(["<|endoftext|>"])
     large.save(str(tmp_path / "large.json"))
@@ -171,27 +172,28 @@ def test_a_vocabulary_over_65536_keeps_its_ids(tmp_path, pages):
 # the split, and --max-tokens
 
 
-def test_no_text_stands_on_both_sides_of_the_split(tmp_path):
+def test_no_document_is_in_both_splits(tmp_path):
     texts = [f"text {i}" for i in range(40)]
     for copy in range(3):
         save_jsonl(tmp_path / "in" / f"{copy}.jsonl", texts[copy:] + texts[:copy])
-    prepare(tmp_path / "d", tmp_path / "in", val_tokens=60)  # each text is 3 tokens
+    prepare(tmp_path / "d", tmp_path / "in", val_tokens=60)  # each document has 3 tokens
     splits = documents(tmp_path / "d")
     assert len(splits["val"]) == 20 == len(splits["train"])
     assert sorted(splits["val"] + splits["train"]) == sorted([GPT2.eot_id, *GPT2.encode(text)] for text in texts)
 
 
 @pytest.mark.parametrize("val_tokens", [0, 1, 10**6])
-def test_validation_is_whole_documents_and_leaves_one_for_training(tmp_path, pages, val_tokens):
+def test_validation_takes_documents_and_leaves_one_to_train(tmp_path, pages, val_tokens):
     prepare(tmp_path / "d", pages, val_tokens=val_tokens)
     assert documents(tmp_path / "d") == expected(TEXTS, val_tokens)
     assert len(documents(tmp_path / "d")["val"]) == {0: 0, 1: 1, 10**6: 63}[val_tokens]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 300, "all"])
-def test_max_tokens_keeps_whole_documents_in_source_order_whatever_the_workers_and_tasks(tmp_path, max_tokens):
+def test_max_tokens_keeps_the_first_documents(tmp_path, max_tokens):
+    """Documents are kept in source order and complete, with any number of workers and any size of tasks."""
     texts = [f"document {i // 2} has {i // 2} words" for i in range(80)]
-    if max_tokens == "all":  # reached by the very last new document; doubles, which need not be read, follow
+    if max_tokens == "all":  # reached by the last new document; the duplicates after it need not be read
         max_tokens = sum(len(ids) for ids in expected(texts, 0)["train"])
         texts += texts
     for i in range(0, len(texts), 5):
@@ -204,11 +206,11 @@ def test_max_tokens_keeps_whole_documents_in_source_order_whatever_the_workers_a
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the plan against the design's sentences, one document and one token at a time
+# the plan compared with a simple implementation, one document and one token at a time
 
 
 def write_index(stem: Path, rows: list[tuple[str, int]]) -> str:
-    """Write the index of a part whose documents are (text, tokens); an empty document has no tokens."""
+    """Write the index of a part with these documents (text, number of tokens); an empty document has 0 tokens."""
     np.savez(
         f"{stem}.npz",
         hash=np.frombuffer(b"".join(digest(text) for text, _ in rows), ">u8").reshape(-1, 2),
@@ -219,61 +221,61 @@ def write_index(stem: Path, rows: list[tuple[str, int]]) -> str:
     return str(stem)
 
 
-def slow_plan(parts, val_tokens, max_tokens):
-    """(part, position in it) of every token of each document of each split, in order, and the counts of documents."""
+def simple_plan(parts, val_tokens, max_tokens):
+    """Return the documents of each split, each a list with (part, position in the part) per token, and their counts."""
     counts, kept, total = Counter(seen=0, kept=0, empty=0, duplicate=0, filtered=0, train=0, val=0), {}, 0
     for part, rows in enumerate(parts):
         for row, (text, tokens) in enumerate(rows):
             if max_tokens is not None and total >= max_tokens:
                 break
-            at = sum(tokens for _, tokens in rows[:row])
-            what = "empty" if not tokens else "duplicate" if text in kept else "kept"
-            counts[what] += 1
+            start = sum(tokens for _, tokens in rows[:row])
+            decision = "empty" if not tokens else "duplicate" if text in kept else "kept"
+            counts[decision] += 1
             counts["seen"] += 1
-            if what == "kept":
-                kept[text] = [(part, at + i) for i in range(tokens)]
+            if decision == "kept":
+                kept[text] = [(part, start + i) for i in range(tokens)]
                 total += tokens
-    wanted, val = min(11_000_000, total // 20) if val_tokens is None else val_tokens, set()
+    val_size, val = min(11_000_000, total // 20) if val_tokens is None else val_tokens, set()
     for text in sorted(kept, key=digest):
-        if sum(len(kept[name]) for name in val) < wanted and len(val) < len(kept) - 1:
+        if sum(len(kept[name]) for name in val) < val_size and len(val) < len(kept) - 1:
             val.add(text)
-    tokens = {"train": [], "val": []}
-    for text, places in kept.items():
+    splits = {"train": [], "val": []}
+    for text, positions in kept.items():
         counts["val" if text in val else "train"] += 1
-        tokens["val" if text in val else "train"].append(places)
-    return tokens, counts
+        splits["val" if text in val else "train"].append(positions)
+    return splits, counts
 
 
-def test_the_plan_and_the_shards_ranges_equal_a_slow_reference(tmp_path):
+def test_plan_and_token_ranges_equal_a_simple_implementation(tmp_path):
     rng = random.Random(0)
     for case in range(150):
-        length = {f"{case} {i}": rng.choice([0, 1, 1, 2, 5, 30]) for i in range(rng.choice([1, 3, 15, 40]))}
-        parts = [rng.choices(list(length.items()), k=rng.randint(0, 12)) for _ in range(rng.randint(1, 5))]
-        most = sum(length.values())
-        val_tokens, max_tokens = (rng.choice([None, 0, 1, rng.randint(1, most + 1)]) for _ in "vm")
+        lengths = {f"{case} {i}": rng.choice([0, 1, 1, 2, 5, 30]) for i in range(rng.choice([1, 3, 15, 40]))}
+        parts = [rng.choices(list(lengths.items()), k=rng.randint(0, 12)) for _ in range(rng.randint(1, 5))]
+        max_total = sum(lengths.values())
+        val_tokens, max_tokens = (rng.choice([None, 0, 1, rng.randint(1, max_total + 1)]) for _ in "vm")
         stems = [write_index(tmp_path / str(i), rows) for i, rows in enumerate(parts)]
-        with mock.patch.object(plan_module, "BUCKET_ROWS", rng.choice([2, 5, 1000])):  # in several buckets, or in one
+        with mock.patch.object(plan_module, "BUCKET_ROWS", rng.choice([2, 5, 1000])):  # several buckets, or one
             plan = plan_shards(stems, val_tokens, max_tokens or None, tmp_path / "buckets")
-        documents_of, counts = slow_plan(parts, val_tokens, max_tokens or None)
-        places = {split: list(itertools.chain(*groups)) for split, groups in documents_of.items()}
+        splits, counts = simple_plan(parts, val_tokens, max_tokens or None)
+        positions = {split: list(itertools.chain(*documents)) for split, documents in splits.items()}
         assert plan.documents == counts
-        starts = {split: {kept[0] for kept in groups} for split, groups in documents_of.items()}
+        starts = {split: {document[0] for document in documents} for split, documents in splits.items()}
         for split in ("train", "val"):
-            assert plan.tokens[split] == len(places[split])
-            shard = rng.randint(1, 20)
-            for begin in range(0, len(places[split]), shard):
-                end = min(begin + shard, len(places[split]))
-                found, begun = [], 0
+            assert plan.tokens[split] == len(positions[split])
+            shard_size = rng.randint(1, 20)
+            for begin in range(0, len(positions[split]), shard_size):
+                end = min(begin + shard_size, len(positions[split]))
+                planned, starting = [], 0
                 for stem, in_split, first, last in plan.pieces(split, begin, end):
-                    ranges, documents_ = token_ranges(load_index(stem)["tokens"], in_split, first, last)
-                    found += [(stems.index(stem), i) for a, b in ranges.tolist() for i in range(a, b)]
-                    begun += documents_
-                    assert (ranges[1:, 0] > ranges[:-1, 1]).all()  # neighbours are one range
-                assert found == places[split][begin:end]
-                assert begun == sum(place in starts[split] for place in places[split][begin:end])
+                    ranges, count = token_ranges(load_index(stem)["tokens"], in_split, first, last)
+                    planned += [(stems.index(stem), i) for a, b in ranges.tolist() for i in range(a, b)]
+                    starting += count
+                    assert (ranges[1:, 0] > ranges[:-1, 1]).all()  # adjacent ranges are merged
+                assert planned == positions[split][begin:end]
+                assert starting == sum(position in starts[split] for position in positions[split][begin:end])
 
 
-def test_a_plan_holds_no_file_open_for_each_part(tmp_path):
+def test_plan_does_not_keep_the_index_files_open(tmp_path):
     stems = [write_index(tmp_path / str(i), [(str(i), 3)]) for i in range(200)]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
@@ -283,46 +285,47 @@ def test_a_plan_holds_no_file_open_for_each_part(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_validation_is_eleven_million_tokens_unless_five_percent_are_less(tmp_path):
-    for documents_, val in ((400, 11), (100, 5)):
-        stem = write_index(tmp_path / "part", [(str(i), 1_000_000) for i in range(documents_)])
-        assert plan_shards([stem], None, None, tmp_path / "buckets").documents["val"] == val
+def test_validation_is_11_m_tokens_or_5_percent_if_less(tmp_path):
+    for count, val_count in ((400, 11), (100, 5)):
+        stem = write_index(tmp_path / "part", [(str(i), 1_000_000) for i in range(count)])
+        assert plan_shards([stem], None, None, tmp_path / "buckets").documents["val"] == val_count
 
 
 # ---------------------------------------------------------------------------------------------------------
 # dataset.json
 
 
-def test_the_counts_add_up(finished):
+def test_counts_of_the_manifest_add_up(finished):
     manifest, splits = read_manifest(finished), expected(TEXTS, 200)
-    documents, tokens, sizes = (manifest["counts"][what] for what in ("documents", "tokens", "text_bytes"))
+    documents, tokens, sizes = (manifest["counts"][unit] for unit in ("documents", "tokens", "text_bytes"))
     assert documents["seen"] == len(TEXTS)
-    assert documents["seen"] == sum(documents[what] for what in ("kept", "empty", "duplicate", "filtered"))
+    assert documents["seen"] == sum(documents[decision] for decision in ("kept", "empty", "duplicate", "filtered"))
     assert (documents["empty"], documents["duplicate"], documents["filtered"]) == (2, 7, 0)
     assert documents["kept"] == documents["train"] + documents["val"]
     assert sum(sizes.values()) == sum(len(text.encode()) for text in {text for text in TEXTS if text.strip()})
     for split in ("train", "val"):
-        rows = [row for row in manifest["shards"] if f"_{split}_" in row["file"]]
-        assert documents[split] == len(splits[split]) == sum(row["documents"] for row in rows)
-        assert tokens[split] == sum(map(len, splits[split])) == sum(row["tokens"] for row in rows)
+        shards = [shard for shard in manifest["shards"] if f"_{split}_" in shard["file"]]
+        assert documents[split] == len(splits[split]) == sum(shard["documents"] for shard in shards)
+        assert tokens[split] == sum(map(len, splits[split])) == sum(shard["tokens"] for shard in shards)
         assert sizes[split] == sum(len(GPT2.decode(ids[1:]).encode()) for ids in splits[split])
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers_the_place_or_the_time(tmp_path, pages, finished, monkeypatch):
+def test_bytes_depend_on_source_and_settings_alone(tmp_path, pages, finished, monkeypatch):
+    """They do not depend on the number of workers, the directories or the time."""
     shutil.copytree(pages, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     prepare(Path("d"), Path("elsewhere"), workers=3, **SETTINGS)
     assert snapshot(tmp_path / "d") == snapshot(finished)
-    assert all(word not in (finished / MANIFEST).read_text() for word in (str(pages), str(finished.parent)))
+    assert all(path not in (finished / MANIFEST).read_text() for path in (str(pages), str(finished.parent)))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# killed and started again
+# killed and resumed
 
 
-def test_a_rerun_of_a_finished_set_changes_nothing(finished, pages, capsys):
+def test_rerun_of_a_complete_data_set_changes_nothing(finished, pages, capsys):
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished.rglob("*")}
-    (finished / "parts").mkdir()  # of a run killed in its last breath
+    (finished / "parts").mkdir()  # as if the run had been killed while it deleted them
     prepare(finished, pages, workers=2, **SETTINGS)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished.rglob("*")} == before
     assert "already complete" in capsys.readouterr().out
@@ -330,19 +333,19 @@ def test_a_rerun_of_a_finished_set_changes_nothing(finished, pages, capsys):
 
 @contextlib.contextmanager
 def killed_at(moment):
-    """Ends the preparation within before the rename for which `moment` holds, given its number and the final name."""
-    real, number = os.replace, itertools.count(1)
+    """Interrupt a preparation before the first rename for which moment(number of the rename, final name) is true."""
+    rename, number = os.replace, itertools.count(1)
 
     def replace(source, target):
         if moment(next(number), Path(target).name):
             raise KeyboardInterrupt
-        real(source, target)
+        rename(source, target)
 
     with mock.patch.object(os, "replace", replace), contextlib.suppress(KeyboardInterrupt):
         yield
 
 
-def test_killed_before_every_commit_the_bytes_are_the_same(tmp_path, pages, finished):
+def test_kills_before_every_rename_change_no_byte(tmp_path, pages, finished):
     kills = 0
     while not (tmp_path / "d" / MANIFEST).exists():
         kills += 1
@@ -354,13 +357,13 @@ def test_killed_before_every_commit_the_bytes_are_the_same(tmp_path, pages, fini
 
 @pytest.fixture(scope="module")
 def unfinished(pages, tmp_path_factory) -> Path:
-    """A preparation killed just before its last commit: all shards and parts are there, but no dataset.json."""
-    folder = tmp_path_factory.mktemp("unfinished") / "d"
+    """The directory of a preparation killed before its last rename: all shards and parts exist, but no dataset.json."""
+    directory = tmp_path_factory.mktemp("unfinished") / "d"
     with killed_at(lambda _, name: name == MANIFEST):
-        prepare(folder, pages, **SETTINGS)
-    assert list(folder.glob("*.bin"))
-    assert not (folder / MANIFEST).exists()
-    return folder
+        prepare(directory, pages, **SETTINGS)
+    assert list(directory.glob("*.bin"))
+    assert not (directory / MANIFEST).exists()
+    return directory
 
 
 WRITTEN = ["*.bin", "parts/*.bin.json"]
@@ -369,58 +372,61 @@ LOST = {
     "the records of the shards": ["parts/*.bin.json"],
     "some shards": ["*1.bin", "parts/*1.bin.json"],
     "all shards": WRITTEN,
-    "a unit": [*WRITTEN, "parts/00001*"],
-    "an index beside its tokens": [*WRITTEN, "parts/00001.json", "parts/00001-*.npz"],
-    "all but the settings": [*WRITTEN, "parts/0*"],
+    "one unit": [*WRITTEN, "parts/00001*"],
+    "one index, but not its tokens": [*WRITTEN, "parts/00001.json", "parts/00001-*.npz"],
+    "all except the settings": [*WRITTEN, "parts/0*"],
 }
 
 
 @pytest.mark.parametrize("lost", LOST)
-def test_whatever_a_kill_leaves_is_gone_on_with_to_the_same_bytes(tmp_path, pages, finished, unfinished, lost):
-    folder = shutil.copytree(unfinished, tmp_path / "d")
-    for path in [path for pattern in LOST[lost] for path in folder.glob(pattern)]:
-        half = f"{path}.{'0' * 32}.tmp"
-        path.rename(half)
-        os.truncate(half, os.path.getsize(half) // 2)
-    save(folder / f"d_train_000099.bin.{'0' * 32}.tmp", b"of a worker that is no more")
-    prepare(folder, pages, workers=2, **SETTINGS)
-    assert snapshot(folder) == snapshot(finished)
+def test_resume_after_lost_files_writes_the_same_bytes(tmp_path, pages, finished, unfinished, lost):
+    """Files that were not finished have temporary names and half their bytes."""
+    directory = shutil.copytree(unfinished, tmp_path / "d")
+    for path in [path for pattern in LOST[lost] for path in directory.glob(pattern)]:
+        temporary = f"{path}.{'0' * 32}.tmp"
+        path.rename(temporary)
+        os.truncate(temporary, os.path.getsize(temporary) // 2)
+    save(directory / f"d_train_000099.bin.{'0' * 32}.tmp", b"written by a killed worker")
+    prepare(directory, pages, workers=2, **SETTINGS)
+    assert snapshot(directory) == snapshot(finished)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# a folder that is in use
+# a directory that already has files
 
 
-def test_what_another_source_left_is_never_taken_for_this_one_s(tmp_path):
+def test_parts_of_another_source_are_never_used(tmp_path):
     empty = pa.table({"text": pa.array([], pa.string())})
     pq.write_table(empty, tmp_path / "a.parquet")
     bad = save(tmp_path / "b.jsonl", b"{")
     with pytest.raises(UserError, match=r"b\.jsonl"):
         prepare(tmp_path / "d", tmp_path / "a.parquet", bad)
-    pq.write_table(pa.table({"text": ["never to be lost"]}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"text": ["must not be lost"]}), tmp_path / "c.parquet")
     with pytest.raises(UserError, match="revision"):
         prepare(tmp_path / "d", tmp_path / "c.parquet")
     shutil.rmtree(tmp_path / "d")
     assert prepare(tmp_path / "d", tmp_path / "c.parquet")["counts"]["documents"]["kept"] == 1
 
 
-def test_parts_of_another_version_are_not_gone_on_with(tmp_path, pages, unfinished):
-    folder = shutil.copytree(unfinished, tmp_path / "d")
-    settings = json.loads((folder / "parts" / "settings.json").read_text())
-    (folder / "parts" / "settings.json").write_text(json.dumps(settings | {"format": 1}))
+def test_parts_of_another_version_are_refused(tmp_path, pages, unfinished):
+    directory = shutil.copytree(unfinished, tmp_path / "d")
+    settings = json.loads((directory / "parts" / "settings.json").read_text())
+    (directory / "parts" / "settings.json").write_text(json.dumps(settings | {"format": 1}))
     with pytest.raises(UserError, match="another version"):
-        prepare(folder, pages, **SETTINGS)
+        prepare(directory, pages, **SETTINGS)
 
 
-def test_a_finished_set_that_has_lost_a_shard_says_how_to_get_out(tmp_path, pages, finished):
-    folder = shutil.copytree(finished, tmp_path / "d")
-    (folder / "d_train_000001.bin").unlink()
+def test_complete_data_set_without_a_shard_is_refused(tmp_path, pages, finished):
+    """The message names the missing shard and says what to delete."""
+    directory = shutil.copytree(finished, tmp_path / "d")
+    (directory / "d_train_000001.bin").unlink()
     with pytest.raises(UserError, match=r"is missing d_train_000001\.bin.*delete"):
-        prepare(folder, pages, **SETTINGS)
+        prepare(directory, pages, **SETTINGS)
 
 
-def test_the_tokenizer_that_encoded_is_the_one_that_is_kept(tmp_path, pages):
-    path = train_tokenizer(TEXTS * 2, 300, tmp_path / "own.json", progress=False).file
+def test_tokenizer_changed_during_the_run_is_not_copied(tmp_path, pages):
+    """The data set contains the tokenizer that encoded it."""
+    path = train_tokenizer(TEXTS * 2, 300, tmp_path / "bpe.json", progress=False).file
     data = path.read_bytes()
 
     def change_file_and_plan(*arguments):
@@ -433,14 +439,14 @@ def test_the_tokenizer_that_encoded_is_the_one_that_is_kept(tmp_path, pages):
     verify(tmp_path / "d")
 
 
-def test_files_of_others_are_left_alone(tmp_path, pages):
-    save(tmp_path / "d" / "notes.tmp", b"mine")
-    (tmp_path / "d" / "folder.tmp").mkdir()
+def test_unrelated_files_are_not_deleted(tmp_path, pages):
+    save(tmp_path / "d" / "notes.tmp", b"notes")
+    (tmp_path / "d" / "directory.tmp").mkdir()
     prepare(tmp_path / "d", pages, **SETTINGS)
-    assert (tmp_path / "d" / "notes.tmp").read_bytes() == b"mine"
+    assert (tmp_path / "d" / "notes.tmp").read_bytes() == b"notes"
 
 
-def test_max_tokens_reached_before_parts_without_documents(tmp_path):
+def test_max_tokens_may_be_reached_before_an_empty_part(tmp_path):
     save_jsonl(tmp_path / "in" / "a.jsonl", ["the only one"])
     save(tmp_path / "in" / "b.jsonl", b"\n" * 600)
     prepare(tmp_path / "d", tmp_path / "in", max_tokens=4, val_tokens=0)
@@ -454,54 +460,54 @@ def test_text_columns_of_any_kind_are_read(tmp_path, kind):
     assert read_all(tmp_path / "a.parquet") == ["one", "two", "", "one"]
 
 
-def test_an_unfinished_preparation_is_not_opened_as_a_data_set(unfinished):
+def test_incomplete_data_set_is_not_opened(unfinished):
     with pytest.raises(UserError, match=r"fineweb\.py"):
         open_dataset(unfinished)
 
 
-OTHER = [("val_tokens", 201), ("shard_tokens", 501), ("max_tokens", 300), ("text_column", "body")]
+CHANGED_SETTINGS = [("val_tokens", 201), ("shard_tokens", 501), ("max_tokens", 300), ("text_column", "body")]
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_other_settings_on_a_folder_in_use_are_refused_by_name(tmp_path, request, pages, state):
-    folder = request.getfixturevalue(state)
-    before = snapshot(folder)
-    for name, value in OTHER:
+def test_changed_settings_are_refused_by_name(tmp_path, request, pages, state):
+    directory = request.getfixturevalue(state)
+    before = snapshot(directory)
+    for name, value in CHANGED_SETTINGS:
         with pytest.raises(UserError, match=rf"(?s)other settings.*{name}.*{value}"):
-            prepare(folder, pages, **SETTINGS | {name: value})
-    train_tokenizer(TEXTS * 2, 300, tmp_path / "own.json", progress=False)
+            prepare(directory, pages, **SETTINGS | {name: value})
+    train_tokenizer(TEXTS * 2, 300, tmp_path / "bpe.json", progress=False)
     with pytest.raises(UserError, match="tokenizer"):
-        prepare(folder, pages, tokenizer=tmp_path / "own.json", **SETTINGS)
+        prepare(directory, pages, tokenizer=tmp_path / "bpe.json", **SETTINGS)
     with pytest.raises(UserError, match="source: 'files' there, 'stdlib' now"):
-        prepare(folder, source="stdlib", **SETTINGS)
-    assert snapshot(folder) == before
+        prepare(directory, source="stdlib", **SETTINGS)
+    assert snapshot(directory) == before
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_another_input_on_a_folder_in_use_is_refused(tmp_path, request, state):
+def test_changed_input_is_refused(tmp_path, request, state):
     other = save_jsonl(tmp_path / "other.jsonl", ["Something else."])
     with pytest.raises(UserError, match="other"):
         prepare(request.getfixturevalue(state), other, **SETTINGS)
 
 
-def test_shards_of_somebody_else_are_not_written_over(tmp_path, pages):
-    save(tmp_path / "d" / "d_train_000001.bin", b"theirs")
+def test_shards_of_other_programs_are_not_overwritten(tmp_path, pages):
+    save(tmp_path / "d" / "d_train_000001.bin", b"other")
     with pytest.raises(UserError, match="has shards but no"):
         prepare(tmp_path / "d", pages)
-    assert snapshot(tmp_path / "d") == {"d_train_000001.bin": b"theirs"}
+    assert snapshot(tmp_path / "d") == {"d_train_000001.bin": b"other"}
 
 
-def test_what_is_written_already_counts_as_room(tmp_path, pages, unfinished):
-    folder = shutil.copytree(unfinished, tmp_path / "d")
+def test_disk_check_subtracts_what_is_already_written(tmp_path, pages, unfinished):
+    directory = shutil.copytree(unfinished, tmp_path / "d")
     source = sources.find("files", (str(pages),))
     source.open()
-    disk = 4 * int(sum(unit.bytes for unit in source.units) * source.tokens_per_byte)  # 4 bytes a token at the peak
-    usage = mock.Mock(free=disk - sum(path.stat().st_size for path in folder.glob("parts/*-*.bin")))
+    disk = 4 * int(sum(unit.bytes for unit in source.units) * source.tokens_per_byte)  # 4 bytes per token at the peak
+    usage = mock.Mock(free=disk - sum(path.stat().st_size for path in directory.glob("parts/*-*.bin")))
     with mock.patch.object(shutil, "disk_usage", return_value=usage):
-        prepare(folder, pages, **SETTINGS)
+        prepare(directory, pages, **SETTINGS)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, pages):
+def test_small_disk_is_refused_before_anything_is_written(tmp_path, pages):
     with (
         mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=100)),
         pytest.raises(UserError, match="is too small"),
@@ -510,14 +516,14 @@ def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path, pages):
     assert not (tmp_path / "d").exists()
 
 
-def test_memory_that_only_caches_files_counts_as_free():
-    told = "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 600 kB\n"
-    with mock.patch.object(Path, "read_text", return_value=told):
+def test_page_cache_counts_as_available_memory():
+    meminfo = "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 600 kB\n"
+    with mock.patch.object(Path, "read_text", return_value=meminfo):
         assert resources._available_memory() == 600 << 10
 
 
 # ---------------------------------------------------------------------------------------------------------
-# what can't be read
+# input that cannot be read
 
 
 def read_all(*inputs: Path, column="text") -> list[str]:
@@ -531,7 +537,7 @@ def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path):
     assert read_all(tmp_path / "b.jsonl") == ["a", "b"]
 
 
-def test_a_lone_surrogate_is_a_text_like_others(tmp_path):
+def test_lone_surrogate_is_encoded_as_replacement_character(tmp_path):
     texts = ["lone \ud800 surrogate", "another"]
     prepare(tmp_path / "d", save_jsonl(tmp_path / "a.jsonl", texts), val_tokens=0)
     assert open_dataset(tmp_path / "d").train.read(0, 4).tolist() == expected(texts, 0)["train"][0][:4]
@@ -539,62 +545,63 @@ def test_a_lone_surrogate_is_a_text_like_others(tmp_path):
 
 
 BAD_LINES = {
-    "no JSON": b'{"text": ',
-    "no UTF-8": b'{"text": "\xff"}',
-    "no object": b'["text"]',
+    "not JSON": b'{"text": ',
+    "not UTF-8": b'{"text": "\xff"}',
+    "not an object": b'["text"]',
     "a number": b"7",
-    "no such column": b'{"body": "b"}',
-    "no text": b'{"text": 7}',
-    "a list of texts": b'{"text": ["b"]}',
-    "a pit": b"[" * 100_000,
+    "missing column": b'{"body": "b"}',
+    "not a string": b'{"text": 7}',
+    "a list of strings": b'{"text": ["b"]}',
+    "deeply nested": b"[" * 100_000,
 }
 
 
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_is_told_with_its_file_and_number(tmp_path, bad):
+def test_invalid_line_is_reported_with_file_and_number(tmp_path, bad):
     save(tmp_path / "a.jsonl", b'{"text": "a"}\n\n' + BAD_LINES[bad] + b"\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 3"):
         read_all(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array([["a"], ["b"]])])
-def test_a_parquet_column_that_is_no_text_is_told_with_its_file(tmp_path, column):
+def test_parquet_column_that_is_not_text_is_refused_by_file(tmp_path, column):
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet.*text"):
         read_all(tmp_path / "a.parquet")
 
 
-def test_a_missing_parquet_column_is_told_with_those_that_are_there(tmp_path):
+def test_missing_parquet_column_is_refused_with_known_columns(tmp_path):
     pq.write_table(pa.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet has no column 'text': it has id, body"):
         read_all(tmp_path / "a.parquet")
 
 
-def test_a_damaged_parquet_file_is_told_by_name(tmp_path):
+def test_corrupted_parquet_file_is_refused_by_name(tmp_path):
     texts = [f"text number {i}" for i in range(100)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
     data = (tmp_path / "a.parquet").read_bytes()
     not_utf8 = data.replace(b"text number 50", b"text \xff\xff\xff\xff\xff\xff 50")
-    for damaged in (data[:-100], b"", data[:4] + b"\xff" * 60 + data[64:], not_utf8):
-        (tmp_path / "a.parquet").write_bytes(damaged)
+    for corrupted in (data[:-100], b"", data[:4] + b"\xff" * 60 + data[64:], not_utf8):
+        (tmp_path / "a.parquet").write_bytes(corrupted)
         with pytest.raises(UserError, match=r"a\.parquet"):
             read_all(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("ending", ["gz", "xz", "zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_a_damaged_compressed_file_is_told_by_name(tmp_path, kind, ending):
+def test_corrupted_compressed_file_is_refused_by_name(tmp_path, kind, ending):
     text = "".join(random.Random(0).choices("abcdefgh ", k=20_000))
     path = save(tmp_path / f"a.{kind}.{ending}", json.dumps({"text": text}).encode())
     data = path.read_bytes()
     half = len(data) // 2
-    for damaged in (data[:half], b"garbage", data[:half] + bytes(byte ^ 255 for byte in data[half:])):
-        path.write_bytes(damaged)
+    for corrupted in (data[:half], b"garbage", data[:half] + bytes(byte ^ 255 for byte in data[half:])):
+        path.write_bytes(corrupted)
         with pytest.raises(UserError, match=path.name):
             read_all(path)
 
 
-def test_compressed_files_of_several_pieces_are_read_whole(tmp_path):
+def test_all_members_of_a_compressed_file_are_read(tmp_path):
+    """Compressed files may be concatenated."""
     for ending in ("gz", "xz", "zst"):
         path = save_jsonl(tmp_path / f"a.jsonl.{ending}", ["first"])
         path.write_bytes(path.read_bytes() + save_jsonl(tmp_path / f"b.jsonl.{ending}", ["second"]).read_bytes())
@@ -602,28 +609,28 @@ def test_compressed_files_of_several_pieces_are_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a", "a.json", "a.parquet.gz", "a.gz"])
-def test_a_file_of_an_unknown_kind_is_refused_by_name(tmp_path, name):
+def test_file_of_unknown_format_is_refused_by_name(tmp_path, name):
     save(tmp_path / "b.txt", b"b")
     save(tmp_path / name, b"a")
     with pytest.raises(UserError, match=rf"(?s)unknown kind, .*{name}"):
         read_all(tmp_path)
 
 
-def test_a_pattern_that_names_no_file_is_refused_by_name(tmp_path):
+def test_pattern_without_a_match_is_refused_by_name(tmp_path):
     save(tmp_path / "a.txt", b"a")
     with pytest.raises(UserError, match=r"\*\.jsonl names no file"):
         read_all(tmp_path / "a.txt", tmp_path / "*.jsonl")
 
 
-def test_a_source_without_text_is_refused(tmp_path):
-    pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])).close()  # no row group at all
+def test_source_without_text_is_refused(tmp_path):
+    pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])).close()  # no row group
     for source in (tmp_path / "rows.parquet", save(tmp_path / "empty.jsonl", b""), save(tmp_path / "a.txt", b" \n")):
         with pytest.raises(UserError, match="no text"):
             prepare(tmp_path / "out" / source.name, source)
 
 
 @pytest.mark.parametrize("option", ["val_tokens=-1", "shard_tokens=0", "max_tokens=0", "workers=0"])
-def test_a_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
+def test_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
     name, value = option.split("=")
     with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} {value}"):
         prepare(tmp_path / "d", pages, **{name: value})
@@ -643,7 +650,7 @@ def test_invalid_arguments_are_reported_together(tmp_path, pages):
 
 
 def test_input_may_have_names_that_are_not_utf8(tmp_path):
-    """The shell expands a pattern to names in any encoding; Python passes them on with surrogates."""
+    """A shell expands patterns to names in any encoding; Python decodes them with surrogates."""
     name = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     with open(name, "wb") as file:
         file.write(b"some text")
@@ -652,7 +659,7 @@ def test_input_may_have_names_that_are_not_utf8(tmp_path):
 
 
 def test_help_shows_each_default_once(capsys):
-    """No argument shows None or an empty default, and every argument of an empty type says what happens without it."""
+    """No argument shows None or an empty default; an optional argument says what happens without it."""
     with pytest.raises(SystemExit, match="0"):
         call(fineweb.main, "--help")
     text = capsys.readouterr().out
@@ -660,7 +667,7 @@ def test_help_shows_each_default_once(capsys):
     assert not re.search(r"None|\(default: *\)", text)
 
 
-def test_a_mistake_found_by_a_worker_is_one_message_and_exit_code_2(tmp_path):
+def test_user_error_in_a_worker_is_one_message_and_exit_code_2(tmp_path):
     save(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": 7}\n')
     process = start(tmp_path / "d", tmp_path / "a.jsonl", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _, stderr = process.communicate(timeout=60)
@@ -670,20 +677,20 @@ def test_a_mistake_found_by_a_worker_is_one_message_and_exit_code_2(tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_the_verify_command_tells_sound_from_damaged(tmp_path, finished, capsys):
+def test_verify_command_finds_a_changed_byte(tmp_path, finished, capsys):
     call(fineweb.main, "verify", finished)
     assert "is intact" in capsys.readouterr().out
-    folder = shutil.copytree(finished, tmp_path / "d")
-    with open(folder / "d_train_000001.bin", "r+b") as file:
+    directory = shutil.copytree(finished, tmp_path / "d")
+    with open(directory / "d_train_000001.bin", "r+b") as file:
         file.seek(1100)
         file.write(b"\xff")
     with pytest.raises(UserError, match=r"d_train_000001\.bin"):
-        call(fineweb.main, "verify", folder)
+        call(fineweb.main, "verify", directory)
     with pytest.raises(SystemExit, match="2"):
         call(fineweb.main, "verify")
 
 
-def test_as_many_workers_as_the_memory_allows(tmp_path, pages, capsys):
+def test_default_number_of_workers_fits_in_memory(tmp_path, pages, capsys):
     with (
         mock.patch.object(resources, "_available_memory", return_value=900 << 20),
         mock.patch.object(resources, "_cores", return_value=64),
@@ -692,12 +699,12 @@ def test_as_many_workers_as_the_memory_allows(tmp_path, pages, capsys):
     assert "for 2 workers" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_told(tmp_path, pages):
-    full = mock.patch.object(fineweb, "tokenize", side_effect=OSError(28, "No space left on device"))
-    with full, pytest.raises(UserError, match="the disk is full"):
+def test_full_disk_is_reported(tmp_path, pages):
+    full_disk = mock.patch.object(fineweb, "tokenize", side_effect=OSError(28, "No space left on device"))
+    with full_disk, pytest.raises(UserError, match="the disk is full"):
         prepare(tmp_path / "d", pages)
 
 
-def test_a_single_document_is_said_to_leave_nothing_to_validate_on(tmp_path, capsys):
+def test_single_document_prints_a_note_on_validation(tmp_path, capsys):
     prepare(tmp_path / "d", save(tmp_path / "input.txt", b"All the world's a stage. " * 50))
     assert "a single document" in capsys.readouterr().out
