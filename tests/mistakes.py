@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 MISTAKES = [
-    (1, "zero_grad inside the micro-step loop", "unit/test_train.py -k whatever_the_micro_batch",
+    (1, "zero_grad inside the micro-step loop", "unit/test_train.py -k depend_on_the_micro_batch",
      [("train.py", "        loss_sum += loss.detach()\n",
        "        loss_sum += loss.detach()\n        if i < len(batch.micro_batches) - 1:\n            state.optimizers[0].zero_grad()\n")]),
     (2, "gradients never averaged over ranks", "distributed/test_ranks.py -k average_their_gradients",
@@ -28,7 +28,7 @@ MISTAKES = [
       ("train.py", "            loss = loss_function(model, rows, ranks.device)\n",
        "            loss = loss_function(model, rows, ranks.device)\n        if ranks.world_size > 1:\n"
        "            model.require_backward_grad_sync = i == len(batch.micro_batches) - 1\n")]),
-    (4, "clipping once a micro-batch", "unit/test_train.py -k whatever_the_micro_batch",
+    (4, "clipping once a micro-batch", "unit/test_train.py -k depend_on_the_micro_batch",
      [("train.py", "        loss_sum += loss.detach()\n",
        "        loss_sum += loss.detach()\n        clip_grad_norm_(model.parameters(), state.grad_clip)\n")]),
     (5, "validation with gradients on", "unit/test_train.py -k without_gradients",
@@ -39,7 +39,7 @@ MISTAKES = [
     (5, "validation over an amount that depends on the ranks", "unit/test_dataloader.py -k validation",
      [("dataloader.py", "for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]",
        "for n in range(validation_rows(tokens, block_size))]")]),
-    (6, "random state taken by sampling is missing in training", "unit/test_train.py -k leave_training_alone",
+    (6, "random state taken by sampling is missing in training", "unit/test_train.py -k do_not_change_training",
      [("train.py", "    torch.manual_seed(seed)  # dropout", "    # dropout"),
       ("babygpt/nn/generation.py", "1, generator=generator, dtype", "1, dtype")]),
     (6, "the model stays in eval mode", "unit/test_train.py -k without_gradients",
@@ -64,9 +64,9 @@ MISTAKES = [
      [("dataloader.py", "        ranges: list[tuple[int, int]] = []\n",
        "        begin = hash(n) % 7 * self.block_size\n        end = begin + self.block_size + 1\n"
        "        ranges: list[tuple[int, int]] = []\n")]),
-    (11, "a resume that replays the last batch", "unit/test_train.py -k stopped_behind_any_step",
+    (11, "a resume that replays the last batch", "unit/test_train.py -k resumed_at_any_step",
      [("train.py", "training.batch_tokens, batch.end", "training.batch_tokens, batch.start")]),
-    (11, "optimizer missing from a resume", "unit/test_train.py -k stopped_behind_any_step",
+    (11, "optimizer missing from a resume", "unit/test_train.py -k resumed_at_any_step",
      [("train.py", "    if start.optimizer_state:\n", "    if False:\n")]),
     (12, "a checkpoint overwritten in place", "unit/test_checkpoint.py",
      [("babygpt/training/checkpoint.py", 'temporary = folder / f".{final.name}.tmp"', "temporary = final")]),

@@ -1,4 +1,4 @@
-"""Training: the same run on any machine, stopped or not, and nothing that looks on changes it."""
+"""Test runs of train.py: results, resume, micro-batches, periodic tasks, non-finite values, modes, user errors."""
 
 import json
 import re
@@ -29,10 +29,10 @@ from babygpt.training.log import COLUMNS, read_log
 from model import GPT
 
 # ---------------------------------------------------------------------------------------------------------
-# what a run leaves
+# results of a run
 
 
-def test_a_run_learns_and_writes_its_files(uninterrupted_run):
+def test_run_reduces_the_loss_and_writes_its_files(uninterrupted_run):
     rows = read_log(uninterrupted_run / "log.csv")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert [row["tokens"] for row in rows] == [256 * step for step in range(STEPS + 1)]
@@ -41,7 +41,7 @@ def test_a_run_learns_and_writes_its_files(uninterrupted_run):
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
     assert rows[-1]["loss"] is None
     assert rows[-1]["val_bpb"]
-    assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the test run crosses the end of an epoch"
+    assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the run crosses the end of an epoch"
     assert (uninterrupted_run / "plot.png").stat().st_size > 10_000
     assert json.loads((uninterrupted_run / "config.json").read_text())["model"]["n_embd"] == 16
     sampled = re.findall(
@@ -52,9 +52,9 @@ def test_a_run_learns_and_writes_its_files(uninterrupted_run):
     assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
 
 
-def test_a_run_uses_the_compiled_model_and_its_switches(dataset, tmp_path, monkeypatch):
-    """What is compiled for training is compiled for validation too; the flags for bfloat16 reach model and ranks."""
-    forwards, wrapped = [], []
+def test_run_uses_the_compiled_model_and_the_bf16_flags(dataset, tmp_path, monkeypatch):
+    """Training and validation call the compiled model, and the bfloat16 flags reach the model and DDP."""
+    forwards, ddp_bf16 = [], []
 
     class Compiled(torch.nn.Module):
         def __init__(self, model: torch.nn.Module, dynamic: bool):
@@ -68,16 +68,16 @@ def test_a_run_uses_the_compiled_model_and_its_switches(dataset, tmp_path, monke
             return self.model(idx, targets, reduction=reduction)
 
     monkeypatch.setattr(torch, "compile", Compiled)
-    monkeypatch.setattr(Ranks, "data_parallel", lambda self, model, bf16: wrapped.append(bf16) or model)
+    monkeypatch.setattr(Ranks, "data_parallel", lambda self, model, bf16: ddp_bf16.append(bf16) or model)
     changes = {"training__max_steps": 4, "sampling__every_n_steps": 0, "training__compile": "on"}
     changes |= {"training__bf16_activations": [], "training__bf16_gradients": []}
     call(train.main, *flags(dataset, tmp_path / "run", **changes))
     assert forwards.count("training") == 4 * 256 // 16 // 4
     assert forwards[0] == forwards[-1] == "validation"
-    assert wrapped == [True]
+    assert ddp_bf16 == [True]
 
 
-def test_a_cosine_follows_the_warm_up(uninterrupted_run):
+def test_cosine_schedule_follows_the_warmup(uninterrupted_run):
     lr = [row["lr"] for row in read_log(uninterrupted_run / "log.csv")[:-1]]
     assert lr[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
     assert lr[3 + 5] == pytest.approx(
@@ -90,7 +90,7 @@ def test_a_cosine_follows_the_warm_up(uninterrupted_run):
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_a_run_stopped_behind_any_step_ends_as_if_never_stopped(step, uninterrupted_run, dataset, tmp_path):
+def test_run_resumed_at_any_step_equals_uninterrupted_run(step, uninterrupted_run, dataset, tmp_path):
     out = copy_killed_run(uninterrupted_run, step, tmp_path / "stopped")
     call(train.main, *flags(dataset, out, general__init_from="resume"))
     assert_bitwise_equal(out, uninterrupted_run)
@@ -101,172 +101,161 @@ def test_resume_without_a_checkpoint_starts_from_scratch(uninterrupted_run, data
     assert_bitwise_equal(tmp_path / "fresh", uninterrupted_run)
 
 
-def test_a_stop_signal_saves_ends_well_and_loses_nothing(uninterrupted_run, dataset, tmp_path):
+def test_sigterm_saves_and_exits_with_code_0(uninterrupted_run, dataset, tmp_path):
     out = tmp_path / "stopped"
-    line = flags(dataset, out, saving__every_n_steps=1000)
+    arguments = flags(dataset, out, saving__every_n_steps=1000)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *line],
+        [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    for text in process.stdout:
-        if text.startswith("step      3 | loss"):
+    for line in process.stdout:
+        if line.startswith("step      3 | loss"):
             process.send_signal(signal.SIGTERM)
             break
-    rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    stopped_at = int(re.search(r"stopped at step (\d+) and saved", rest).group(1))
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    stopped_at = int(re.search(r"stopped at step (\d+) and saved", stdout).group(1))
     assert 4 <= stopped_at < STEPS
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
     call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
     assert_bitwise_equal(out, uninterrupted_run)
 
 
-@pytest.mark.parametrize("told_in", range(STEPS))
-def test_whichever_step_a_stop_falls_into_nothing_is_lost(told_in, uninterrupted_run, dataset, tmp_path, monkeypatch):
-    out, step_of, calls = tmp_path / "stopped", train.train_step, []
+@pytest.mark.parametrize("stop_step", range(STEPS))
+def test_stop_request_during_any_step_loses_no_update(stop_step, uninterrupted_run, dataset, tmp_path, monkeypatch):
+    out, train_step, calls = tmp_path / "stopped", train.train_step, []
 
-    def told(*args, stop, **named):
+    def step_with_stop(*args, stop, **kwargs):
         calls.append(stop)
-        return step_of(*args, stop=len(calls) == told_in + 1, **named)
+        return train_step(*args, stop=len(calls) == stop_step + 1, **kwargs)
 
-    monkeypatch.setattr(train, "train_step", told)
+    monkeypatch.setattr(train, "train_step", step_with_stop)
     call(train.main, *flags(dataset, out, saving__every_n_steps=6))
-    monkeypatch.setattr(train, "train_step", step_of)
-    last = checkpoint.read_state(checkpoint.latest(out))["step"]
-    assert told_in + 1 <= last <= told_in + 2, "saved behind the step, or behind the one that was under way"
-    assert len(calls) == last
+    monkeypatch.setattr(train, "train_step", train_step)
+    saved = checkpoint.read_state(checkpoint.latest(out))["step"]
+    assert stop_step + 1 <= saved <= stop_step + 2, "saved after the step, or after the next one, which was in flight"
+    assert len(calls) == saved
     call(train.main, *flags(dataset, out, general__init_from="resume"))
     assert_bitwise_equal(out, uninterrupted_run)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# any number of ranks, any micro-batch
+# micro-batches
 
 
-def test_a_step_is_the_same_whatever_the_micro_batch(dataset, tmp_path):
-    logs = []
-    for micro in (1, 4, 16):
-        line = flags(
-            dataset, tmp_path / str(micro), training__micro_batch_size=micro, model__dropout=0.0, training__max_steps=6,
+def test_loss_does_not_depend_on_the_micro_batch_size(dataset, tmp_path):
+    losses = []
+    for size in (1, 4, 16):
+        arguments = flags(
+            dataset, tmp_path / str(size), training__micro_batch_size=size, model__dropout=0.0, training__max_steps=6,
             optimizer__grad_clip=0.05, saving__every_n_steps=0, sampling__every_n_steps=0,
         )  # fmt: skip
-        call(train.main, *line)
-        logs.append([row["loss"] for row in read_log(tmp_path / str(micro) / "log.csv")[:-1]])
-    assert logs[0] == pytest.approx(logs[2], rel=1e-5)
-    assert logs[1] == pytest.approx(logs[2], rel=1e-5)
+        call(train.main, *arguments)
+        losses.append([row["loss"] for row in read_log(tmp_path / str(size) / "log.csv")[:-1]])
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# looking on changes nothing
+# periodic tasks
 
 
-def test_looking_on_is_done_without_gradients_and_without_dropout(dataset, tmp_path, monkeypatch):
-    forward, seen = train.GPT.hidden, []
+def test_periodic_tasks_run_without_gradients_or_dropout(dataset, tmp_path, monkeypatch):
+    hidden, modes = train.GPT.hidden, []
 
-    def watched(self, *args, **kwargs):
-        seen.append((torch.is_grad_enabled(), self.training))
-        return forward(self, *args, **kwargs)
+    def record_modes(self, *args, **kwargs):
+        modes.append((torch.is_grad_enabled(), self.training))
+        return hidden(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.GPT, "hidden", watched)
-    line = flags(
+    monkeypatch.setattr(train.GPT, "hidden", record_modes)
+    arguments = flags(
         dataset, tmp_path / "run", training__max_steps=2, evaluation__every_n_steps=1, validation__every_n_steps=1,
         sampling__every_n_steps=1, evaluation__file=save_hellaswag(tmp_path / "questions.jsonl", 6),
     )  # fmt: skip
-    call(train.main, *line)
-    assert seen.count((True, True)) == 2 * 4, "the micro-batches of two steps"
-    assert seen.count((False, False)) == len(seen) - 2 * 4 > 0
+    call(train.main, *arguments)
+    assert modes.count((True, True)) == 2 * 4, "the micro-batches of two steps"
+    assert modes.count((False, False)) == len(modes) - 2 * 4 > 0
 
 
-def test_validation_evaluation_and_sampling_leave_training_alone(uninterrupted_run, dataset, tmp_path):
+def test_periodic_tasks_do_not_change_training(uninterrupted_run, dataset, tmp_path):
+    """Validation, HellaSwag and sampling before every step leave losses, gradients and weights bitwise equal."""
     questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
-    line = flags(
-        dataset, tmp_path / "watched", validation__every_n_steps=1, evaluation__every_n_steps=1,
-        evaluation__file=questions, evaluation__limit=5, sampling__every_n_steps=1, model__block_size=16,
+    run = tmp_path / "run"
+    arguments = flags(
+        dataset, run, validation__every_n_steps=1, evaluation__every_n_steps=1, evaluation__file=questions,
+        evaluation__limit=5, sampling__every_n_steps=1, model__block_size=16,
     )  # fmt: skip
-    call(train.main, *line)
-    watched, alone = read_log(tmp_path / "watched" / "log.csv"), read_log(uninterrupted_run / "log.csv")
-    assert [(row["loss"], row["grad_norm"]) for row in watched] == [(row["loss"], row["grad_norm"]) for row in alone]
-    assert all(row["hellaswag"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in watched[1:])
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            load_tensors(tmp_path / "watched", STEPS)[0].values(),
-            load_tensors(uninterrupted_run, STEPS)[0].values(),
-            strict=True,
-        )
-    )
+    call(train.main, *arguments)
+    rows, expected = read_log(run / "log.csv"), read_log(uninterrupted_run / "log.csv")
+    assert [(row["loss"], row["grad_norm"]) for row in rows] == [(row["loss"], row["grad_norm"]) for row in expected]
+    assert all(row["hellaswag"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in rows[1:])
+    weights, expected_weights = (load_tensors(path, STEPS)[0].values() for path in (run, uninterrupted_run))
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected_weights, strict=True))
 
 
-def test_throughput_leaves_evaluation_out(dataset, tmp_path, monkeypatch):
+def test_throughput_excludes_validation(dataset, tmp_path, monkeypatch):
     validate = train.validate
     monkeypatch.setattr(train, "validate", lambda *args: (time.sleep(0.5), validate(*args))[1])
-    call(train.main, *flags(dataset, tmp_path / "slow", validation__every_n_steps=2, training__max_steps=6))
-    rows = read_log(tmp_path / "slow" / "log.csv")
+    call(train.main, *flags(dataset, tmp_path / "run", validation__every_n_steps=2, training__max_steps=6))
+    rows = read_log(tmp_path / "run" / "log.csv")
     assert max(row["step_ms"] for row in rows[:-1]) < 450
     assert all(row["tokens_per_s"] == pytest.approx(256 / row["step_ms"] * 1e3) for row in rows[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------
-# bad numbers
+# non-finite values
 
 
-def test_a_step_that_is_not_finite_is_not_applied_logged_or_saved(dataset, tmp_path, monkeypatch):
-    step_of = train.train_step
-    steps = []
+def test_nonfinite_step_is_not_applied_logged_or_saved(dataset, tmp_path, monkeypatch):
+    train_step, unchanged = train.train_step, []  # per step and parameter
 
-    def poisoned(state, *rest, **named):
+    def step_with_infinity(state, *args, **kwargs):
         model = state.model
         before = [p.detach().clone() for p in model.parameters()]
-        if len(steps) == 5:
+        if len(unchanged) == 5:
             with torch.no_grad():
-                model.wte.weight[0, 0] = float("inf")  # in the forward pass of this step alone
-        status = step_of(state, *rest, **named)
-        if len(steps) == 5:
+                model.wte.weight[0, 0] = float("inf")  # only in the forward pass of this step
+        status = train_step(state, *args, **kwargs)
+        if len(unchanged) == 5:
             with torch.no_grad():
                 model.wte.weight[0, 0] = before[0][0, 0]
-        steps.append([torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)])
+        unchanged.append([torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)])
         return status
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train, "train_step", step_with_infinity)
+    arguments = flags(
+        dataset, tmp_path / "run", validation__every_n_steps=0, saving__every_n_steps=7, sampling__every_n_steps=0
+    )
     with pytest.raises(UserError, match=r"Step 5: the loss is .*, the gradient norm nan"):
-        call(
-            train.main,
-            *flags(
-                dataset,
-                tmp_path / "bad",
-                validation__every_n_steps=0,
-                saving__every_n_steps=7,
-                sampling__every_n_steps=0,
-            ),
-        )
-    assert not any(steps[4]), "a good step changes all weights"
-    assert all(steps[5]), "a bad one changes none"
-    assert all(steps[6]), "nor does the one that was under way"
-    assert [row["step"] for row in read_log(tmp_path / "bad" / "log.csv")] == [0, 1, 2, 3, 4]
-    assert checkpoint.checkpoints(tmp_path / "bad") == []
+        call(train.main, *arguments)
+    assert not any(unchanged[4]), "a finite step changes all weights"
+    assert all(unchanged[5]), "the non-finite step changes none"
+    assert all(unchanged[6]), "nor does the step in flight"
+    assert [row["step"] for row in read_log(tmp_path / "run" / "log.csv")] == [0, 1, 2, 3, 4]
+    assert checkpoint.checkpoints(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("clip", ["1.0", "0.0"])
 def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
     """A loss that does not depend on any weight stops the run at its step, and its update is not applied."""
     forward, applied = train.GPT.forward, []
-    step_of = train.train_step
+    train_step = train.train_step
 
-    def counted(state, *args, **named):
+    def record_update(state, *args, **kwargs):
         before = [p.detach().clone() for p in state.model.parameters()]
-        status = step_of(state, *args, **named)
+        status = train_step(state, *args, **kwargs)
         applied.append(not all(map(torch.equal, before, state.model.parameters())))
         return status
 
-    def constant(self, *args, **named):
-        loss = forward(self, *args, **named)
+    def constant_loss(self, *args, **kwargs):
+        loss = forward(self, *args, **kwargs)
         return loss - loss + loss.detach() if len(applied) == 3 and self.training else loss
 
-    monkeypatch.setattr(train, "train_step", counted)
-    monkeypatch.setattr(train.GPT, "forward", constant)
+    monkeypatch.setattr(train, "train_step", record_update)
+    monkeypatch.setattr(train.GPT, "forward", constant_loss)
     with pytest.raises(UserError, match=r"Step 3: the gradient norm is exactly 0 at a loss of \d\.\d+, "):
         call(train.main, *flags(dataset, tmp_path / "zero", saving__every_n_steps=7, optimizer__grad_clip=clip))
     assert applied[:4] == [True, True, True, False]
@@ -275,10 +264,10 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# other ways to begin, other modes
+# starting and resuming, other modes
 
 
-def test_a_folder_with_a_run_is_not_overwritten(uninterrupted_run, dataset):
+def test_existing_run_is_not_overwritten(uninterrupted_run, dataset):
     before = (uninterrupted_run / "log.csv").read_bytes()
     with pytest.raises(ConfigError, match=r"already contains a run.*--general.init-from resume.*--general.out-dir"):
         call(train.main, *flags(dataset, uninterrupted_run))
@@ -286,7 +275,7 @@ def test_a_folder_with_a_run_is_not_overwritten(uninterrupted_run, dataset):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "message"),
     [
         ({"model__n_layer": 3}, "model.n_layer: 2 there, 3 now"),
         ({"model__block_size": 8}, "data.block_size: 16 there, 8 now"),
@@ -296,12 +285,13 @@ def test_a_folder_with_a_run_is_not_overwritten(uninterrupted_run, dataset):
         ({"optimizer__name": "muon"}, "optimizer.name: adamw there, muon now"),
     ],
 )
-def test_a_resume_with_another_model_or_order_is_refused_by_name(change, name, uninterrupted_run, dataset):
-    with pytest.raises(ConfigError, match=re.escape(name)):
+def test_resume_names_a_setting_that_must_not_change(change, message, uninterrupted_run, dataset):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", **change))
 
 
-def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(uninterrupted_run, dataset, tmp_path):
+def test_resume_without_an_intact_checkpoint_is_refused(uninterrupted_run, dataset, tmp_path):
+    """If all checkpoints are corrupted, the resume is refused and changes no file of the run."""
     out = copy_killed_run(uninterrupted_run, 2, tmp_path / "run")
     for path in checkpoint.checkpoints(out):
         (path / "model.safetensors").write_bytes(b"")
@@ -311,7 +301,8 @@ def test_a_resume_with_damaged_checkpoints_alone_is_refused_and_touches_nothing(
     assert before == {name: (out / name).read_bytes() for name in before}
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_began(uninterrupted_run, dataset, tmp_path):
+def test_resume_before_the_first_checkpoint_keeps_init_from(uninterrupted_run, dataset, tmp_path):
+    """A run that was killed before its first checkpoint restarts from the weights that it was initialized with."""
     changes = {"general__init_from": uninterrupted_run, "saving__every_n_steps": 0, "training__max_steps": 2}
     call(train.main, *flags(dataset, tmp_path / "run", **changes))
     first = read_log_without_timing(tmp_path / "run")
@@ -320,14 +311,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_from_what_it_bega
         assert read_log_without_timing(tmp_path / "run") == first
 
 
-def test_ranks_that_see_different_checkpoints_do_not_begin(uninterrupted_run, dataset, tmp_path, monkeypatch):
+def test_ranks_that_see_different_checkpoints_are_refused(uninterrupted_run, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Ranks, "gather", lambda self, number: [number, number if number >= 0 else number - 1])
     with pytest.raises(ConfigError, match="The ranks see different checkpoints"):
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
 
 
 def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
-    """Switches without parameters of their own count too, although the weights would fit."""
+    """A changed switch is refused even if it adds no parameters, so that the weights would load."""
     off = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet"]
     switches = [f"--model.no-{name}" for name in off] + ["--model.bias", "--model.tie-head"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
@@ -346,10 +337,10 @@ def test_warnings_have_one_prefix(dataset, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("version", [1, 3])
 def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dataset, tmp_path):
-    """Neither a resume nor a reader of the weights takes a checkpoint that an earlier or later version wrote."""
+    """Neither resume nor GPT.from_pretrained loads a checkpoint of an earlier or later format version."""
     out = copy_killed_run(uninterrupted_run, 6, tmp_path / "other")
-    found = checkpoint.load(checkpoint.latest(out))
-    checkpoint.save(out, 6, found.model, found.optimizer, found.state | {"format": version}, keep=0)
+    loaded = checkpoint.load(checkpoint.latest(out))
+    checkpoint.save(out, 6, loaded.model, loaded.optimizer, loaded.state | {"format": version}, keep=0)
     message = f"has checkpoint format {version}, but this version of BabyGPT reads format 2"
     with pytest.raises(UserError, match=message):
         call(train.main, *flags(dataset, out, general__init_from="resume"))
@@ -357,24 +348,25 @@ def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dat
         GPT.from_pretrained(out)
 
 
-def test_a_resume_beyond_the_last_step_is_refused(uninterrupted_run, dataset):
+def test_resume_beyond_max_steps_is_refused(uninterrupted_run, dataset):
     with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
 
 
-def test_a_resume_tells_what_else_has_changed(uninterrupted_run, dataset, tmp_path, capsys):
+def test_resume_prints_changed_settings(uninterrupted_run, dataset, tmp_path, capsys):
     out = copy_killed_run(uninterrupted_run, 10, tmp_path / "stopped")
     call(train.main, *flags(dataset, out, general__init_from="resume", optimizer__max_lr=1e-3))
     assert "optimizer.max_lr was 0.01, is now 0.001" in capsys.readouterr().out
 
 
-def test_weights_of_another_run_can_begin_one(uninterrupted_run, dataset, tmp_path):
-    line = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
-    call(train.main, *line)
-    assert (
-        read_log(tmp_path / "tuned" / "log.csv")[0]["val_loss"]
-        == read_log(uninterrupted_run / "log.csv")[-1]["val_loss"]
+def test_init_from_loads_the_weights_of_another_run(uninterrupted_run, dataset, tmp_path):
+    """Weights of another shape are refused, and so is an output directory that is a file."""
+    arguments = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
+    call(train.main, *arguments)
+    first_row, last_row = (
+        read_log(run / "log.csv")[i] for run, i in ((tmp_path / "tuned", 0), (uninterrupted_run, -1))
     )
+    assert first_row["val_loss"] == last_row["val_loss"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         call(train.main, *flags(dataset, tmp_path / "file"))
@@ -383,30 +375,29 @@ def test_weights_of_another_run_can_begin_one(uninterrupted_run, dataset, tmp_pa
 
 
 @pytest.mark.parametrize("mode", ["val", "eval", "sample"])
-def test_each_mode_works_alone_on_a_checkpoint_and_writes_nothing(mode, uninterrupted_run, dataset, tmp_path, capsys):
+def test_each_mode_evaluates_a_checkpoint_and_writes_nothing(mode, uninterrupted_run, dataset, tmp_path, capsys):
     before = {path: path.read_bytes() for path in uninterrupted_run.rglob("*") if path.is_file()}
     questions = save_hellaswag(tmp_path / "questions.jsonl", 6)
     call(train.main, *flags(dataset, uninterrupted_run, general__mode=[mode], evaluation__file=questions))
     out = capsys.readouterr().out
     val_loss = read_log(uninterrupted_run / "log.csv")[-1]["val_loss"]
-    assert {"val": f"validation loss {val_loss:.4f}", "eval": "hellaswag karpathy acc_norm", "sample": "Hello, I'm"}[
-        mode
-    ] in out
+    messages = {"val": f"validation loss {val_loss:.4f}", "eval": "hellaswag karpathy acc_norm", "sample": "Hello, I'm"}
+    assert messages[mode] in out
     assert before == {path: path.read_bytes() for path in uninterrupted_run.rglob("*") if path.is_file()}
 
 
-def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
-    call(train.main, *flags(dataset, tmp_path / "bare", general__mode=["train"], training__max_steps=5))
-    assert not [row for row in read_log(tmp_path / "bare" / "log.csv") if row["val_loss"]]
-    assert "Hello" not in (tmp_path / "bare" / "samples.txt").read_text()
+def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
+    call(train.main, *flags(dataset, tmp_path / "run", general__mode=["train"], training__max_steps=5))
+    assert not [row for row in read_log(tmp_path / "run" / "log.csv") if row["val_loss"]]
+    assert "Hello" not in (tmp_path / "run" / "samples.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# mistakes of a person
+# user errors
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"training__batch_tokens": 250}, "--training.batch-tokens 250 is not divisible by micro_batch_size x"),
         ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by n_head 3"),
@@ -426,32 +417,32 @@ def test_training_alone_neither_validates_nor_samples(dataset, tmp_path):
         ({"general__init_from": "x" * 300}, "There is no model at xxx"),
     ],
 )
-def test_user_errors_are_one_message(change, words, dataset, tmp_path, capsys):
-    """Exit code 2, a message, no traceback, and nothing is left of the run."""
-    tables = {"model__value_embeddings": 1} if change.get("preset") == "modern" else {}
-    with pytest.raises(SystemExit) as end:
-        call(lambda: run(train.main), *flags(dataset, tmp_path / "never", **tables | change))
-    assert end.value.code == 2
+def test_user_error_prints_one_message_and_leaves_no_files(change, message, dataset, tmp_path, capsys):
+    """The exit code is 2, there is no traceback, and the run directory is not created."""
+    defaults = {"model__value_embeddings": 1} if change.get("preset") == "modern" else {}
+    with pytest.raises(SystemExit) as raised:
+        call(lambda: run(train.main), *flags(dataset, tmp_path / "never", **defaults | change))
+    assert raised.value.code == 2
     out, err = capsys.readouterr()
-    assert words in err + out
+    assert message in err + out
     assert "Traceback" not in err
     assert not (tmp_path / "never").exists()
 
 
-def test_refused_run_leaves_the_files_of_its_directory(dataset, tmp_path):
-    (tmp_path / "mine.tmp").write_text("precious")
+def test_refused_run_keeps_the_files_of_its_directory(dataset, tmp_path):
+    (tmp_path / "notes.tmp").write_text("notes")
     with pytest.raises(UserError, match="There is no model at out/none"):
         call(train.main, *flags(dataset, tmp_path, general__init_from="out/none"))
     (tmp_path / "empty").mkdir()
     for out in (tmp_path, tmp_path / "empty"):
         with pytest.raises(ConfigError, match="fewer rows than one step"):
             call(train.main, *flags(dataset, out, training__batch_tokens=4096))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine.tmp"]
-    assert (tmp_path / "mine.tmp").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "notes.tmp"]
+    assert (tmp_path / "notes.tmp").read_text() == "notes"
 
 
 def test_validation_uses_the_block_size_of_the_checkpoint(dataset, uninterrupted_run, tmp_path, capsys):
-    """--general.mode val validates a model with a short context, whatever the preset's block size."""
+    """--general.mode val uses the block size of the checkpoint, not of the preset."""
     changes = {"general__mode": ["val"], "general__init_from": uninterrupted_run, "model__block_size": 512}
     call(train.main, *flags(dataset, tmp_path / "never", **changes))
     val_loss = read_log(uninterrupted_run / "log.csv")[-1]["val_loss"]
@@ -463,15 +454,14 @@ def test_run_without_validation_needs_no_validation_tokens(dataset, tmp_path):
     call(train.main, *flags(dataset, tmp_path / "run", validation__every_n_steps=0, training__max_steps=1, **changes))
 
 
-def test_user_error_ends_the_script_with_exit_code_2(dataset, tmp_path):
-    """The script exits with code 2 and prints one message."""
-    line = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", model__n_head=3)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+def test_script_exits_with_code_2_after_a_user_error(dataset, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", model__n_head=3)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: --model.n-embd 16 is not divisible by n_head 3. Use a multiple of 3."
 
 
-def test_all_mistakes_are_told_at_once(dataset, tmp_path):
+def test_all_configuration_errors_are_reported_at_once(dataset, tmp_path):
     with pytest.raises(ConfigError) as raised:
         call(train.main, *flags(dataset, tmp_path, model__n_head=3, sampling__top_p=2.0, optimizer__eps=0))
-    assert all(words in str(raised.value) for words in ("n_head 3", "--sampling.top-p 2.0", "--optimizer.eps 0.0"))
+    assert all(message in str(raised.value) for message in ("n_head 3", "--sampling.top-p 2.0", "--optimizer.eps 0.0"))
