@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from babygpt import hub
-from babygpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_model
+from babygpt.data.tokenizer import Tokenizer, load_model_tokenizer, load_tokenizer
 from babygpt.errors import ConfigError, UserError
 from babygpt.nn import huggingface
 from babygpt.training import checkpoint
@@ -102,6 +102,6 @@ def _from_checkpoint(path: Path) -> Pretrained:
 
 def _from_huggingface(folder: Path, source: str) -> Pretrained:
     config, theirs = huggingface.read(folder)
-    tokenizer = tokenizer_of_model(folder, config["vocab_size"])
+    tokenizer = load_model_tokenizer(folder, config["vocab_size"])
     config["vocab_size"] = tokenizer.vocab_size  # further rows of the tables are padding and belong to no token
     return Pretrained(config, huggingface.import_tensors(theirs, config), tokenizer, source)

@@ -17,7 +17,7 @@ from babygpt import files
 from babygpt.constraints import parse_arguments
 from babygpt.data import sources
 from babygpt.data.readers import without_surrogates
-from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, byte_level_bpe
+from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, create_byte_level_bpe
 from babygpt.errors import UserError, run
 
 
@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
 
     if vocab_size < 257:
         raise UserError(f"a byte-level vocabulary takes 256 bytes and EOT: --vocab-size {vocab_size} is under 257.")
-    bpe = byte_level_bpe()
+    bpe = create_byte_level_bpe()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
     bpe.train_from_iterator(map(without_surrogates, texts), trainer)

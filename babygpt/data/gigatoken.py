@@ -1,7 +1,7 @@
-"""Encoding of whole data sets by the library `gigatoken`, ten times faster than tiktoken and `tokenizers`.
+"""Encode large data sets with the library gigatoken, ten times faster than with tiktoken and `tokenizers`.
 
-gigatoken is used if it is installed and encodes a sample of each task exactly as the tokenizer does. Texts that Unicode
-versions split differently go to the tokenizer itself, so the ids do not depend on the encoder.
+gigatoken is used if it is installed and encodes a sample of each task exactly as the tokenizer's own library does. That
+library also encodes the texts that may be split differently, so the ids do not depend on gigatoken.
 """
 
 import operator
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-CACHED = 4 << 30  # bytes of text after which gigatoken, which keeps every word it met, is made anew
-# Characters that Unicode 17 made letters or numbers. gigatoken knows them as such, tiktoken and tokenizers don't, so
-# a word may end elsewhere. By the first byte, what a text with one of them must hold; a few older ones match too.
+MAX_ENCODED_BYTES = 4 << 30  # gigatoken caches every word, so it is created again after this much text
+# Characters that are letters or numbers since Unicode 17: gigatoken treats them so, tiktoken and tokenizers do not, and
+# words may end elsewhere. First byte -> byte sequences; a text with such a character contains one. So do a few others.
 UNICODE_17 = {
     b"\xe0": (b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c"),
     b"\xea": (b"\xea\x9f\x8e", b"\xea\x9f\x8f", b"\xea\x9f\x92", b"\xea\x9f\x94", b"\xea\x9f\xb1"),
@@ -25,18 +25,18 @@ UNICODE_17 = {
 }  # fmt: skip
 
 
-def splits_alike(text: bytes) -> bool:
-    """Whether all libraries take the same characters of a text, in UTF-8, for letters and numbers."""
+def may_split_differently(text: bytes) -> bool:
+    """Return whether a UTF-8 text may contain characters that only gigatoken treats as letters or numbers."""
     if b"\xf0" not in text and b"\xe0" not in text and b"\xea" not in text:
-        return True
-    return not any(first in text and any(map(text.__contains__, wholes)) for first, wholes in UNICODE_17.items())
+        return False
+    return any(first in text and any(map(text.__contains__, sequences)) for first, sequences in UNICODE_17.items())
 
 
 class BatchEncoder(ABC):
-    """Encodes whole data sets: by gigatoken, once it was found to do it alike."""
+    """A base class of tokenizers that encodes batches of texts, with gigatoken after `use_gigatoken` succeeds."""
 
-    fast: Any = None  # gigatoken's tokenizer, where it is used
-    encoded = 0  # bytes that it has encoded; it never forgets a word
+    fast_encoder: Any = None  # gigatoken's tokenizer, if it is used
+    encoded_bytes = 0  # of text that gigatoken has encoded since it was created
 
     @property
     @abstractmethod
@@ -44,35 +44,38 @@ class BatchEncoder(ABC):
         """gigatoken's version of this tokenizer, cached. Raises any exception if gigatoken does not support it."""
 
     @abstractmethod
-    def _plain_ids(self, text: bytes) -> np.ndarray:
-        """Encode one text with the tokenizer's own library, (n,) uint32."""
+    def _encode_bytes(self, data: bytes) -> np.ndarray:
+        """Encode a UTF-8 text with the tokenizer's own library; return the ids, (n,) uint32."""
 
     def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
-        """From here on batches are encoded by gigatoken, if it encodes the first `sample_bytes` of these texts as
-        this tokenizer does; else says why not."""
-        self.fast = None
-        if self.encoded > CACHED:
+        """Encode the following batches with gigatoken, if it encodes the first `sample_bytes` of `texts` as expected.
+
+        Returns None, or a message that says why gigatoken is not used.
+        """
+        self.fast_encoder = None
+        if self.encoded_bytes > MAX_ENCODED_BYTES:
             self.__dict__.pop("_gigatoken", None)
-            self.encoded = 0
+            self.encoded_bytes = 0
         try:
-            fast = self._gigatoken
+            fast_encoder = self._gigatoken
         except ImportError:
-            return "gigatoken is not installed (pip install gigatoken): encoding is some ten times slower."
-        except Exception as error:  # its loaders raise many kinds for a tokenizer that they don't know
-            return f"gigatoken can't take this tokenizer ({error}): encoding is slower."
-        sizes = accumulate(map(len, texts), initial=0)
-        sample = [text for text, before in zip(texts, sizes, strict=False) if before < sample_bytes]
-        plain = [self._plain_ids(text) for text in sample]
-        self.fast = fast
-        differing = sum(map(operator.not_, map(np.array_equal, plain, self.encode_batch(sample))))
+            return "gigatoken is not installed, so encoding is about ten times slower. Run `pip install gigatoken`."
+        except Exception as error:  # gigatoken raises many types for a tokenizer that it does not support
+            return f"gigatoken does not support this tokenizer ({error}), so encoding is slower."
+        starts = accumulate(map(len, texts), initial=0)
+        sample = [text for text, start in zip(texts, starts, strict=False) if start < sample_bytes]
+        expected = [self._encode_bytes(text) for text in sample]
+        self.fast_encoder = fast_encoder
+        differing = sum(map(operator.not_, map(np.array_equal, expected, self.encode_batch(sample))))
         if differing:
-            self.fast = None
-            return f"gigatoken encodes {differing} of {len(sample)} documents differently: there it is not used."
+            self.fast_encoder = None
+            return f"gigatoken encodes {differing} of {len(sample)} sampled documents differently, so it is not used."
         return None
 
     def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
-        """Ids of each text, (n,) uint32, on one thread (preparing data runs one process a core)."""
-        if self.fast is None:
-            return list(map(self._plain_ids, texts))
-        self.encoded += sum(map(len, texts))
-        return [self.fast.encode(text) if splits_alike(text) else self._plain_ids(text) for text in texts]
+        """Encode UTF-8 texts, (n,) uint32 each, in one thread: data preparation runs one process per core."""
+        if self.fast_encoder is None:
+            return list(map(self._encode_bytes, texts))
+        self.encoded_bytes += sum(map(len, texts))
+        encode = self.fast_encoder.encode
+        return [self._encode_bytes(text) if may_split_differently(text) else encode(text) for text in texts]

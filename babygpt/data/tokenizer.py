@@ -1,14 +1,14 @@
-"""Text to token ids and back: GPT-2's BPE, one trained here, or any foreign `tokenizer.json`.
+"""Tokenizers: GPT-2's, one trained by tools.train_tokenizer, or any other `tokenizer.json`.
 
     >>> load_tokenizer("gpt2").encode("Hello, world")
     [15496, 11, 995]
-    >>> load_tokenizer("data/books-bpe.json").decode([72, 101])        # one that tools.train_tokenizer trained
+    >>> load_tokenizer("data/books-bpe.json").decode([72, 101])        # trained by tools.train_tokenizer
 
-GPT-2's ranks lie in `assets/gpt2.tiktoken` (OpenAI's r50k_base.tiktoken, byte for byte), so nothing is
-downloaded. Text is always encoded as ordinary text: a literal `<|endoftext|>` in a page never becomes the
-end-of-text token (EOT), which only the data preparation and the prompts put in, by its id.
+GPT-2's tokenizer uses the library tiktoken, the others use `tokenizers`. gigatoken.py makes both faster for large data
+sets. `assets/gpt2.tiktoken`, a copy of OpenAI's r50k_base.tiktoken, contains GPT-2's ranks, so nothing is downloaded.
 
-GPT-2's BPE is tiktoken's, the others are the library `tokenizers`'. For whole data sets gigatoken.py makes both faster.
+Input is always encoded as ordinary text: a literal `<|endoftext|>` in a page never becomes the end-of-text token (EOT).
+Only data preparation and prompts insert EOT, by its id.
 """
 
 import base64
@@ -26,19 +26,18 @@ from babygpt.data.readers import without_surrogates
 from babygpt.errors import UserError
 
 GPT2_RANKS = Path(__file__).parents[2] / "assets" / "gpt2.tiktoken"
-GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # tiktoken, openai_public.py
-# tiktoken's r50k pattern: contractions, letters, numbers, other signs, white space
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # from tiktoken's openai_public.py
+# tiktoken's r50k pattern: contractions, letters, numbers, other characters, whitespace
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = "<|endoftext|>"
-# what other tokenizers call it; the first that the vocabulary has is taken
+# names of the EOT in other tokenizers; the first one in the vocabulary is used
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<s>")
-BLANKS = re.compile(
-    r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}"
-)  # Unicode's White_Space
+# characters with Unicode's property White_Space
+LONG_WHITESPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}")
 
 
 class GPT2Tokenizer(BatchEncoder):
-    """GPT-2's byte-pair encoding: 50,257 entries, EOT is 50256. Ids equal tiktoken's `gpt2`."""
+    """GPT-2's byte-pair encoding: 50,257 entries, EOT is 50256. The ids equal those of tiktoken's `gpt2`."""
 
     name, file, sha256, vocab_size, eot_id = "gpt2", GPT2_RANKS, GPT2_SHA256, 50257, 50256
 
@@ -46,7 +45,7 @@ class GPT2Tokenizer(BatchEncoder):
         self.data = GPT2_RANKS.read_bytes()
         if hashlib.sha256(self.data).hexdigest() != GPT2_SHA256:
             raise UserError(
-                f"{GPT2_RANKS} is damaged (its sha256 is not OpenAI's). Restore it: git checkout {GPT2_RANKS}"
+                f"{GPT2_RANKS} is corrupted: its sha256 is not OpenAI's. Restore it with `git checkout {GPT2_RANKS}`."
             )
 
     def __reduce__(self):
@@ -54,7 +53,7 @@ class GPT2Tokenizer(BatchEncoder):
 
     @cached_property
     def ranks(self) -> dict[bytes, int]:
-        """Map each token's bytes to its id, EOT excluded."""
+        """Map the bytes of each token except EOT to its id."""
         return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self.data.splitlines())}
 
     @cached_property
@@ -66,7 +65,7 @@ class GPT2Tokenizer(BatchEncoder):
         )
 
     def encode(self, text: str) -> list[int]:
-        return self._plain_ids(without_surrogates(text).encode()).tolist()
+        return self._encode_bytes(without_surrogates(text).encode()).tolist()
 
     @cached_property
     def _gigatoken(self):
@@ -74,105 +73,109 @@ class GPT2Tokenizer(BatchEncoder):
 
         return gigatoken.Tokenizer.from_tiktoken(GPT2_RANKS, pretokenizer="r50k").backend
 
-    def _plain_ids(self, data: bytes) -> np.ndarray:
+    def _encode_bytes(self, data: bytes) -> np.ndarray:
         text = data.decode()
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:
-            pass  # its regular expression runs out of stack in half a million blanks: they are taken out for it
-        pieces, at = [], 0
-        for blanks in BLANKS.finditer(text):
-            stop = blanks.end() - (blanks.end() < len(text))  # the last one goes with what follows, as in the pattern
-            pieces.append(self.encoding.encode_ordinary(text[at : blanks.start()]))
-            pieces.append(self.encoding._core_bpe.encode_single_piece(text[blanks.start() : stop].encode()))
-            at = stop
-        pieces.append(self.encoding.encode_ordinary(text[at:]))
+            pass  # tiktoken's regular expression overflows its stack on half a million whitespace characters in a row
+        pieces, start = [], 0
+        for whitespace in LONG_WHITESPACE.finditer(text):
+            # the last character is split off together with the text after it, as in GPT2_PATTERN
+            stop = whitespace.end() - (whitespace.end() < len(text))
+            pieces.append(self.encoding.encode_ordinary(text[start : whitespace.start()]))
+            pieces.append(self.encoding._core_bpe.encode_single_piece(text[whitespace.start() : stop].encode()))
+            start = stop
+        pieces.append(self.encoding.encode_ordinary(text[start:]))
         return np.concatenate([np.array(piece, np.uint32) for piece in pieces])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """Length of every token's text in UTF-8 bytes, (vocab_size,) int64; EOT has none."""
+        """Return the length of each token's text in UTF-8 bytes, (vocab_size,) int64, which is 0 for EOT."""
         lengths = [len(self.encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size - 1)]
         return np.array([*lengths, 0], dtype=np.int64)
 
 
 class FileTokenizer(BatchEncoder):
-    """A `tokenizer.json` of the `tokenizers` library: trained by tools.train_tokenizer, or anyone's."""
+    """A tokenizer from a `tokenizer.json` of the `tokenizers` library."""
 
     def __init__(self, path: str | Path, data: bytes | None = None):
-        """Reads `path`, unless its contents are given: then the file need not be there."""
+        """Load `data`, the contents of the file, or read `path` if it is None."""
         from tokenizers import Tokenizer
 
         self.file, self.name = Path(path), "tokenizer.json"
         self.data = data = self.file.read_bytes() if data is None else data
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
-            self.bpe = Tokenizer.from_str(data.decode("utf-8"))
-        except BaseException as error:  # bare Exception for what it can't parse, or a panic, which is none
+            self.backend = Tokenizer.from_str(data.decode("utf-8"))
+        except BaseException as error:  # a panic of the library is a BaseException
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise UserError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}") from None
-        self.bpe.no_truncation()
-        self.bpe.no_padding()
-        vocabulary = self.bpe.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        found = [name for name in END_OF_TEXT_NAMES if name in vocabulary]
-        if not found:
             raise UserError(
-                f"{path} has no end-of-text token: none of {', '.join(END_OF_TEXT_NAMES)} is in its vocabulary."
+                f"{path} is not a tokenizer.json of the `tokenizers` library ({error}). Use another file."
+            ) from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        eot_names = [name for name in END_OF_TEXT_NAMES if name in vocabulary]
+        if not eot_names:
+            raise UserError(
+                f"{path} has no end-of-text token. Add one of {', '.join(END_OF_TEXT_NAMES)} to its vocabulary."
             )
-        self.eot, self.eot_id = found[0], vocabulary[found[0]]
-        self.bpe.encode_special_tokens = True  # a literal "<|endoftext|>" in a text stays text
+        self.eot, self.eot_id = eot_names[0], vocabulary[eot_names[0]]
+        self.backend.encode_special_tokens = True  # encode a literal "<|endoftext|>" as ordinary text
 
     def __reduce__(self):
-        return FileTokenizer, (self.file, self.data)  # to a worker; its library's pickles forget what is set here
+        return FileTokenizer, (self.file, self.data)  # a pickle of `backend` loses the settings made above
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Lone surrogates, which UTF-8 can't hold, become U+FFFD, as in tiktoken."""
+        """Encode a text. Lone surrogates, which UTF-8 cannot represent, become U+FFFD, as in tiktoken."""
         text = without_surrogates(text)
-        ids = self._ids(text)
-        # a file may not mark its end-of-text token as special, or its model may know it as a piece
-        return self._encode_apart(text) if self.eot_id in ids else ids
+        ids = self._encode(text)
+        # a literal end-of-text is EOT if the file does not mark it as special or the model has learned it as a piece
+        return self._encode_without_eot(text) if self.eot_id in ids else ids
 
-    def _encode_apart(self, text: str) -> list[int]:
-        """Encodes a text with every literal end-of-text broken behind its first character."""
+    def _encode_without_eot(self, text: str) -> list[int]:
+        """Encode a text, split after the first character of every literal end-of-text."""
         first, rest = self.eot[0], self.eot[1:]
         pieces = text.split(self.eot)
         pieces = [(rest if i else "") + p + (first if i < len(pieces) - 1 else "") for i, p in enumerate(pieces)]
-        return [i for piece in pieces for i in self._ids(piece) if i != self.eot_id]
+        return [i for piece in pieces for i in self._encode(piece) if i != self.eot_id]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def _encode(self, text: str) -> list[int]:
+        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
     def _gigatoken(self):
-        """Of a tokenizer that tools.train_tokenizer trained; in others' there is more than a sample would show."""
+        """Only for tokenizers that tools.train_tokenizer trained: for others, a sample may not show all differences."""
         import gigatoken
 
-        settings = json.loads(self.bpe.to_str())
-        ours = json.loads(byte_level_bpe().to_str())
-        if any(settings[part] != ours[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")):
+        settings = json.loads(self.backend.to_str())
+        supported = json.loads(create_byte_level_bpe().to_str())
+        parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+        if any(settings[part] != supported[part] for part in parts):
             raise ValueError("it was not trained by tools.train_tokenizer")
-        settings["added_tokens"] = []  # a literal end of text is text
+        settings["added_tokens"] = []  # encode a literal end-of-text as ordinary text
         return gigatoken.Tokenizer.from_json(json.dumps(settings)).backend
 
-    def _plain_ids(self, text: bytes) -> np.ndarray:
-        return np.array(self.encode(text.decode()), np.uint32)
+    def _encode_bytes(self, data: bytes) -> np.ndarray:
+        return np.array(self.encode(data.decode()), np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.bpe.decode(list(ids), skip_special_tokens=False)
+        return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
-        """Length of every token's text in UTF-8 bytes, (vocab_size,) int64; special tokens have none."""
+        """Return the length of each token's text in UTF-8 bytes, (vocab_size,) int64, which is 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        byte_level = "ByteLevel" in str(self.bpe.decoder)
-        special = {i for i, token in self.bpe.get_added_tokens_decoder().items() if token.special}
-        for token, i in self.bpe.get_vocab(with_added_tokens=True).items():
+        is_byte_level = "ByteLevel" in str(self.backend.decoder)
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             if i in special or i == self.eot_id:
                 continue
-            if byte_level:  # this alphabet writes each byte as one character
+            if is_byte_level:  # each character of the token represents one byte
                 lengths[i] = len(token)
             elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's byte fallback
                 lengths[i] = 1
@@ -185,78 +188,79 @@ Tokenizer = GPT2Tokenizer | FileTokenizer
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """ "gpt2", or the path of a `tokenizer.json` or of a folder that holds one."""
+    """Load "gpt2", a `tokenizer.json`, or the `tokenizer.json` of a directory."""
     if str(spec) == "gpt2":
         return GPT2Tokenizer()
     path = Path(spec)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f'there is no tokenizer at {path}. Give "gpt2" or the path of a tokenizer.json (--tokenizer).')
+        raise UserError(f'There is no tokenizer at {path}. Use "gpt2" or the path of a tokenizer.json (--tokenizer).')
     return FileTokenizer(path)
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer encodes exactly as GPT-2's: callers then use "gpt2", so that both have one sha256."""
+    """Return whether a tokenizer is equivalent to "gpt2". Callers then use "gpt2", so that the sha256 is the same."""
     if isinstance(tokenizer, GPT2Tokenizer):
         return True
-    settings = json.loads(tokenizer.bpe.to_str())
+    settings = json.loads(tokenizer.backend.to_str())
     pre_tokenizer, model = settings["pre_tokenizer"] or {}, settings["model"]
-    same = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-    plain = (
+    gpt2_pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    unset_options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    has_gpt2_settings = (
         settings["normalizer"] is None
-        and same.items() <= pre_tokenizer.items()
+        and gpt2_pre_tokenizer.items() <= pre_tokenizer.items()
         and model["type"] == "BPE"
-        and not any(model.get(name) for name in unset)
+        and not any(model.get(name) for name in unset_options)
     )
-    # the byte-level alphabet maps printable bytes to themselves, the others to U+0100 and up
+    # the byte-level alphabet maps printable bytes to their Latin-1 characters, the others to U+0100 and up
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = {byte: chr(byte) for byte in printable}
     characters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
     ranks = GPT2Tokenizer().ranks
     vocabulary = {"".join(map(characters.__getitem__, token)): rank for token, rank in ranks.items()}
-    merged = [token for token, rank in vocabulary.items() if rank >= 256]  # sorted by rank, the order of the merges
-    merges = ["".join(pair).replace(" ", "") for pair in model.get("merges", [])]  # pairs, or "a b"
+    gpt2_merges = [token for token, rank in vocabulary.items() if rank >= 256]  # `ranks` is in the order of the merges
+    merges = ["".join(pair).replace(" ", "") for pair in model.get("merges", [])]  # a pair is ["a", "b"] or "a b"
     vocabulary |= {END_OF_TEXT: GPT2Tokenizer.eot_id}
-    return plain and merges == merged and tokenizer.bpe.get_vocab(with_added_tokens=True) == vocabulary
+    same_vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True) == vocabulary
+    return has_gpt2_settings and merges == gpt2_merges and same_vocabulary
 
 
-def tokenizer_of_model(folder: Path, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a Hugging Face model directory: its tokenizer.json, or GPT-2's if the size fits.
+def load_model_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face model: its tokenizer.json, or GPT-2's if `vocab_size` is GPT-2's.
 
-    UserError if there is no tokenizer.json and the vocabulary is not GPT-2's, or if it has more entries than the model.
+    UserError if the tokenizer.json has more than `vocab_size` entries, or is missing and `vocab_size` is not GPT-2's.
     """
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder)
+    if (directory / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(directory)
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
-                f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size:,} entries, but the model of {folder} has only "
-                f"{vocab_size:,}. Use the tokenizer.json that the model was trained with."
+                f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size:,} entries, but the model of {directory} "
+                f"has only {vocab_size:,}. Use the tokenizer.json that the model was trained with."
             )
-        return load_tokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer  # one tokenizer has one sha256
+        return load_tokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer
     if vocab_size != load_tokenizer("gpt2").vocab_size:
         raise UserError(
-            f"{folder} has no tokenizer.json, and its vocabulary of {vocab_size:,} is not GPT-2's. Add the "
+            f"{directory} has no tokenizer.json, and its vocabulary of {vocab_size:,} is not GPT-2's. Add the "
             "tokenizer.json that the model was trained with."
         )
     return load_tokenizer("gpt2")
 
 
 def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, piece by piece; a character waits until all its bytes are there."""
-    seen: list[int] = []
-    told = 0
+    """Yield the text of each id as soon as it is known. A character is yielded with its last byte."""
+    decoded: list[int] = []
+    num_yielded = 0  # characters
     for i in ids:
-        seen.append(i)
-        text = tokenizer.decode(seen)
+        decoded.append(i)
+        text = tokenizer.decode(decoded)
         if not text.endswith("\ufffd"):
-            yield text[told:]
-            told = len(text)
-    yield tokenizer.decode(seen)[told:]
+            yield text[num_yielded:]
+            num_yielded = len(text)
+    yield tokenizer.decode(decoded)[num_yielded:]
 
 
-def byte_level_bpe():
-    """A byte-level BPE with GPT-2's pre-tokenizer and an empty vocabulary."""
+def create_byte_level_bpe():
+    """Return a `tokenizers.Tokenizer`: a byte-level BPE with GPT-2's pre-tokenizer and an empty vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     bpe = Tokenizer(models.BPE())

@@ -18,7 +18,7 @@ import hellaswag
 import sample
 import train
 from babygpt.data.shards import open_dataset
-from babygpt.data.tokenizer import byte_level_bpe, is_gpt2, load_tokenizer
+from babygpt.data.tokenizer import create_byte_level_bpe, is_gpt2, load_tokenizer
 from babygpt.errors import UserError
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.huggingface import export_tensors, import_tensors, read_config
@@ -218,7 +218,7 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         merges.append(tuple("".join(character[byte] for byte in part) for part in parts))
     vocab = {"".join(character[byte] for byte in token): rank for rank, token in enumerate(ranks)}
-    bpe = byte_level_bpe()
+    bpe = create_byte_level_bpe()
     swapped = [merges[1], merges[0], *merges[2:]]
     for name, found in {"same": merges, "other merges": swapped, "dropout": merges, "no regex": merges}.items():
         bpe.model = BPE(vocab=vocab, merges=found, dropout=0.5 if name == "dropout" else None)
