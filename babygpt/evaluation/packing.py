@@ -1,7 +1,7 @@
-"""Multiple-choice examples packed into rows: a context is computed once for its four endings.
+"""Pack multiple-choice examples into rows of tokens, so that the model computes a context once for its four endings.
 
->>> rows = pack(trees(examples, block_size=1024), row_tokens=512)
->>> batch = lay_out(rows, 512, device)
+>>> rows = pack(make_segments(examples, block_size=1024), row_tokens=512)
+>>> batch = collate(rows, 512, device)
 """
 
 from bisect import bisect_right
@@ -14,99 +14,111 @@ import torch
 
 @dataclass(frozen=True)
 class Example:
-    """One question as token rows: the context, its four endings, which is right, and each ending's length
-    as the style's acc_norm counts it (tokens, or characters)."""
+    """A context and its four endings as token ids, with the index of the correct ending."""
 
     context: list[int]
     endings: list[list[int]]
     label: int
-    lengths: list[int]
+    lengths: list[int]  # of the endings, by which acc_norm divides their losses: tokens or characters
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A context and the endings that branch off it: the part of an example that is computed in one piece."""
+class Segment:
+    """A context and the endings that share it. A row consists of segments, which do not attend to each other."""
 
-    example: int
+    example: int  # index of the example
     context: list[int]
-    endings: dict[int, list[int]]  # by number
+    endings: dict[int, list[int]]  # by their index
 
     @property
     def size(self) -> int:
-        """Tokens that the model reads: of an ending all but the last, which is only predicted."""
+        """The number of input tokens. The last token of an ending is only a target."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings.values())
 
 
-def trees(examples: list[Example], block_size: int) -> Iterator[Tree]:
-    """A tree an example; where a row is longer than the block size, one an ending, for then each loses as much of the
-    beginning of its context as it must, and never of itself."""
+def make_segments(examples: list[Example], block_size: int) -> Iterator[Segment]:
+    """Yield one segment per example, or one per ending if an ending does not fit into the block size with the context.
+
+    In that case the context is truncated on the left, for each ending only as far as needed.
+    """
     for i, example in enumerate(examples):
-        room = [block_size + 1 - len(ending) for ending in example.endings]
-        if len(example.context) <= min(room):
-            yield Tree(i, example.context, dict(enumerate(example.endings)))
+        max_context = [block_size + 1 - len(ending) for ending in example.endings]
+        if len(example.context) <= min(max_context):
+            yield Segment(i, example.context, dict(enumerate(example.endings)))
         else:
             for k, ending in enumerate(example.endings):
-                yield Tree(i, example.context[-room[k] :], {k: ending})
+                yield Segment(i, example.context[-max_context[k] :], {k: ending})
 
 
-def pack(found: Iterable[Tree], row_tokens: int) -> list[list[Tree]]:
-    """Trees in rows of at most `row_tokens` tokens (a larger tree has a row of its own): into each row goes the largest
-    one left that has room, as long as there is one."""
-    left = sorted(found, key=lambda tree: tree.size)
-    sizes = [tree.size for tree in left]
-    rows: list[list[Tree]] = []
-    while left:
+def pack(segments: Iterable[Segment], row_tokens: int) -> list[list[Segment]]:
+    """Pack segments into rows of at most `row_tokens` tokens; a larger segment gets a row for itself.
+
+    Greedy: each row takes the largest remaining segment that fits, until none does.
+    """
+    remaining = sorted(segments, key=lambda segment: segment.size)
+    sizes = [segment.size for segment in remaining]
+    rows: list[list[Segment]] = []
+    while remaining:
         rows.append([])
-        room, largest = row_tokens, len(left) - 1
+        free, largest = row_tokens, len(remaining) - 1
         while largest >= 0:
-            rows[-1].append(left.pop(largest))
-            room -= sizes.pop(largest)
-            largest = bisect_right(sizes, room) - 1
+            rows[-1].append(remaining.pop(largest))
+            free -= sizes.pop(largest)
+            largest = bisect_right(sizes, free) - 1
     return rows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of trees as tensors. Token j of a row sees token i if i <= j, both are of one tree, and i is of the context
-    or of j's own ending."""
+    """Rows of segments as tensors, of B rows and L tokens. All are int64 and, except for `loss_indices`, on the device.
 
-    idx: torch.Tensor  # (B, L) int64
-    positions: torch.Tensor  # (B, L): in the text of context and ending
-    tree: torch.Tensor  # (B, L): which of the row's, 0 behind the last
-    branch: torch.Tensor  # (B, L): 0 for a context, 1 + k for ending k
-    places: torch.Tensor  # (M,): in B L, those whose next token counts
-    targets: torch.Tensor  # (M,): that token
-    sums: torch.Tensor  # (M,): 4 x example + ending, the index of the loss it adds to; on the CPU
+    The M targets are the tokens of all endings.
+    """
+
+    idx: torch.Tensor  # (B, L)
+    positions: torch.Tensor  # (B, L), in the text of context and ending
+    segment_ids: torch.Tensor  # (B, L), from 1 in each row; 0 is padding
+    ending_ids: torch.Tensor  # (B, L), 0 in a context, 1 + k in ending k
+    logit_indices: torch.Tensor  # (M,), the index in B L of the token that predicts each target
+    targets: torch.Tensor  # (M,)
+    loss_indices: torch.Tensor  # (M,), 4 x example + ending: which sum the loss of each target is added to; on the CPU
 
     def mask(self) -> torch.Tensor:
-        """(B, 1, L, L) bool."""
+        """Return the attention mask, (B, 1, L, L) bool.
+
+        A token attends to itself and earlier tokens of its segment that are in the context or in its own ending.
+        """
         later = torch.ones(self.idx.size(1), self.idx.size(1), dtype=torch.bool, device=self.idx.device).triu(1)
-        same_tree = self.tree[:, :, None] == self.tree[:, None, :]
-        branch = self.branch[:, None, :]  # of the token that is seen
-        return (same_tree & ((branch == 0) | (branch == self.branch[:, :, None])) & ~later)[:, None]
+        same_segment = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]  # (B, L, L)
+        key_ending = self.ending_ids[:, None, :]
+        same_branch = (key_ending == 0) | (key_ending == self.ending_ids[:, :, None])
+        return (same_segment & same_branch & ~later)[:, None]
 
 
-def lay_out(rows: list[list[Tree]], row_tokens: int, device: torch.device) -> Batch:
-    """The tensors of some rows, each `row_tokens` long."""
-    grid = np.zeros((4, len(rows), row_tokens), np.int64)  # idx, positions, tree, branch
-    places, targets, sums = [], [], []
+def collate(rows: list[list[Segment]], row_tokens: int, device: torch.device) -> Batch:
+    """Collate rows of segments into a batch, each row padded to `row_tokens` tokens."""
+    inputs = np.zeros((4, len(rows), row_tokens), np.int64)  # idx, positions, segment_ids, ending_ids
+    logit_indices, targets, loss_indices = [], [], []
     for r, row in enumerate(rows):
-        at = 0
-        for number, tree in enumerate(row, 1):
-            n = len(tree.context)
-            grid[:, r, at : at + n] = tree.context, range(n), [number] * n, [0] * n
-            last, at = at + n - 1, at + n
-            for k, ending in tree.endings.items():
-                m = len(ending) - 1
-                grid[:, r, at : at + m] = ending[:-1], range(n, n + m), [number] * m, [1 + k] * m
-                places += [r * row_tokens + place for place in (last, *range(at, at + m))]
+        end = 0
+        for segment_id, segment in enumerate(row, 1):
+            n, start = len(segment.context), end
+            end = start + n
+            inputs[:, r, start:end] = segment.context, range(n), [segment_id] * n, [0] * n
+            context_end = end
+            for k, ending in segment.endings.items():
+                m, start = len(ending) - 1, end
+                end = start + m
+                inputs[:, r, start:end] = ending[:-1], range(n, n + m), [segment_id] * m, [1 + k] * m
+                logit_indices += [r * row_tokens + i for i in (context_end - 1, *range(start, end))]
                 targets += ending
-                sums += [4 * tree.example + k] * len(ending)
-                at += m
+                loss_indices += [4 * segment.example + k] * len(ending)
 
-    def on_device(values: torch.Tensor) -> torch.Tensor:  # from pinned memory, so that the host does not wait
+    def to_device(values: torch.Tensor) -> torch.Tensor:  # from pinned memory, so that the host does not wait
         return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
-    idx, positions, tree, branch = on_device(torch.from_numpy(grid))
-    chosen, chosen_targets = on_device(torch.tensor(places)), on_device(torch.tensor(targets))
-    return Batch(idx, positions, tree, branch, chosen, chosen_targets, torch.tensor(sums))
+    idx, positions, segment_ids, ending_ids = to_device(torch.from_numpy(inputs))
+    return Batch(
+        idx, positions, segment_ids, ending_ids, to_device(torch.tensor(logit_indices)),
+        to_device(torch.tensor(targets)), torch.tensor(loss_indices),
+    )  # fmt: skip

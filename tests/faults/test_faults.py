@@ -57,7 +57,7 @@ def save(run: Path, step: int, **settings: int) -> Path:
     "inner",
     [
         "babygpt.evaluation.validation.autocast",
-        "hellaswag.lay_out",
+        "hellaswag.collate",
         "babygpt.nn.generation.sample_token",
         "babygpt.training.checkpoint._sync",
     ],

@@ -1,4 +1,4 @@
-"""HellaSwag: every question once on any number of ranks, scores as a plain reader would compute them."""
+"""HellaSwag: losses and predictions compared with a plain implementation, packing, ranks, and downloads."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from babygpt.errors import UserError
 from babygpt.training.checkpoint import model_tensors
 from babygpt.training.checkpoint import save as save_checkpoint
 from babygpt.training.distributed import Ranks
-from hellaswag import Score, evaluate, load_examples, losses, picks, render
+from hellaswag import Score, evaluate, load_examples, losses, predictions, render_example
 from model import GPT, build_model, config_from_dict
 
 CPU = torch.device("cpu")
@@ -39,14 +39,14 @@ def questions(tmp_path) -> Path:
 
 @torch.no_grad()
 def plain_losses(model: GPT, example: hellaswag.Example) -> list[float]:
-    """One row at a time, nothing padded, log-probabilities added up in Python."""
+    """Return the loss of each ending, one sequence at a time, without padding, summed in Python."""
     sums = []
     for ending in example.endings:
-        row = (example.context + ending)[-(model.config.block_size + 1) :]
-        logits = model(torch.tensor([row[:-1]]))[0, :, : model.config.vocab_size].double()
+        tokens = (example.context + ending)[-(model.config.block_size + 1) :]
+        logits = model(torch.tensor([tokens[:-1]]))[0, :, : model.config.vocab_size].double()
         log_probabilities = logits.log_softmax(-1)
-        start = len(row) - len(ending)
-        sums.append(-sum(log_probabilities[t - 1, row[t]].item() for t in range(start, len(row))))
+        start = len(tokens) - len(ending)
+        sums.append(-sum(log_probabilities[t - 1, tokens[t]].item() for t in range(start, len(tokens))))
     return sums
 
 
@@ -56,32 +56,35 @@ MODERN = {"rope": True, "qk_norm": True, "value_embeddings": 1, "unet": True, "d
 @pytest.mark.parametrize("fields", [{}, MODERN, MODERN | {"window": 6}], ids=["gpt2", "modern", "window"])
 @pytest.mark.parametrize("style", ["karpathy", "lm-eval"])
 @pytest.mark.parametrize("block_size", [64, 24])
-def test_losses_and_picks_equal_a_plain_reader(style, block_size, fields, dataset, questions, monkeypatch):
+def test_packed_losses_equal_plain_ones(style, block_size, fields, dataset, questions, monkeypatch):
+    """Losses and predictions are those of a plain implementation, whatever the row length and the batch size."""
     model = make_model(block_size, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     examples = load_examples(questions, load_tokenizer(dataset), style)
-    assert max(len(e.context) + max(map(len, e.endings)) for e in examples) > 24, "some lose context"
+    assert max(len(e.context) + max(map(len, e.endings)) for e in examples) > 24, (
+        "with block size 24, some contexts are truncated"
+    )
     expected = torch.tensor([plain_losses(model, e) for e in examples])
     means = expected / torch.tensor([e.lengths for e in examples])
-    for row_tokens, batch_size in ((512, 16), (256, 1), (256, 3), (32, 2)):  # in 32 no tree has room
+    for row_tokens, batch_size in ((512, 16), (256, 1), (256, 3), (32, 2)):  # no segment fits into 32
         monkeypatch.setattr(hellaswag, "ROW_TOKENS", row_tokens)
         found = losses(model, examples, CPU, "float32", batch_size)
         assert (found - expected).abs().max() < 1e-4
-        assert picks(found, examples) == (expected.argmin(1).tolist(), means.argmin(1).tolist())
+        assert predictions(found, examples) == (expected.argmin(1).tolist(), means.argmin(1).tolist())
 
 
-def test_rows_are_packed_full_and_of_one_shape(dataset, questions, monkeypatch):
+def test_packed_rows_are_full_and_have_one_shape(dataset, questions, monkeypatch):
+    """Rows are at least 90% full, except for the last one, and a context is in them once, not four times."""
     examples, shapes = load_examples(questions, load_tokenizer(dataset), "karpathy"), []
-    found = list(hellaswag.trees(examples, 64))
-    rows = hellaswag.pack(found, 512)
-    assert sorted(tree.example for row in rows for tree in row) == list(range(23))
-    used = [sum(tree.size for tree in row) for row in rows]
-    assert max(used) <= 512
-    assert sum(used[:-1]) > 0.9 * 512 * len(used[:-1])
-    plain = sum(len(e.context) + len(ending) - 1 for e in examples for ending in e.endings)
-    assert sum(used) < 0.6 * plain, "a context is read once, not four times"
+    rows = hellaswag.pack(hellaswag.make_segments(examples, 64), 512)
+    assert sorted(segment.example for row in rows for segment in row) == list(range(23))
+    sizes = [sum(segment.size for segment in row) for row in rows]
+    assert max(sizes) <= 512
+    assert sum(sizes[:-1]) > 0.9 * 512 * len(sizes[:-1])
+    unpacked = sum(len(e.context) + len(ending) - 1 for e in examples for ending in e.endings)
+    assert sum(sizes) < 0.6 * unpacked
     model = make_model()
     hidden = GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, idx, **rest: shapes.append(idx.shape) or hidden(self, idx, **rest))
@@ -89,7 +92,8 @@ def test_rows_are_packed_full_and_of_one_shape(dataset, questions, monkeypatch):
     assert set(shapes) == {(1, 512)}
 
 
-def test_a_long_question_loses_context_never_its_ending(dataset):
+def test_long_context_is_truncated_on_the_left(dataset):
+    """An ending is never truncated; one that is longer than the block size is an error."""
     tokenizer, model = load_tokenizer(dataset), make_model(16)
     long = hellaswag.Example(list(range(200)), [[1] * 16, [2] * 10, [3], [4] * 5], 0, [16, 10, 1, 5])
     torch.testing.assert_close(
@@ -101,19 +105,19 @@ def test_a_long_question_loses_context_never_its_ending(dataset):
     assert tokenizer.eot_id == 299
 
 
-def test_every_question_is_scored_once_for_any_number_of_ranks(dataset, questions, monkeypatch):
+def test_ranks_together_score_every_example_once(dataset, questions, monkeypatch):
     model, examples = make_model(), load_examples(questions, load_tokenizer(dataset), "karpathy")
     expected = evaluate(model, examples, "karpathy", ALONE, "float32")
     assert expected["acc"].total == 23
-    for world in (2, 3, 4):
-        told: list[list[float]] = []
-        monkeypatch.setattr(Ranks, "sum", lambda self, values, told=told: told.append(values) or [0, 0, 23, 0])
-        for rank in range(world):
-            evaluate(model, examples, "karpathy", Ranks(rank, rank, world, CPU), "float32", batch_size=3)
-        assert [sum(column) for column in zip(*told, strict=True)] == [*(s.correct for s in expected.values()), 23, 0]
+    for world_size in (2, 3, 4):
+        sums: list[list[float]] = []
+        monkeypatch.setattr(Ranks, "sum", lambda self, values, sums=sums: sums.append(values) or [0, 0, 23, 0])
+        for rank in range(world_size):
+            evaluate(model, examples, "karpathy", Ranks(rank, rank, world_size, CPU), "float32", batch_size=3)
+        assert [sum(column) for column in zip(*sums, strict=True)] == [*(s.correct for s in expected.values()), 23, 0]
 
 
-def test_padding_of_the_vocabulary_is_not_scored(dataset, questions):
+def test_vocabulary_padding_does_not_change_losses(dataset, questions):
     model = make_model()
     examples = load_examples(questions, load_tokenizer(dataset), "karpathy")
     before = losses(model, examples, CPU)
@@ -122,24 +126,24 @@ def test_padding_of_the_vocabulary_is_not_scored(dataset, questions):
     assert torch.equal(losses(model, examples, CPU), before)
 
 
-def test_a_label_may_be_text(dataset, questions):
+def test_label_may_be_a_string(dataset, questions):
     questions.write_text(questions.read_text().replace('"label": 1', '"label": "1"'))
     assert load_examples(questions, load_tokenizer(dataset), "karpathy")[1].label == 1
 
 
-def test_karpathys_style_takes_the_texts_as_they_are(dataset):
+def test_karpathy_style_uses_the_texts_unchanged(dataset):
     tokenizer = load_tokenizer(dataset)
-    example = render(ROW, tokenizer, "karpathy")
+    example = render_example(ROW, tokenizer, "karpathy")
     assert tokenizer.decode(example.context) == "How to cook. Then add"
     assert [tokenizer.decode(e) for e in example.endings] == [" " + ending for ending in ROW["endings"]]
     assert example.lengths == [len(e) for e in example.endings]
 
 
-def test_lm_evals_style_cleans_as_the_harness_does(dataset):
-    # expected values worked out by hand from lm_eval/tasks/hellaswag/utils.py: strip, " [title]" to ". ", brackets
-    # out, two spaces to one
+def test_lm_eval_style_preprocesses_like_the_harness(dataset):
+    # expected values derived by hand from lm_eval/tasks/hellaswag/utils.py: strip, replace " [title]" by ". ", remove
+    # brackets, replace two spaces by one
     tokenizer = load_tokenizer(dataset)
-    example = render(ROW, tokenizer, "lm-eval")
+    example = render_example(ROW, tokenizer, "lm-eval")
     assert tokenizer.decode(example.context) == "Cooking : How to cook. Boil water. Then add"
     assert [tokenizer.decode(e) for e in example.endings] == [
         " salt.", " a pinch of salt.", " nothing at all.", " everything.",
@@ -147,31 +151,31 @@ def test_lm_evals_style_cleans_as_the_harness_does(dataset):
     assert example.lengths == [len("salt."), len("a pinch of salt."), len("nothing at all."), len("everything.")]
 
 
-def test_mean_and_sum_pick_by_their_own_measure():
+def test_predictions_by_sum_and_by_mean_may_differ():
     example = hellaswag.Example([1], [[1], [1, 1], [1] * 4, [1]], 0, [1, 2, 4, 1])
-    assert picks(torch.tensor([[3.0, 5.0, 6.0, 3.5]]).double(), [example]) == ([0], [2])
+    assert predictions(torch.tensor([[3.0, 5.0, 6.0, 3.5]]).double(), [example]) == ([0], [2])
 
 
-def test_a_rank_without_examples_scores_none(dataset, questions):
+def test_rank_without_examples_contributes_zero(dataset, questions):
     examples = load_examples(questions, load_tokenizer(dataset), "karpathy", limit=1)
-    told: list[list[float]] = []
+    sums: list[list[float]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ranks, "sum", lambda self, values: told.append(values) or [0, 0, 1, 0])
+        patch.setattr(Ranks, "sum", lambda self, values: sums.append(values) or [0, 0, 1, 0])
         evaluate(make_model(), examples, "karpathy", Ranks(1, 1, 2, CPU))
-    assert told == [[0, 0, 0, 0]]
+    assert sums == [[0, 0, 0, 0]]
 
 
-def test_a_score_names_its_method_and_its_error():
+def test_score_shows_method_and_standard_error():
     assert str(Score("karpathy acc_norm", 2957, 10042)) == "hellaswag karpathy acc_norm 2957/10042=0.2945 +-0.0045"
 
 
-def test_evaluation_puts_the_training_mode_back_and_keeps_no_gradient(dataset, questions):
+def test_evaluation_restores_mode_and_keeps_no_gradient(dataset, questions):
     model = make_model(dropout=0.5)
     examples = load_examples(questions, load_tokenizer(dataset), "karpathy", limit=4)
     model.train()
     scores = [evaluate(model, examples, "karpathy", ALONE)["acc_norm"] for _ in range(3)]
     assert model.training
-    assert len(set(scores)) == 1, "no dropout in an evaluation"
+    assert len(set(scores)) == 1, "evaluation runs without dropout"
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -181,24 +185,24 @@ def test_evaluation_puts_the_training_mode_back_and_keeps_no_gradient(dataset, q
      '{"ctx": "a", "label": 0, "endings": ["a", "b"]}', '{"ctx": "a", "label": 0, "endings": ["a", "b", "c", ""]}',
      "[]"],
 )  # fmt: skip
-def test_a_bad_line_is_named(line, dataset, questions):
+def test_invalid_line_is_reported_by_number(line, dataset, questions):
     questions.write_text(questions.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"questions.jsonl, line 24 is no HellaSwag example"):
+    with pytest.raises(UserError, match=r"questions.jsonl, line 24 is not a HellaSwag example"):
         load_examples(questions, load_tokenizer(dataset), "karpathy")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# fetching
+# downloading
 
 
-def test_a_file_of_another_content_is_not_taken_for_hellaswag(tmp_path, monkeypatch):
-    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path)
+def test_english_file_with_wrong_sha256_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "DATA_DIRECTORY", tmp_path)
     save_hellaswag(tmp_path / "hellaswag_val.jsonl", 3)
     with pytest.raises(UserError, match=r"hellaswag_val.jsonl is not HellaSwag's validation set"):
         hellaswag.fetch(None, "en")
 
 
-def test_rows_of_the_hub_become_the_authors_lines():
+def test_hub_rows_are_converted_to_the_authors_format():
     rows = [
         {"ind": 24, "activity_label": "Roof", "ctx_a": "A man.", "ctx_b": "he", "ctx": "A man. he",
          "endings": list("abcd"), "source_id": "activitynet~v_1", "split": "val", "split_type": "indomain",
@@ -206,7 +210,7 @@ def test_rows_of_the_hub_become_the_authors_lines():
         {"ind": 1, "activity_label": "Style", "ctx_a": "x", "ctx_b": "", "ctx": "x", "endings": list("abcd"),
          "source_id": "wikihow~1", "split": "val", "split_type": "zeroshot", "label": "0"},
     ]  # fmt: skip
-    lines = [json.dumps(row) for row in hellaswag._original(rows)]
+    lines = [json.dumps(row) for row in hellaswag._restore_format(rows)]
     assert lines[0].startswith(
         '{"ind": 24, "activity_label": "Roof", "ctx_a": "A man.", "ctx_b": "he", "ctx": "A man. he",'
     )
@@ -214,7 +218,7 @@ def test_rows_of_the_hub_become_the_authors_lines():
     assert lines[1].startswith('{"ind": 1, "ctx": "x", "activity_label": "Style", "ctx_a": "x", "ctx_b": "", "split"')
 
 
-def test_the_script_prints_a_line_a_metric(dataset, questions, tmp_path, capsys):
+def test_script_prints_one_line_per_metric(dataset, questions, tmp_path, capsys):
     model = make_model()
     state = {"step": 1, "model": vars(model.config), "tokenizer": {"name": "tokenizer.json"}}
     save_checkpoint(tmp_path / "run", 1, model_tensors(model), {}, state, keep=0)
