@@ -1,4 +1,4 @@
-"""files.py: data sets in object stores, against an S3 server on this machine: the same bytes, whole or not at all."""
+"""files.py: data sets in object stores, on a local S3 server: the bytes of a local data set, only complete files."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def requests():
-    """What the S3 server was asked."""
+    """The requests that the S3 server received."""
     with s3_server() as requests:
         yield requests
 
@@ -45,13 +45,13 @@ OPTIONS = ("--val-tokens", 300, "--shard-tokens", 2000, "--workers", 2)
 
 @pytest.fixture(scope="module")
 def local(pages, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("local") / "set"
-    call(fineweb.main, "files", "--input", pages, "--out-dir", folder, *OPTIONS)
-    return folder
+    directory = tmp_path_factory.mktemp("local") / "set"
+    call(fineweb.main, "files", "--input", pages, "--out-dir", directory, *OPTIONS)
+    return directory
 
 
 def start(cwd: Path, *arguments) -> subprocess.Popen:
-    """fineweb.py as a command, with a cache folder of its own."""
+    """Start fineweb.py in its own working directory, which also contains its cache."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen([sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)], cwd=cwd, **pipes)
 
@@ -63,26 +63,26 @@ def prepare(cwd: Path, *arguments) -> None:
 
 
 def contents(url: str) -> dict[str, bytes]:
-    """All files below a URL."""
+    """Return the bytes of all files below a URL, by path."""
     system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return {name.split(path.rstrip("/") + "/")[-1]: system.cat_file(name) for name in system.find(path)}
 
 
 @pytest.mark.parametrize("kind", ["s3", "file"])
-def test_the_same_bytes_far_away_as_here(bucket, tmp_path, pages, local, kind):
-    url = f"{bucket}/set" if kind == "s3" else f"file://{tmp_path}/far/set"
+def test_remote_data_set_has_the_bytes_of_a_local_one(bucket, tmp_path, pages, local, kind):
+    url = f"{bucket}/set" if kind == "s3" else f"file://{tmp_path}/remote/set"
     prepare(tmp_path, "files", "--input", pages, "--out-dir", url, *OPTIONS)
     assert contents(url) == snapshot(local)
     assert not list(tmp_path.rglob("parts"))
 
 
-def test_documents_are_read_from_far_away_too(bucket, tmp_path, pages, local):
+def test_documents_are_read_from_an_object_store(bucket, tmp_path, pages, local):
     fsspec.filesystem("s3").put([str(p) for p in pages.iterdir()], f"{bucket}/raw/")
     prepare(tmp_path, "files", "--input", f"{bucket}/raw/*.jsonl.gz", "--out-dir", tmp_path / "set", *OPTIONS)
     assert snapshot(tmp_path / "set") == snapshot(local)
 
 
-def test_killed_in_its_middle_it_goes_on_from_what_is_far_away(bucket, tmp_path, pages, local):
+def test_killed_remote_preparation_resumes_on_another_machine(bucket, tmp_path, pages, local):
     url, system = f"{bucket}/set", fsspec.filesystem("s3", use_listings_cache=False)
     arguments = ("files", "--input", pages, "--out-dir", url, *OPTIONS)
     process = start(tmp_path, *arguments)
@@ -100,74 +100,76 @@ def test_killed_in_its_middle_it_goes_on_from_what_is_far_away(bucket, tmp_path,
 
 
 @pytest.fixture
-def far(bucket, local, tmp_path, monkeypatch) -> str:
-    """The data set in the bucket; the cache is in tmp_path."""
+def remote(bucket, local, tmp_path, monkeypatch) -> str:
+    """The URL of the data set in the bucket; the cache is in tmp_path."""
     fsspec.filesystem("s3").put([str(p) for p in local.iterdir()], f"{bucket}/set/")
     monkeypatch.chdir(tmp_path)
     return f"{bucket}/set"
 
 
-def test_a_data_set_is_brought_here_once_and_checked(far, local):
-    here, there = open_dataset(local), open_dataset(far)
-    assert there.fingerprint == here.fingerprint
-    assert there.train.read(0, len(there.train)).tolist() == here.train.read(0, len(here.train)).tolist()
-    fsspec.filesystem("s3").rm([f"{far}/{path.name}" for path in local.glob("*.bin")])
-    assert open_dataset(far).fingerprint == here.fingerprint  # nothing is fetched again
-    call(fineweb.main, "verify", far)
+def test_remote_data_set_is_downloaded_once_and_verified(remote, local):
+    expected, dataset = open_dataset(local), open_dataset(remote)
+    assert dataset.fingerprint == expected.fingerprint
+    assert dataset.train.read(0, len(dataset.train)).tolist() == expected.train.read(0, len(expected.train)).tolist()
+    fsspec.filesystem("s3").rm([f"{remote}/{path.name}" for path in local.glob("*.bin")])
+    assert open_dataset(remote).fingerprint == expected.fingerprint  # nothing is downloaded again
+    call(fineweb.main, "verify", remote)
 
 
-def test_a_file_that_was_changed_here_is_fetched_again(far, local):
-    folder = open_dataset(far).directory
-    shard = next(folder.glob("*_train_*.bin"))
+def test_changed_file_of_the_cache_is_downloaded_again(remote, local):
+    directory = open_dataset(remote).directory
+    shard = next(directory.glob("*_train_*.bin"))
     with open(shard, "r+b") as file:
         file.seek(1100)
         file.write(b"\xff\xff")
     os.utime(shard, (1, 1))
-    open_dataset(far)
+    open_dataset(remote)
     assert shard.read_bytes() == (local / shard.name).read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
-def test_a_damaged_or_missing_shard_far_away_is_refused_by_name(far, local, damage):
+@pytest.mark.parametrize("damage", ["changed byte", "truncated", "missing"])
+def test_corrupted_or_missing_remote_shard_is_refused_by_name(remote, local, damage):
     name, system = "set_train_000002.bin", fsspec.filesystem("s3")
     data = (local / name).read_bytes()
     if damage == "missing":
-        system.rm(f"{far}/{name}")
+        system.rm(f"{remote}/{name}")
     else:
-        system.pipe_file(f"{far}/{name}", data[:-7] if damage == "short" else data[:1500] + b"\0\1" + data[1502:])
+        system.pipe_file(
+            f"{remote}/{name}", data[:-7] if damage == "truncated" else data[:1500] + b"\0\1" + data[1502:]
+        )
     with pytest.raises(UserError, match=name):
-        open_dataset(far)
-    assert not (files.local_directory(far) / name).exists()
+        open_dataset(remote)
+    assert not (files.local_directory(remote) / name).exists()
 
 
-def test_somebody_else_s_shards_open_from_far_away(bucket, local, tmp_path, monkeypatch):
+def test_remote_shards_without_a_manifest_open(bucket, local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fsspec.filesystem("s3").put([str(p) for p in local.glob("*.bin")], f"{bucket}/set/")
     assert len(open_dataset(f"{bucket}/set").train) == len(open_dataset(local).train)
 
 
-def test_the_ranks_of_a_node_fetch_every_shard_once(far, tmp_path, requests, local):
+def test_ranks_of_a_node_download_every_shard_once(remote, tmp_path, requests, local):
     code = "import sys; sys.path.insert(0, sys.argv[2]); from babygpt.data.shards import open_dataset; "
     code += "open_dataset(sys.argv[1])"
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code, far, str(ROOT)], env=os.environ | {"LOCAL_RANK": str(rank)},
+        subprocess.Popen([sys.executable, "-c", code, remote, str(ROOT)], env=os.environ | {"LOCAL_RANK": str(rank)},
                          cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         for rank in range(3)
     ]  # fmt: skip
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], errors
-    assert sum(error.count("pull ") > 0 for error in errors) == 1  # one bar
-    gets = [path for method, path in requests if method == "GET" and path.startswith(far.removeprefix("s3:/"))]
+    assert sum(error.count("pull ") > 0 for error in errors) == 1  # one progress bar
+    gets = [path for method, path in requests if method == "GET" and path.startswith(remote.removeprefix("s3:/"))]
     gets = [path for path in gets if path.endswith(".bin")]
-    assert sorted(gets) == sorted(f"/{far.removeprefix('s3://')}/{path.name}" for path in local.glob("*.bin"))
+    assert sorted(gets) == sorted(f"/{remote.removeprefix('s3://')}/{path.name}" for path in local.glob("*.bin"))
 
 
 @pytest.mark.parametrize(
-    ("url", "words"), [("s3://no-such-bucket/set", "no data set at"), ("nosuch://bucket/set", "Protocol not known")]
+    ("url", "message"), [("s3://no-such-bucket/set", "no data set at"), ("nosuch://bucket/set", "Protocol not known")]
 )
-def test_what_is_not_there_is_told_in_one_message(requests, tmp_path, pages, url, words, monkeypatch):
+def test_missing_bucket_or_protocol_is_one_message(requests, tmp_path, pages, url, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         open_dataset(url)
     process = start(tmp_path, "files", "--input", pages, "--out-dir", url, *OPTIONS)
     _, stderr = process.communicate(timeout=60)
@@ -175,22 +177,22 @@ def test_what_is_not_there_is_told_in_one_message(requests, tmp_path, pages, url
     assert "Traceback" not in stderr
 
 
-def test_a_file_appears_whole_or_not_at_all(bucket, tmp_path):
+def test_create_is_atomic(bucket, tmp_path):
     for path in (f"{bucket}/a.bin", f"file://{tmp_path}/a.bin", str(tmp_path / "b.bin")):
         with suppress(ZeroDivisionError), files.create(path) as file:
-            file.write(b"half")
+            file.write(b"incomplete")
             raise ZeroDivisionError
         assert not files.exists(path)
         with files.create(path) as file:
-            file.write(b"whole")
-        assert files.read_bytes(path) == b"whole"
-        assert files.read_bytes(path, 1, 3) == b"ho"
+            file.write(b"complete")
+        assert files.read_bytes(path) == b"complete"
+        assert files.read_bytes(path, 1, 3) == b"om"
         files.remove(path)
-        files.remove(path)  # nothing is no mistake
+        files.remove(path)  # removing a missing file is not an error
         assert not files.exists(path)
 
 
-def test_a_name_is_a_name_and_no_pattern(bucket):
+def test_names_are_not_glob_patterns(bucket):
     for name in ("a[bc]/x", "ab/x", "ac/x"):
         with files.create(f"{bucket}/{name}") as file:
             file.write(b"x")
@@ -198,20 +200,20 @@ def test_a_name_is_a_name_and_no_pattern(bucket):
     assert [files.list_names(f"{bucket}/{name}") for name in ("a[bc]", "ab", "ac")] == [[], ["x"], ["x"]]
 
 
-def test_every_url_has_a_cache_of_its_own():
+def test_every_url_has_its_own_cache():
     urls = ("s3://a/b/c", "s3://a-b/c", "s3://a/b-c", "gs://a/b/c")
     assert len({files.local_directory(url) for url in urls}) == 4
     assert files.local_directory("s3://a/b/c/") == files.local_directory("s3://a/b/c")
 
 
-def test_a_set_whose_url_ends_in_a_slash_is_the_same_set(bucket, tmp_path, pages, local, monkeypatch):
+def test_trailing_slash_of_a_url_has_no_effect(bucket, tmp_path, pages, local, monkeypatch):
     prepare(tmp_path, "files", "--input", pages, "--out-dir", f"{bucket}/set/", *OPTIONS)
     assert contents(f"{bucket}/set") == snapshot(local)
     monkeypatch.chdir(tmp_path)
     assert open_dataset(f"{bucket}/set/").fingerprint == open_dataset(local).fingerprint
 
 
-def test_somebody_else_s_shards_are_brought_up_to_date(bucket, local, tmp_path, monkeypatch):
+def test_cache_follows_changed_shards_without_a_manifest(bucket, local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     system, shards = fsspec.filesystem("s3"), sorted(local.glob("*_train_*.bin"))
     system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")
@@ -225,7 +227,7 @@ def test_somebody_else_s_shards_are_brought_up_to_date(bucket, local, tmp_path, 
     assert len(dataset.train.shards) == len(shards) - 1
 
 
-def test_an_unfinished_set_far_away_is_not_opened(bucket, local, tmp_path, monkeypatch):
+def test_incomplete_remote_data_set_is_not_opened(bucket, local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     system = fsspec.filesystem("s3")
     system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")
@@ -234,9 +236,9 @@ def test_an_unfinished_set_far_away_is_not_opened(bucket, local, tmp_path, monke
         open_dataset(f"{bucket}/set")
 
 
-def test_names_that_are_taken_for_files_are(tmp_path):
+def test_list_names_returns_files_only(tmp_path):
     save(tmp_path / "d" / "a", b"")
     save(tmp_path / "d" / "e" / "b", b"")
-    for folder in (str(tmp_path / "d"), f"file://{tmp_path}/d"):
-        assert files.list_names(folder) == ["a"]
-        assert files.list_names(folder + "/none") == []
+    for directory in (str(tmp_path / "d"), f"file://{tmp_path}/d"):
+        assert files.list_names(directory) == ["a"]
+        assert files.list_names(directory + "/none") == []

@@ -1,4 +1,4 @@
-"""An S3 server on this machine for tests, and a small set of pages to make data sets of."""
+"""A local S3 server for tests, and pages to prepare small data sets from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,36 +15,36 @@ TEXTS = [f"Page {i}: " + "a few words and more, " * (i % 13) for i in range(200)
 
 @contextmanager
 def s3_server() -> Iterator[list[tuple[str, str]]]:
-    """Yields the requests, (method, path) each. Address and keys are in the environment, as on a user's machine."""
+    """Run a server, set its address and keys in the environment, and yield its requests, (method, path) each."""
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
-    requests, answer = [], server._server.app
+    requests, app = [], server._server.app
 
-    def note(environ, begin):
+    def record_request(environ, start_response):
         requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
-        return answer(environ, begin)
+        return app(environ, start_response)
 
-    server._server.app = note
+    server._server.app = record_request
     host, port = server.get_host_and_port()
-    settings = {
+    variables = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1", "no_proxy": "*",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
+        for name, value in variables.items():
             patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another server's address
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # an instance has the address of its server
         yield requests
     server.stop()
 
 
-def save_pages(folder: Path, ending: str) -> Path:
-    """TEXTS in files of twenty."""
+def save_pages(directory: Path, extension: str) -> Path:
+    """Write TEXTS into files of 20 pages."""
     for i in range(0, len(TEXTS), 20):
-        save_jsonl(folder / f"{i:03d}.{ending}", TEXTS[i : i + 20])
-    return folder
+        save_jsonl(directory / f"{i:03d}.{extension}", TEXTS[i : i + 20])
+    return directory
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """All files of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of each file of a directory, by name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
