@@ -1,6 +1,8 @@
-"""Two equal small models on the same Polish text, one with GPT-2's vocabulary and one with its own of 32,768 entries.
+"""Train two equal small models on the same Polish text, one with GPT-2's tokenizer and one with a tokenizer of its own.
 
-python results/polish/run.py PATH [PATH ...]       # texts, as `fineweb.py files --input` takes them
+    python results/polish/run.py PATH [PATH ...]       # as for `fineweb.py files --input`
+
+The second tokenizer is trained on the same text and has 32,768 entries.
 """
 
 import json
@@ -20,12 +22,12 @@ TRAINING = (
 )
 
 
-def call(*arguments: object) -> None:
+def run_python(*arguments: object) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
 
 
-def split(paths: list[str], out: Path) -> None:
-    """The texts as documents of some 3,000 characters, so that books don't go to one side as a whole."""
+def split_texts(paths: list[str], out: Path) -> None:
+    """Write the texts as documents of about 3,000 characters, so that each book contributes to both splits."""
     with open(out, "w", encoding="utf-8") as file:
         for text in read_documents(find("files", tuple(paths))):
             piece = ""
@@ -38,23 +40,23 @@ def split(paths: list[str], out: Path) -> None:
 
 
 def prepare(name: str, tokenizer: object, val_tokens: int) -> int:
-    """Makes a data set; returns the bytes of text that validate."""
-    folder = ROOT / "data" / f"polish-{name}"
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
-    options = ("--tokenizer", tokenizer, "--val-tokens", val_tokens, "--out-dir", folder)
-    call("fineweb.py", "files", "--input", pages, *options)
-    return json.loads((folder / "dataset.json").read_text())["counts"]["text_bytes"]["val"]
+    """Write a data set and return the number of bytes of its validation text."""
+    directory = ROOT / "data" / f"polish-{name}"
+    subprocess.run(["rm", "-rf", str(directory)], check=True)
+    options = ("--tokenizer", tokenizer, "--val-tokens", val_tokens, "--out-dir", directory)
+    run_python("fineweb.py", "files", "--input", pages, *options)
+    return json.loads((directory / "dataset.json").read_text())["counts"]["text_bytes"]["val"]
 
 
 pages, bpe = ROOT / "data" / "polish.jsonl", ROOT / "data" / "polish-bpe.json"
 pages.parent.mkdir(exist_ok=True)
-split(sys.argv[1:], pages)
-call("-m", "tools.train_tokenizer", "--input", pages, "--vocab-size", 32768, "--out", bpe)
-call("-m", "tools.compare_tokenizers", "gpt2", bpe, "--input", pages)
-wanted = prepare("gpt2", "gpt2", 50_000)
-tokens = 20_000
-while prepare("own", bpe, tokens) < wanted:  # until the same documents validate
-    tokens += 300
+split_texts(sys.argv[1:], pages)
+run_python("-m", "tools.train_tokenizer", "--input", pages, "--vocab-size", 32768, "--out", bpe)
+run_python("-m", "tools.compare_tokenizers", "gpt2", bpe, "--input", pages)
+val_bytes = prepare("gpt2", "gpt2", 50_000)
+val_tokens = 20_000
+while prepare("own", bpe, val_tokens) < val_bytes:  # until both data sets validate on the same documents
+    val_tokens += 300
 for name in ("gpt2", "own"):
     run = ("train.py", "gpt2", "--general.mode", "train", "val", "--general.out-dir", f"out/polish-{name}")
-    call(*run, "--data.dataset", f"data/polish-{name}", *MODEL.split(), *TRAINING.split())
+    run_python(*run, "--data.dataset", f"data/polish-{name}", *MODEL.split(), *TRAINING.split())

@@ -1,8 +1,9 @@
-"""Which features, scale and strength of the quality classifier tell documents apart best: a Markdown table of AUCs.
+"""Compare features, scaling and regularization strength of the quality classifier: a Markdown table of AUCs.
 
     python results/quality/variants.py GOOD OTHER [--tokenizer gpt2] [--test GOOD OTHER]
 
-The four are files, folders or patterns. Without --test one document in ten of each side is held out, by its hash.
+GOOD and OTHER are files, directories or glob patterns. Without --test, one document in ten of each class is held out,
+selected by hash.
 """
 
 import argparse
@@ -21,17 +22,17 @@ from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from tools.train_quality_filter import BLOCK, HASH_SEED, HELD_OUT, frequencies
 
-SCALES = {  # of a column, from how many of n documents have it and its mean square and mean
-    "none": lambda n, seen, square, mean: np.ones(len(seen)),
-    "idf": lambda n, seen, square, mean: np.log((1 + n) / (1 + seen)) + 1,
-    "1 / sqrt(mean)": lambda n, seen, square, mean: 1 / np.sqrt(mean),
-    "1 / root mean square": lambda n, seen, square, mean: 1 / np.sqrt(square),
+SCALES = {  # scale of a feature from n documents, the number with the feature, its mean square and its mean
+    "none": lambda n, count, square, mean: np.ones(len(count)),
+    "idf": lambda n, count, square, mean: np.log((1 + n) / (1 + count)) + 1,
+    "1 / sqrt(mean)": lambda n, count, square, mean: 1 / np.sqrt(mean),
+    "1 / root mean square": lambda n, count, square, mean: 1 / np.sqrt(square),
 }
 STRENGTHS = (1, 10, 100, 1000, 10000)
 
 
 def read(path: str, tokenizer: Tokenizer) -> csr_matrix:
-    """The documents' frequencies, (documents, features), in the order of their hashes read backwards."""
+    """Return the feature frequencies, (documents, features), sorted by the reversed bytes of the document hashes."""
     texts = {text.encode() for text in read_documents(find("files", (path,))) if text.strip()}
     texts = sorted(texts, key=lambda text: xxh3_128_digest(text, HASH_SEED)[::-1])
     tokenizer.use_gigatoken(texts, 100_000)
@@ -42,36 +43,38 @@ def read(path: str, tokenizer: Tokenizer) -> csr_matrix:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sides", nargs=2, metavar="PATH")
-    parser.add_argument("--test", nargs=2, metavar="PATH")
-    parser.add_argument("--tokenizer", default="gpt2")
+    parser.add_argument("good", metavar="GOOD", help="good training documents")
+    parser.add_argument("other", metavar="OTHER", help="other training documents")
+    parser.add_argument("--test", nargs=2, metavar=("GOOD", "OTHER"), help="test documents")
+    parser.add_argument("--tokenizer", default="gpt2", help="name or file (default: %(default)s)")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.tokenizer)
-    learnt = [read(path, tokenizer) for path in options.sides]
+    train = [read(path, tokenizer) for path in (options.good, options.other)]
     if options.test:
-        held_out = [read(path, tokenizer) for path in options.test]
+        test = [read(path, tokenizer) for path in options.test]
     else:
-        cuts = [side.shape[0] // HELD_OUT for side in learnt]
-        held_out = [side[:cut] for side, cut in zip(learnt, cuts, strict=True)]
-        learnt = [side[cut:] for side, cut in zip(learnt, cuts, strict=True)]
-    labels, tested = (np.repeat([1, 0], [side.shape[0] for side in sides]) for sides in (learnt, held_out))
-    print(f"learnt from {labels.sum()} and {(1 - labels).sum()}, AUC of {tested.sum()} and {(1 - tested).sum()}\n")
+        counts = [rows.shape[0] // HELD_OUT for rows in train]
+        test = [rows[:count] for rows, count in zip(train, counts, strict=True)]
+        train = [rows[count:] for rows, count in zip(train, counts, strict=True)]
+    train_labels, test_labels = (np.repeat([1, 0], [rows.shape[0] for rows in split]) for split in (train, test))
+    sizes = [count for labels in (train_labels, test_labels) for count in (labels.sum(), (1 - labels).sum())]
+    print("trained on {} good and {} other documents, tested on {} and {}\n".format(*sizes))
     print("| features | scale | " + " | ".join(f"C = {strength}" for strength in STRENGTHS) + " |")
     print("|---|---|" + "---:|" * len(STRENGTHS))
-    for features, width in (("tokens", tokenizer.vocab_size), ("tokens and pairs", learnt[0].shape[1])):
-        matrix, test = (vstack(sides, format="csr")[:, :width] for sides in (learnt, held_out))
-        seen, n = matrix.getnnz(axis=0), matrix.shape[0]
-        there = np.flatnonzero(seen)
-        matrix, test = matrix[:, there], test[:, there]
-        square, mean = (np.asarray(part.mean(axis=0)).ravel() for part in (matrix.power(2), matrix))
-        for name, scale_of in SCALES.items():
-            scale = scale_of(n, seen[there], square, mean).astype(np.float32)
-            scale /= np.sqrt(square @ scale**2)  # rows are of length 1 on the average
+    for features, width in (("tokens", tokenizer.vocab_size), ("tokens and bigrams", train[0].shape[1])):
+        train_matrix, test_matrix = (vstack(split, format="csr")[:, :width] for split in (train, test))
+        count, n = train_matrix.getnnz(axis=0), train_matrix.shape[0]
+        used = np.flatnonzero(count)
+        train_matrix, test_matrix = train_matrix[:, used], test_matrix[:, used]
+        square, mean = (np.asarray(matrix.mean(axis=0)).ravel() for matrix in (train_matrix.power(2), train_matrix))
+        for name, compute_scale in SCALES.items():
+            scale = compute_scale(n, count[used], square, mean).astype(np.float32)
+            scale /= np.sqrt(square @ scale**2)  # rows have unit length on average
             cells = []
             for strength in STRENGTHS:
                 regression = LogisticRegression(C=strength, class_weight="balanced", tol=1e-6, max_iter=300)
-                regression.fit(matrix.multiply(scale).tocsr(), labels)
-                cells.append(f"{roc_auc_score(tested, test @ (regression.coef_[0] * scale)):.5f}")
+                regression.fit(train_matrix.multiply(scale).tocsr(), train_labels)
+                cells.append(f"{roc_auc_score(test_labels, test_matrix @ (regression.coef_[0] * scale)):.5f}")
             print(f"| {features} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
