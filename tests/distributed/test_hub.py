@@ -1,4 +1,4 @@
-"""The hub, by a server on this machine that speaks its endpoints: cut-off bodies, 5xx, 404, no network."""
+"""Downloads from a local server with the endpoints of the Hugging Face hub: truncated bodies, 5xx, 404, no network."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.hub_server import HubServer, downloads, python
+from support.hub_server import HubServer, downloads, run_python
 
 ROOT = Path(__file__).parents[2]
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -39,7 +39,7 @@ def server():
 
 @pytest.fixture
 def start(server, tmp_path):
-    """Starts fineweb.py against the server."""
+    """A function that starts fineweb.py with the server as its hub."""
 
     def start(*arguments: object, endpoint: str | None = None) -> subprocess.Popen:
         env = os.environ | {"HF_ENDPOINT": endpoint or server.endpoint, "HF_HOME": str(tmp_path / "hf")}
@@ -47,11 +47,11 @@ def start(server, tmp_path):
         command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments), "--workers", "1"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
-        def hear_interrupts() -> None:  # what a shell starts in the background ignores them, and its children too
+        def handle_sigint() -> None:  # a shell starts background jobs, and so their children, with SIGINT ignored
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         return subprocess.Popen(
-            command, cwd=tmp_path, env=env, start_new_session=True, preexec_fn=hear_interrupts, **pipes
+            command, cwd=tmp_path, env=env, start_new_session=True, preexec_fn=handle_sigint, **pipes
         )
 
     return start
@@ -59,7 +59,7 @@ def start(server, tmp_path):
 
 @pytest.fixture
 def prepare(start):
-    """Runs fineweb.py against the server; returns the finished process."""
+    """A function that runs fineweb.py with the server as its hub and returns the completed process."""
 
     def run(*arguments: object, **options) -> subprocess.CompletedProcess:
         with start(*arguments, **options) as process:
@@ -69,37 +69,37 @@ def prepare(start):
     return run
 
 
-def test_a_named_source_is_downloaded_a_file_at_a_time_and_the_files_go(prepare, server, tmp_path):
+def test_named_source_downloads_and_deletes_each_file(prepare, server, tmp_path):
     done = prepare("fineweb-edu-10BT", "--val-tokens", 100)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "data" / "fineweb-edu-10BT"
-    manifest = json.loads((folder / "dataset.json").read_text())
+    directory = tmp_path / "data" / "fineweb-edu-10BT"
+    manifest = json.loads((directory / "dataset.json").read_text())
     assert manifest["counts"]["documents"]["kept"] == 150
     assert manifest["settings"]["revision"] == server.sha(REPO)
     assert downloads(server) == [path.rsplit("/", 1)[-1] for path in TEXTS]
-    assert not list(folder.rglob("*.parquet"))
-    assert not (folder / "parts").exists()
+    assert not list(directory.rglob("*.parquet"))
+    assert not (directory / "parts").exists()
 
 
-def test_max_tokens_downloads_each_file_once_and_no_more_than_are_needed(prepare, server, tmp_path):
+def test_max_tokens_downloads_only_the_files_it_needs(prepare, server, tmp_path):
     texts = [f"document {i}. " + "word " * i for i in range(50)]
-    names = [f"{number:03d}_00000.parquet" for number in range(6)]  # the first two are doubles
+    names = [f"{number:03d}_00000.parquet" for number in range(6)]  # the second is a duplicate of the first
     batches = [texts, texts, *([f"{number} {text}" for text in texts] for number in range(4))]
     files = {f"sample/10BT/{n}": parquet(batch) for n, batch in zip(names, batches, strict=True)}
     server.commit(REPO, files)
     done = prepare("fineweb-edu-10BT", "--val-tokens", 0, "--max-tokens", 2000)
     assert done.returncode == 0, done.stderr
-    assert downloads(server) in (names[:3], names[:4])  # one may be on its way already
+    assert downloads(server) in (names[:3], names[:4])  # the next file may be downloaded ahead
     manifest = json.loads((tmp_path / "data" / "fineweb-edu-10BT" / "dataset.json").read_text())
     assert 2000 <= manifest["counts"]["tokens"]["train"] < 2000 + 60
     assert manifest["counts"]["documents"]["duplicate"] == 50
 
 
-def test_a_cut_off_body_and_a_503_change_no_byte(prepare, server, tmp_path):
+def test_truncated_bodies_and_a_503_change_no_byte(prepare, server, tmp_path):
     assert prepare("fineweb-edu-10BT", "--out-dir", tmp_path / "a" / "set").returncode == 0
-    server.cut("000_00000", after_bytes=500)
+    server.truncate("000_00000", after_bytes=500)
     server.fail("001_00000", status=503, times=1, method="GET")
-    server.cut("002_00000", after_bytes=300, reset=True)
+    server.truncate("002_00000", after_bytes=300, reset=True)
     done = prepare("fineweb-edu-10BT", "--out-dir", tmp_path / "b" / "set")
     assert done.returncode == 0, done.stderr
     assert "trying again in 1 s" in done.stderr
@@ -107,7 +107,7 @@ def test_a_cut_off_body_and_a_503_change_no_byte(prepare, server, tmp_path):
     assert all((tmp_path / "a/set" / n).read_bytes() == (tmp_path / "b/set" / n).read_bytes() for n in names)
 
 
-def test_a_kill_between_files_fetches_only_what_is_missing(prepare, server, tmp_path):
+def test_resume_downloads_only_the_missing_files(prepare, server, tmp_path):
     server.fail("001_00000", status=404, times=1)
     assert prepare("fineweb-edu-10BT").returncode == 2
     before = len(downloads(server))
@@ -116,8 +116,8 @@ def test_a_kill_between_files_fetches_only_what_is_missing(prepare, server, tmp_
     assert downloads(server)[before:] == ["001_00000.parquet", "002_00000.parquet"]
 
 
-def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
-    server.cut("001_00000", after_bytes=100, hang=60)  # so that it can't end before it is told to
+def test_ctrl_c_prints_how_to_resume(start, server, tmp_path):
+    server.truncate("001_00000", after_bytes=100, hang=60)  # so that it cannot finish before the interrupt
     with start("fineweb-edu-10BT") as process:
         while process.poll() is None and not list(tmp_path.glob("data/*/parts/*.npz")):
             time.sleep(0.01)
@@ -128,14 +128,14 @@ def test_control_c_says_that_the_same_command_goes_on(start, server, tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_a_file_other_than_the_hubs_is_fetched_again(prepare, server, tmp_path):
+def test_file_with_another_sha256_is_downloaded_again(prepare, server, tmp_path):
     files = server.repos["datasets", REPO][server.sha(REPO)]
     path = next(iter(files))
-    good = files[path].source
-    bodies = iter([b"x" * len(good), good])
+    data = files[path].source
+    bodies = iter([b"x" * len(data), data])
 
     def chunks(start, stop):
-        if stop > start:  # not for a HEAD
+        if stop > start:  # not a HEAD request
             yield next(bodies)[start:stop]
 
     files[path].chunks = chunks
@@ -158,7 +158,7 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-def test_hellaswag_and_its_translations_come_from_the_hub(tmp_path):
+def test_hellaswag_and_translations_are_downloaded(tmp_path):
     table = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(QUESTIONS), table)
     polish = "".join(json.dumps(row) + "\n" for row in QUESTIONS).encode()
@@ -171,12 +171,12 @@ def test_hellaswag_and_its_translations_come_from_the_hub(tmp_path):
     code += "path.write_bytes(data))\n"
     code += "print(h.fetch(None, 'en').read_text().count(chr(10)), h.fetch(None, 'pl').read_text().count(chr(10)))"
     with HubServer(repos) as hub:
-        done = python(code, hub, tmp_path)
+        done = run_python(code, hub, tmp_path)
     assert done.stdout == "5 5\n", done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["owner/none"], "the hub doesn't give owner/none"),
         (["fineweb2-pl"], "the hub doesn't give HuggingFaceFW/fineweb-2"),
@@ -186,14 +186,14 @@ def test_hellaswag_and_its_translations_come_from_the_hub(tmp_path):
         (["fineweb-edu-10B"], "Did you mean 'fineweb-edu-10BT'?"),
     ],
 )
-def test_what_the_hub_has_not_is_told_in_one_message(arguments, words, prepare):
+def test_missing_source_column_or_split_is_one_message(arguments, message, prepare):
     done = prepare(*arguments)
     assert done.returncode == 2
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_network_the_offline_ways_are_named_at_once(prepare):
+def test_without_a_network_offline_sources_are_suggested(prepare):
     done = prepare("fineweb-edu-10BT", endpoint="http://127.0.0.1:9")
     assert done.returncode == 2
     assert "python fineweb.py stdlib" in done.stderr

@@ -1,4 +1,4 @@
-"""fineweb.py, killed by the system: nothing is lost, no worker is left, and one process at a time prepares a folder."""
+"""Killed preparations: nothing is lost, no worker remains, and only one process prepares a directory at a time."""
 
 import contextlib
 import multiprocessing
@@ -22,13 +22,13 @@ from babygpt.errors import UserError
 
 @pytest.fixture(scope="module")
 def long_pages(tmp_path_factory) -> Path:
-    """Parquet files that take a second or so."""
-    folder, rng = tmp_path_factory.mktemp("long_pages"), random.Random(0)
+    """Parquet files that take about a second to prepare."""
+    directory, rng = tmp_path_factory.mktemp("long_pages"), random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
     for i in range(40):
         texts = [" ".join(rng.choices(words, k=100)) for _ in range(300)]
-        pq.write_table(pa.table({"text": texts}), folder / f"{i}.parquet")
-    return folder
+        pq.write_table(pa.table({"text": texts}), directory / f"{i}.parquet")
+    return directory
 
 
 def wait_until(condition) -> None:
@@ -38,22 +38,24 @@ def wait_until(condition) -> None:
         time.sleep(0.002)
 
 
-def files_in(folder: Path) -> int:
-    return sum(len(files) for _, _, files in os.walk(folder))
+def count_files(directory: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(directory))
 
 
-def kill_group(process: subprocess.Popen, how=signal.SIGKILL) -> None:
+def kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, how)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_killed_by_the_system_again_and_again_the_bytes_are_the_same(tmp_path, long_pages):
-    prepare(tmp_path / "calm" / "d", long_pages, workers=2)
-    folder, rng, kills = tmp_path / "d", random.Random(0), 0
+def test_repeated_kills_change_no_byte(tmp_path, long_pages):
+    prepare(tmp_path / "uninterrupted" / "d", long_pages, workers=2)
+    directory, rng, kills = tmp_path / "d", random.Random(0), 0
     while True:
-        enough, quiet = files_in(folder) + 4, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = start(folder, long_pages, **quiet)
-        wait_until(lambda process=process, enough=enough: process.poll() is not None or files_in(folder) >= enough)
+        target = count_files(directory) + 4
+        process = start(directory, long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(
+            lambda process=process, target=target: process.poll() is not None or count_files(directory) >= target
+        )
         time.sleep(rng.uniform(0, 0.03))
         kill_group(process)
         if process.wait() == 0:
@@ -61,20 +63,20 @@ def test_killed_by_the_system_again_and_again_the_bytes_are_the_same(tmp_path, l
         assert process.returncode == -signal.SIGKILL
         kills += 1
     assert kills >= 2
-    assert snapshot(folder) == snapshot(tmp_path / "calm" / "d")
+    assert snapshot(directory) == snapshot(tmp_path / "uninterrupted" / "d")
 
 
-def test_a_killed_preparation_leaves_no_worker_behind(tmp_path, long_pages):
+def test_killed_preparation_leaves_no_worker(tmp_path, long_pages):
     process = start(tmp_path / "d", long_pages, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: list((tmp_path / "d").glob("parts/*.bin*")))
         process.kill()
-        process.communicate(timeout=5)  # ends when nobody holds the pipe's other end any more
+        process.communicate(timeout=5)  # returns when no process has the other end of the pipe open
     finally:
         kill_group(process)
 
 
-def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
+def test_killed_worker_is_reported_and_finished_tasks_are_kept(tmp_path, long_pages):
     with ThreadPoolExecutor() as thread:
         running = thread.submit(prepare, tmp_path / "d", long_pages, workers=2)
         wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
@@ -85,7 +87,7 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(tmp_path, long_pages):
 
 
 def test_second_interrupt_kills_the_workers():
-    """The first Ctrl-C waits for the running task, a second one does not, and no process is left."""
+    """After the first Ctrl-C the pool waits for the running task; a second one kills it, and no process remains."""
     program = """
 import signal
 import time
@@ -108,7 +110,7 @@ with local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
         assert process.stdout.readline() == b"running\n"
         process.send_signal(signal.SIGINT)
         time.sleep(2)
-        assert process.poll() is None, "it waits for the task"
+        assert process.poll() is None, "the pool waits for the task"
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         with pytest.raises(ProcessLookupError):
@@ -117,7 +119,7 @@ with local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
         kill_group(process)
 
 
-def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path, long_pages):
+def test_second_preparation_of_a_directory_is_refused(tmp_path, long_pages):
     first = start(tmp_path / "d", long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))

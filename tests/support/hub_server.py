@@ -1,13 +1,13 @@
-"""A loopback Hugging Face hub for tests: standard library only, plain HTTP, no xet, no tokens.
+"""A local Hugging Face hub for tests, with the standard library alone: plain HTTP, no xet, no access tokens.
 
 with HubServer({"org/data": {"a/0.parquet": b"...", "b.jsonl": Path("b.jsonl")}},
                models={"openai-community/gpt2": {"config.json": b"{}"}}) as hub:
     hub.endpoint                                  # http://127.0.0.1:PORT
-    hub.sha("org/data")                           # commit sha that `main` points to
-    hub.commit("org/data", {...})                 # a new commit on main; the older one stays served by its sha
-    hub.fail("0.parquet", status=503, times=2)    # the next 2 requests whose path contains this answer 503
-    hub.cut("0.parquet", after_bytes=10)          # the next body stops after 10 bytes, connection closed
-    hub.requests                                  # [(method, path with its query, Range header or None), ...]
+    hub.sha("org/data")                           # sha of the commit that `main` points to
+    hub.commit("org/data", {...})                 # a new commit on main; older ones are served by their sha
+    hub.fail("0.parquet", status=503, times=2)    # the next 2 requests with a path that contains this are answered 503
+    hub.truncate("0.parquet", after_bytes=10)     # the next body ends after 10 bytes; the connection is closed
+    hub.requests                                  # [(method, path with query, Range header or None), ...]
 """
 
 import hashlib
@@ -38,7 +38,9 @@ class File:
         for chunk in self.chunks(0, self.size):
             sha256.update(chunk), git.update(chunk)
         self.oid, self.lfs, self.etag = git.hexdigest(), None, git.hexdigest()
-        if path.endswith(LFS_SUFFIXES):  # as on the hub: the ETag of an LFS file is its sha256, of a git file its oid
+        if path.endswith(
+            LFS_SUFFIXES
+        ):  # as on the hub, the ETag of an LFS file is its sha256, that of a git file its oid
             self.etag = sha256.hexdigest()
             self.lfs = {"oid": self.etag, "sha256": self.etag, "size": self.size, "pointerSize": 134}
 
@@ -55,9 +57,9 @@ class File:
 
 class HubServer:
     def __init__(self, datasets=None, models=None, page_size=1000, cdn=False):
-        """cdn=True answers LFS files like the real hub: 302 to another host (here: http://localhost:PORT/cdn/...)."""
+        """With `cdn`, LFS files are redirected to another host as on the hub, here to http://localhost:PORT/cdn/..."""
         self.page_size, self.cdn, self.requests, self.rules, self.lock = page_size, cdn, [], [], threading.Lock()
-        self.repos = {}  # (kind, repo_id) -> {commit sha: {path: File}}, the last is main
+        self.repos = {}  # (kind, repo_id) -> {commit sha: {path: File}}; the last commit is main
         for kind, repos in (("datasets", datasets), ("models", models)):
             for repo_id, files in (repos or {}).items():
                 self.commit(repo_id, files, kind)
@@ -85,20 +87,30 @@ class HubServer:
         return list(self.repos[kind, repo_id])[-1]
 
     def fail(self, path, status=503, times=1, method=None, headers=None):
-        """The next `times` requests (of `method`, if given: "HEAD" or "GET") of that file or API path answer `status`;
-        status=0: the connection is dropped without an answer."""
-        self.rules.append(
-            {"do": "fail", "path": path, "status": status, "left": times, "method": method, "headers": headers or {}}
-        )
-
-    def cut(self, path, after_bytes, times=1, hang=0, length=True, reset=False):
-        """The next `times` GET bodies stop after N bytes; hang: seconds of silence before the connection is closed;
-        reset: closed with a TCP reset; length=False: no Content-Length, so that a cut looks like the end."""
+        """Answer the next `times` requests for a file or API path with `status`; 0 closes the connection without an
+        answer. `method` ("HEAD" or "GET") restricts the requests."""
         self.rules.append(
             {
-                "do": "cut",
+                "action": "fail",
                 "path": path,
-                "left": times,
+                "status": status,
+                "remaining": times,
+                "method": method,
+                "headers": headers or {},
+            }
+        )
+
+    def truncate(self, path, after_bytes, times=1, hang=0, length=True, reset=False):
+        """End the next `times` bodies of GET after `after_bytes`, and close the connection.
+
+        hang: wait this many seconds before. reset: close with a TCP reset. length=False: send no Content-Length, so
+        that the client cannot see that the body is truncated.
+        """
+        self.rules.append(
+            {
+                "action": "truncate",
+                "path": path,
+                "remaining": times,
                 "method": "GET",
                 "after": after_bytes,
                 "hang": hang,
@@ -107,11 +119,17 @@ class HubServer:
             }
         )
 
-    def rule(self, do, method, path):
+    def use_rule(self, action, method, path):
+        """Return the rule for a request and count its use, or None if there is none."""
         with self.lock:
             for rule in self.rules:
-                if rule["do"] == do and rule["left"] and rule["path"] in path and rule["method"] in (None, method):
-                    rule["left"] -= 1
+                if (
+                    rule["action"] == action
+                    and rule["remaining"]
+                    and rule["path"] in path
+                    and rule["method"] in (None, method)
+                ):
+                    rule["remaining"] -= 1
                     return rule
 
 
@@ -119,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version, log_message = "HTTP/1.1", lambda *_: None
 
     def send(self, status, body, headers=None):
-        """body: bytes, or what becomes JSON, or None where the caller sends it (and its Content-Length)."""
+        """Send bytes, or any other body as JSON. If `body` is None, the caller sends it and sets Content-Length."""
         if body is not None:
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
             headers = {"Content-Type": "application/json", "Content-Length": len(body), **(headers or {})}
@@ -137,9 +155,9 @@ class Handler(BaseHTTPRequestHandler):
         self.form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
         self.hub.requests.append((self.command, unquote(self.path), self.headers.get("Range")))
         url = urlsplit(self.path)
-        if rule := self.hub.rule("fail", self.command, unquote(url.path)):
+        if rule := self.hub.use_rule("fail", self.command, unquote(url.path)):
             self.close_connection = rule["status"] == 0
-            return rule["status"] and self.send(rule["status"], {"error": "told to fail"}, rule["headers"])
+            return rule["status"] and self.send(rule["status"], {"error": "injected failure"}, rule["headers"])
         if match := API.match(url.path):
             kind, repo_id, verb, revision, path = match.groups()
         elif match := FILE.match(url.path):
@@ -151,13 +169,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(404, "RepoNotFound", "Repository not found")
         if (sha := list(commits)[-1] if revision in (None, "main") else unquote(revision)) not in commits:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {sha}")
-        answer = {"tree": self.tree, "paths-info": self.paths_info, "resolve": self.file}
-        answer.get(verb, self.info)(unquote(repo_id), sha, commits[sha], unquote(path or ""), parse_qs(url.query))
+        handlers = {"tree": self.tree, "paths-info": self.paths_info, "resolve": self.file}
+        handlers.get(verb, self.info)(unquote(repo_id), sha, commits[sha], unquote(path or ""), parse_qs(url.query))
 
     do_HEAD = do_POST = do_GET
 
     def info(self, repo_id, sha, files, path, query):
-        extra = ("size", "oid", "lfs") if "blobs" in query else ()  # as on the hub: sizes only with files_metadata=True
+        extra = ("size", "oid", "lfs") if "blobs" in query else ()  # as on the hub, sizes only with files_metadata=True
         siblings = [{"rfilename": f.path, **{k: v for k, v in f.json().items() if k in extra}} for f in files.values()]
         self.send(
             200,
@@ -173,20 +191,20 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def entries(self, files):
-        folders = {str(parent) for path in files for parent in Path(path).parents} - {"."}
-        folders = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
-        return sorted(folders + [f.json() for f in files.values()], key=lambda e: e["path"])
+        directories = {str(parent) for path in files for parent in Path(path).parents} - {"."}
+        directories = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in directories]
+        return sorted(directories + [f.json() for f in files.values()], key=lambda e: e["path"])
 
     def tree(self, repo_id, sha, files, path, query):
-        found = [e for e in self.entries(files) if e["path"].startswith(path + "/" if path else "")]
-        if path and not found:
+        entries = [e for e in self.entries(files) if e["path"].startswith(path + "/" if path else "")]
+        if path and not entries:
             return self.error(404, "EntryNotFound", f"{path} does not exist on this revision")
         if query.get("recursive") != ["true"]:
-            found = [e for e in found if "/" not in e["path"][len(path) + 1 if path else 0 :]]
+            entries = [e for e in entries if "/" not in e["path"][len(path) + 1 if path else 0 :]]
         start, page = int(query.get("cursor", ["0"])[0]), self.hub.page_size
-        here = self.hub.endpoint + urlsplit(self.path).path
-        link = f'<{here}?recursive={query.get("recursive", ["false"])[0]}&cursor={start + page}>; rel="next"'
-        self.send(200, found[start : start + page], {"Link": link} if len(found) > start + page else None)
+        url = self.hub.endpoint + urlsplit(self.path).path
+        link = f'<{url}?recursive={query.get("recursive", ["false"])[0]}&cursor={start + page}>; rel="next"'
+        self.send(200, entries[start : start + page], {"Link": link} if len(entries) > start + page else None)
 
     def paths_info(self, repo_id, sha, files, path, query):
         self.send(200, [e for e in self.entries(files) if e["path"] in self.form.get("paths", [])])
@@ -209,29 +227,32 @@ class Handler(BaseHTTPRequestHandler):
             if start >= stop:
                 return self.send(416, b"", {"Content-Range": f"bytes */{f.size}"})
             status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{f.size}"
-        cut = self.hub.rule("cut", self.command, unquote(self.path))
-        headers |= {"Connection": "close"} if cut else {}
-        headers |= {"Content-Length": stop - start} if not cut or cut["length"] else {}
+        truncation = self.hub.use_rule("truncate", self.command, unquote(self.path))
+        headers |= {"Connection": "close"} if truncation else {}
+        headers |= {"Content-Length": stop - start} if not truncation or truncation["length"] else {}
         self.send(status, None, headers)
-        stop = start if self.command == "HEAD" else min(stop, start + cut["after"]) if cut else stop
+        if self.command == "HEAD":
+            stop = start
+        elif truncation:
+            stop = min(stop, start + truncation["after"])
         try:
             for chunk in f.chunks(start, stop):
                 self.wfile.write(chunk)
-            time.sleep(cut["hang"] if cut else 0)
-            if cut and cut["reset"]:
+            time.sleep(truncation["hang"] if truncation else 0)
+            if truncation and truncation["reset"]:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.server.close_request(self.request)
-        except OSError:  # the client went away
+        except OSError:  # the client closed the connection
             self.close_connection = True
 
 
 def downloads(server: HubServer) -> list[str]:
-    """The files that were downloaded from a server."""
+    """Return the names of the files that were downloaded from a server, in order."""
     return [path.rsplit("/", 1)[-1] for method, path, _ in server.requests if method == "GET" and "/resolve/" in path]
 
 
-def python(code: str, hub, tmp_path) -> subprocess.CompletedProcess:
-    """Runs code against a server, with nothing in the cache."""
+def run_python(code: str, hub: HubServer, tmp_path: Path) -> subprocess.CompletedProcess:
+    """Run code in another process that uses this hub, with its cache in `tmp_path`."""
     env = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "hf"),

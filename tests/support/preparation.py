@@ -1,4 +1,4 @@
-"""Preparations of small data sets."""
+"""Prepare small data sets with fineweb.py."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from support.helpers import call
 
 
 def prepare(out_dir: Path, *inputs: Path, source="files", task_bytes=500, workers=1, **options) -> dict:
-    """`python fineweb.py files --input ... --out-dir ...` in this process, with small tasks; returns the manifest."""
+    """Run `fineweb.py files --input ... --out-dir ...` in this process, with small tasks, and return the manifest."""
     arguments = [source, *(["--input", *inputs] if inputs else []), "--out-dir", out_dir, "--workers", workers]
     for name, value in options.items():
         arguments += [f"--{name.replace('_', '-')}", value]
@@ -22,11 +22,11 @@ def prepare(out_dir: Path, *inputs: Path, source="files", task_bytes=500, worker
 
 
 def start(out_dir: Path, *inputs: Path, workers=2, **streams) -> subprocess.Popen:
-    """The same as a command of its own, in a process group of its own."""
+    """Start the same command in another process, which has its own process group."""
     command = [sys.executable, fineweb.__file__, "files", "--input", *inputs, "--out-dir", out_dir]
     return subprocess.Popen([*map(str, command), "--workers", str(workers)], start_new_session=True, **streams)
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """The files of a folder by their path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of each file below a directory, by relative path."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import call, save_hellaswag
-from support.hub_server import HubServer, downloads, python
+from support.hub_server import HubServer, downloads, run_python
 from support.runs import flags
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -253,7 +253,7 @@ def test_gpt2s_weights_come_from_the_hub_once(tmp_path):
     code = f"import sys, train; sys.argv = ['train.py', *{flags}]; train.main()"
     with HubServer(models={"openai-community/gpt2": files}) as hub:
         for _ in range(2):
-            done = python(code, hub, tmp_path)
+            done = run_python(code, hub, tmp_path)
             assert done.stdout.count("Hello, I'm a language model,") == 2, done.stderr
         assert len(downloads(hub)) == 2, "the second time they are there"
     assert not (tmp_path / "out").exists()
