@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from support.fuzzing import Kinds, fuzz, small_dataset  # noqa: E402
+from support.fuzzing import MalformedInputs, fuzz, make_small_dataset  # noqa: E402
 from support.helpers import call, save_hellaswag  # noqa: E402
 from support.runs import (  # noqa: E402
     assert_bitwise_equal,
@@ -383,7 +383,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as top:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            dataset = small_dataset(Path(top))
+            dataset = make_small_dataset(Path(top))
         for stage in options.stages:
             folder, rng, begin = Path(top) / stage, random.Random(0), time.perf_counter()
             folder.mkdir()
@@ -407,10 +407,11 @@ def main() -> None:
             elif stage == "ranks":
                 found = ranks(folder, dataset)
             else:
-                counts, wrong = fuzz(Kinds(dataset, folder), times(17_500))  # enough for every change of a setting
+                inputs = MalformedInputs(dataset, folder)
+                counts, wrong = fuzz(inputs, times(17_500))  # enough for every change of a setting
                 found = [
-                    (f"malformed: {name[2:].replace('_', ' ')}", f"{c.total():,}",
-                     f"{c['refused']:,} refused in a sentence, {c['taken']:,} harmless, {c['wrong']} else")
+                    (f"malformed: {name.replace('_', ' ')}", f"{c.total():,}",
+                     f"{c['refused']:,} refused in a sentence, {c['accepted']:,} harmless, {c['failed']} else")
                     for name, c in counts.items()
                 ]  # fmt: skip
                 print(*wrong, sep="\n", file=sys.stderr)

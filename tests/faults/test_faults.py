@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fuzzing import Kinds, fuzz
+from support.fuzzing import MalformedInputs, fuzz
 from support.helpers import call, save_hellaswag
 from support.runs import (
     ROOT,
@@ -494,7 +494,7 @@ def test_where_memory_is_short_the_ways_to_less_are_told(dataset, tmp_path):
 
 def test_malformed_input_is_refused_in_a_sentence_or_harmless(dataset, tmp_path):
     """A few of each kind; `python tests/support/fuzzing.py 10000` tries more."""
-    found, wrong = fuzz(Kinds(dataset, tmp_path), 180)
+    found, wrong = fuzz(MalformedInputs(dataset, tmp_path), 180)
     assert wrong == []
     assert all(counts["refused"] for counts in found.values())
 
