@@ -1,10 +1,9 @@
-"""Files on this machine or, by a URL, wherever `fsspec` reaches: s3://bucket/name, gs://..., sftp://...
+"""Files on this machine, or at any URL that `fsspec` supports: s3://bucket/name, gs://..., sftp://...
 
 >>> with create("s3://bucket/set/set_train_000001.bin") as file: file.write(...)
->>> folder = pull("s3://bucket/set", ["set_train_000001.bin"], Path("data/cache/set"))
+>>> download("s3://bucket/set", ["set_train_000001.bin"], Path("data/cache/set"), is_current, is_valid)
 
-A file is committed whole or not at all, here by a rename, in an object store as it is put. A path without :// is a
-file of this machine.
+Writes are atomic: by a rename on this machine, by a single put in an object store. A path without :// is local.
 """
 
 import hashlib
@@ -24,11 +23,11 @@ from typing import IO
 
 from babygpt.errors import UserError
 
-# a put is whole or not at all there
+# a put is atomic in these
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
-READ_AHEAD = 1 << 20  # bytes; the file systems' own is up to 50 MB, and they copy it for every line
-AT_ONCE = 8  # transfers
-TEMPORARY_SUFFIX = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # end of the name of a file that `create` has not finished
+READ_AHEAD = 1 << 20  # bytes; the default of some file systems is 50 MB, which they copy for every line
+MAX_TRANSFERS = 8  # at the same time
+TEMPORARY_SUFFIX = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # of a file that `create` has not committed
 
 
 def is_remote(path: str | Path) -> bool:
@@ -36,44 +35,44 @@ def is_remote(path: str | Path) -> bool:
 
 
 def local_directory(path: str | Path) -> Path:
-    """The folder of this machine that stands for a path: the path itself, or of a URL one under data/cache/."""
+    """Return the local directory for a path: the path itself, or for a URL its directory below data/cache/."""
     if not is_remote(path):
         return Path(path)
     url = str(path).rstrip("/")
-    name = re.sub(r"\W+", "-", url)[-60:].strip("-")  # to read; the hash tells s3://a-b/c from s3://a/b-c
+    name = re.sub(r"\W+", "-", url)[-60:].strip("-")  # readable; the hash distinguishes s3://a-b/c from s3://a/b-c
     return Path("data") / "cache" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
-def _system(url: str | Path):
-    """The file system of a URL and the path in it."""
+def _filesystem(url: str | Path):
+    """Return the fsspec file system of a URL and the path in it."""
     import fsspec
 
     protocol = str(url).split("://")[0]
-    options = {"use_listings_cache": False} if protocol in OBJECT_STORES else {}  # somebody else may change them
+    options = {"use_listings_cache": False} if protocol in OBJECT_STORES else {}  # other processes change the files
     try:
         return fsspec.core.url_to_fs(str(url), **options)
     except ImportError as error:
         raise UserError(f"{url} needs another package: {error}") from None
     except ValueError as error:
-        raise UserError(f"{url}: {error}") from None
+        raise UserError(f"{url} is not supported: {error}") from None
 
 
 @contextmanager
-def _told(path: str | Path) -> Iterator[None]:
-    """What goes wrong with a file far away, in one message."""
+def _user_errors(path: str | Path) -> Iterator[None]:
+    """Turn the exceptions of a remote file system into UserErrors."""
     try:
         yield
-    except Exception as error:  # each file system raises its own kinds
+    except Exception as error:  # every file system raises its own types
         if not is_remote(path) or isinstance(error, UserError):
             raise
-        raise UserError(f"{path} can't be reached or written: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path} cannot be read or written: {type(error).__name__}: {error}") from None
 
 
 @contextmanager
 def create(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write to: there whole once the block has ended, not at all where it fails."""
+    """Create a file atomically: yield a binary file to write to, and commit it unless the block raises."""
     if not is_remote(path):
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # a cluster may have a task done twice at once
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # unique, because a cluster may run a task twice at the same time
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -88,7 +87,7 @@ def create(path: str | Path) -> Iterator[IO[bytes]]:
     with tempfile.NamedTemporaryFile() as file:
         yield file
         file.flush()
-        put(file.name, path)
+        upload(file.name, path)
 
 
 def write(path: str | Path, data: bytes) -> None:
@@ -98,7 +97,7 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Writes JSON, here or at a URL, whole or not at all."""
+    """Write a JSON file atomically, locally or at a URL."""
     write(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -108,33 +107,33 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def put(local: str | Path, url: str | Path) -> None:
-    """Copies a file of this machine to a URL."""
-    with _told(url):
-        system, path = _system(url)
-        if OBJECT_STORES & ({system.protocol} if isinstance(system.protocol, str) else set(system.protocol)):
-            system.put_file(str(local), path)
+def upload(local: str | Path, url: str | Path) -> None:
+    """Copy a local file to a URL."""
+    with _user_errors(url):
+        fs, path = _filesystem(url)
+        if OBJECT_STORES & ({fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)):
+            fs.put_file(str(local), path)
         else:
-            system.makedirs(os.path.dirname(path), exist_ok=True)
-            system.put_file(str(local), f"{path}.tmp")
-            system.mv(f"{path}.tmp", path)
+            fs.makedirs(os.path.dirname(path), exist_ok=True)
+            fs.put_file(str(local), f"{path}.tmp")
+            fs.mv(f"{path}.tmp", path)
 
 
-def reading(path: str | Path) -> IO[bytes]:
-    """A binary file to read from, with seek; to be closed."""
+def open_for_reading(path: str | Path) -> IO[bytes]:
+    """Open a binary file that supports seek; the caller closes it."""
     if not is_remote(path):
         return open(path, "rb")
-    with _told(path):
-        system, path = _system(path)
-        return io.BufferedReader(system.open(path, "rb", block_size=READ_AHEAD), READ_AHEAD)
+    with _user_errors(path):
+        fs, path = _filesystem(path)
+        return io.BufferedReader(fs.open(path, "rb", block_size=READ_AHEAD), READ_AHEAD)
 
 
 def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> bytes:
-    """A file's bytes start ... stop - 1."""
-    with _told(path):
+    """Return bytes start ... stop - 1 of a file."""
+    with _user_errors(path):
         if is_remote(path):
-            system, path = _system(path)
-            return system.cat_file(path, start=start, end=stop)
+            fs, path = _filesystem(path)
+            return fs.cat_file(path, start=start, end=stop)
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(-1 if stop is None else stop - start)
@@ -143,88 +142,93 @@ def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> byt
 def exists(path: str | Path) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
-    with _told(path):
-        system, path = _system(path)
-        return system.exists(path)
+    with _user_errors(path):
+        fs, path = _filesystem(path)
+        return fs.exists(path)
 
 
 def size(path: str | Path) -> int:
-    """Bytes of a file."""
+    """Return the size of a file in bytes."""
     if not is_remote(path):
         return os.path.getsize(path)
-    with _told(path):
-        system, there = _system(path)
-        found = system.size(there)
-    if found is None:
-        raise UserError(f"{path}: its server doesn't tell how large it is. Download it first.")
-    return found
+    with _user_errors(path):
+        fs, remote_path = _filesystem(path)
+        num_bytes = fs.size(remote_path)
+    if num_bytes is None:
+        raise UserError(f"{path} has an unknown size: its server does not report it. Download the file first.")
+    return num_bytes
 
 
-def state(path: str | Path) -> str:
-    """What tells the contents of a remote file from others': its size, and the tag or time that its system gives."""
-    with _told(path):
-        system, there = _system(path)
-        info = system.info(there)
+def version(url: str) -> str:
+    """Return a text that changes with the contents of a remote file: its size and its ETag, hash or time."""
+    with _user_errors(url):
+        fs, path = _filesystem(url)
+        info = fs.info(path)
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime"))
 
 
-def list_names(folder: str | Path) -> list[str]:
-    """The names of a folder's files, sorted; none where there is no folder."""
-    if not is_remote(folder):
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if os.path.isdir(folder) else []
-    with _told(folder):
-        system, path = _system(folder)
+def list_names(directory: str | Path) -> list[str]:
+    """Return the sorted names of the files in a directory; an empty list if there is no such directory."""
+    if not is_remote(directory):
+        if not os.path.isdir(directory):
+            return []
+        return sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
+    with _user_errors(directory):
+        fs, path = _filesystem(directory)
         try:
-            found = system.ls(path, detail=True)
+            entries = fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
-        return sorted(os.path.basename(entry["name"]) for entry in found if entry["type"] == "file")
+        return sorted(os.path.basename(entry["name"]) for entry in entries if entry["type"] == "file")
 
 
 def glob(pattern: str) -> list[str]:
-    """URLs of the files that a pattern, a file or a folder far away names, sorted."""
-    with _told(pattern):
-        system, path = _system(pattern)
-        if system.isfile(path):
-            found = [path]
+    """Return the sorted URLs of the remote files that a pattern matches, or of a file or all files of a directory."""
+    with _user_errors(pattern):
+        fs, path = _filesystem(pattern)
+        if fs.isfile(path):
+            paths = [path]
         else:
-            found = system.find(path) if system.isdir(path) else [f for f in system.glob(path) if system.isfile(f)]
-        return sorted(map(system.unstrip_protocol, found))
+            paths = fs.find(path) if fs.isdir(path) else [p for p in fs.glob(path) if fs.isfile(p)]
+        return sorted(map(fs.unstrip_protocol, paths))
 
 
 def remove(path: str | Path) -> None:
-    """Deletes a file or a folder with all that is in it; nothing where there is none."""
+    """Delete a file, or a directory with its contents, if it exists."""
     if is_remote(path):
-        with _told(path), suppress(FileNotFoundError):
-            system, there = _system(path)
-            system.rm(escape(there), recursive=True)  # it takes patterns
+        with _user_errors(path), suppress(FileNotFoundError):
+            fs, remote_path = _filesystem(path)
+            fs.rm(escape(remote_path), recursive=True)  # escaped, because rm takes a pattern
     elif os.path.isdir(path):
-        shutil.rmtree(os.path.realpath(path))  # of a link, what is there
+        shutil.rmtree(os.path.realpath(path))  # for a symbolic link, the directory that it points to
         if os.path.islink(path):
             os.unlink(path)
     else:
         Path(path).unlink(missing_ok=True)
 
 
-def pull(
-    url: str, names: list[str], folder: Path, is_here: Callable[[Path], bool], is_sound: Callable[[Path], bool],
+def download(
+    url: str, names: list[str], directory: Path, is_current: Callable[[Path], bool], is_valid: Callable[[Path], bool],
     quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Brings files of a folder far away to `folder`, several at once: those for which `is_here` doesn't hold, and
-    which must then be `is_sound`."""
+    """Download files of a remote directory to `directory`, several at the same time.
+
+    An existing file is kept if `is_current(path)`. A downloaded file that is not `is_valid(path)` is a UserError.
+    """
     from tqdm import tqdm
 
-    def fetch(name: str) -> None:
-        path = folder / name
-        if path.exists() and is_here(path):
+    def download_file(name: str) -> None:
+        path = directory / name
+        if path.exists() and is_current(path):
             return
-        with create(path) as file, _told(f"{url}/{name}"):
-            system, there = _system(f"{url}/{name}")
-            system.get_file(there, file.name)
-        if not is_sound(path):
+        with create(path) as file, _user_errors(f"{url}/{name}"):
+            fs, remote_path = _filesystem(f"{url}/{name}")
+            fs.get_file(remote_path, file.name)
+        if not is_valid(path):
             path.unlink()
-            raise UserError(f"{url}/{name} is damaged: it is not what the manifest beside it says.")
+            raise UserError(f"{url}/{name} is corrupted: its sha256 is not the one in the manifest. Upload it again.")
 
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        for _ in tqdm(threads.map(fetch, names), total=len(names), desc=f"pull {url}", unit="file", disable=quiet):
+    with ThreadPoolExecutor(MAX_TRANSFERS) as threads:
+        downloads = threads.map(download_file, names)
+        for _ in tqdm(downloads, total=len(names), desc=f"download {url}", unit="file", disable=quiet):
             pass

@@ -87,7 +87,7 @@ def split_parquet(path: str, columns: tuple[str, ...]) -> list[Task]:
 
 def _parquet(path: str):
     """What pyarrow reads a file from; files of this machine it opens itself, which is faster."""
-    return files.reading(path) if files.is_remote(path) else path
+    return files.open_for_reading(path) if files.is_remote(path) else path
 
 
 def split_jsonl(path: str, size: int, columns: tuple[str, ...]) -> list[Task]:
@@ -209,7 +209,7 @@ def without_surrogates(text: str) -> str:
 
 def _open(path: str):
     """A binary file object over the uncompressed contents."""
-    file = files.reading(path)
+    file = files.open_for_reading(path)
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=file)
     if path.endswith(".xz"):

@@ -207,7 +207,7 @@ class HubFiles(Source):
         elif not files.exists(path):
             with tempfile.TemporaryDirectory() as here:
                 name = hub.download(self.repo, file.name, self.revision, Path(here), "dataset", file.sha256)
-                files.put(name, path)
+                files.upload(name, path)
         return split_parquet(path, self.columns)
 
     def release(self, unit: int, folder: str) -> None:

@@ -158,7 +158,7 @@ def test_ranks_of_a_node_download_every_shard_once(remote, tmp_path, requests, l
     ]  # fmt: skip
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], errors
-    assert sum(error.count("pull ") > 0 for error in errors) == 1  # one progress bar
+    assert sum(error.count("download ") > 0 for error in errors) == 1  # one progress bar
     gets = [path for method, path in requests if method == "GET" and path.startswith(remote.removeprefix("s3:/"))]
     gets = [path for path in gets if path.endswith(".bin")]
     assert sorted(gets) == sorted(f"/{remote.removeprefix('s3://')}/{path.name}" for path in local.glob("*.bin"))
@@ -232,7 +232,7 @@ def test_incomplete_remote_data_set_is_not_opened(bucket, local, tmp_path, monke
     system = fsspec.filesystem("s3")
     system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")
     system.pipe_file(f"{bucket}/set/parts/settings.json", b"{}")
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match="is unfinished"):
         open_dataset(f"{bucket}/set")
 
 
