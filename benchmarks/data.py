@@ -1,15 +1,16 @@
-"""How fast text becomes token shards: fineweb.py against what a user would write or pick instead, in one run.
+"""Measure the speed of data preparation, from text to token shards: fineweb.py and the common alternatives.
 
     python benchmarks/data.py PATH [--processes 1 2] [--runs 3] [--out results/data/speed.md]
 
-PATH is a folder of parquet files with a column `text`. Every way is a command of its own, from the files to finished
-shards, its start included, on a fresh folder; the ways take turns. Ours finds doubles, splits by document and hashes
-every shard beside, the others don't. With GPT-2's vocabulary throughout:
+PATH is a directory of Parquet files with a column `text`. Each implementation runs as a separate command, from the
+input files to the finished shards, in a new directory and with its startup time included. The implementations
+alternate. All use GPT-2's tokenizer. Only ours drops duplicates and hashes every shard; only ours and nanoGPT split
+the data into training and validation documents.
 
-    build-nanogpt   load_dataset, pool.imap over documents in chunks of 16, an array of a shard's size, np.save
+    build-nanogpt   load_dataset, pool.imap over documents in chunks of 16, a buffer of one shard, np.save
     nanoGPT         load_dataset, train_test_split, datasets.map with num_proc, a memmap written in 1,024 batches
-    tiktoken        pyarrow's batches of 256 documents to a pool, whose workers return flat uint16 arrays
-    ours-tiktoken   fineweb.py where gigatoken is not installed
+    tiktoken        batches of 256 documents from pyarrow to a pool whose workers return flat uint16 arrays
+    ours-tiktoken   fineweb.py without gigatoken installed
     ours            fineweb.py
 """
 
@@ -39,31 +40,31 @@ from benchmarks.table import write_table  # noqa: E402
 if TYPE_CHECKING:
     import tiktoken
 
-WAYS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
+IMPLEMENTATIONS = ("build-nanogpt", "nanoGPT", "tiktoken", "ours-tiktoken", "ours")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the ways, each in a process of its own
+# the implementations, each run in a separate process
 
 
-encoding: "tiktoken.Encoding"  # of a process in which _start has run
+encoding: "tiktoken.Encoding"  # set by _init_worker
 
 
-def _start() -> None:
+def _init_worker() -> None:
     from babygpt.data.tokenizer import GPT2Tokenizer
 
     global encoding
     encoding = GPT2Tokenizer().encoding
 
 
-def _one_document(row: dict) -> np.ndarray:
+def _encode_document(row: dict) -> np.ndarray:
     ids = np.array([50256, *encoding.encode_ordinary(row["text"])])
     assert (ids >= 0).all()
     assert (ids < 2**16).all()
     return ids.astype(np.uint16)
 
 
-def _flat(texts: list[str]) -> np.ndarray:
+def _encode_texts(texts: list[str]) -> np.ndarray:
     ids: list[int] = []
     for text in texts:
         ids.append(50256)
@@ -75,11 +76,11 @@ def build_nanogpt(files: list[str], out: Path, processes: int) -> None:
     from datasets import load_dataset
 
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(out / "cache"))
-    size, filled, shard = 10**8, 0, 0
-    buffer = np.empty(size, np.uint16)
-    with multiprocessing.Pool(processes, _start) as pool:
-        for ids in pool.imap(_one_document, rows, chunksize=16):
-            fits = min(len(ids), size - filled)
+    shard_tokens, filled, shard = 10**8, 0, 0
+    buffer = np.empty(shard_tokens, np.uint16)
+    with multiprocessing.Pool(processes, _init_worker) as pool:
+        for ids in pool.imap(_encode_document, rows, chunksize=16):
+            fits = min(len(ids), shard_tokens - filled)
             buffer[filled : filled + fits] = ids[:fits]
             filled += fits
             if fits < len(ids):
@@ -89,7 +90,7 @@ def build_nanogpt(files: list[str], out: Path, processes: int) -> None:
     np.save(out / f"shard_{shard:06d}.npy", buffer[:filled])
 
 
-def _with_length(row: dict) -> dict:
+def _encode_row(row: dict) -> dict:
     ids = encoding.encode_ordinary(row["text"])
     ids.append(50256)
     return {"ids": ids, "len": len(ids)}
@@ -98,21 +99,21 @@ def _with_length(row: dict) -> dict:
 def nanogpt(files: list[str], out: Path, processes: int) -> None:
     from datasets import load_dataset
 
-    _start()
+    _init_worker()
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(out / "cache"), num_proc=processes)
     splits = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    done = splits.map(_with_length, remove_columns=rows.column_names, num_proc=processes)
-    for name, split in done.items():
+    encoded = splits.map(_encode_row, remove_columns=rows.column_names, num_proc=processes)
+    for name, split in encoded.items():
         bin_ = np.memmap(out / f"{name}.bin", np.uint16, "w+", shape=(int(np.sum(split["len"], dtype=np.uint64)),))
-        at, batches = 0, min(1024, len(split))
+        offset, batches = 0, min(1024, len(split))
         for i in range(batches):
             ids = np.concatenate(split.shard(batches, i, contiguous=True).with_format("numpy")["ids"])
-            bin_[at : at + len(ids)] = ids
-            at += len(ids)
+            bin_[offset : offset + len(ids)] = ids
+            offset += len(ids)
         bin_.flush()
 
 
-def tiktoken_best(files: list[str], out: Path, processes: int) -> None:
+def tiktoken_pool(files: list[str], out: Path, processes: int) -> None:
     import pyarrow.parquet as pq
 
     def batches() -> Iterator[list[str]]:
@@ -120,8 +121,8 @@ def tiktoken_best(files: list[str], out: Path, processes: int) -> None:
             for rows in pq.ParquetFile(file).iter_batches(256, columns=["text"]):
                 yield rows.column(0).to_pylist()
 
-    with multiprocessing.Pool(processes, _start) as pool, open(out / "train.bin", "wb") as file:
-        for ids in pool.imap(_flat, batches()):
+    with multiprocessing.Pool(processes, _init_worker) as pool, open(out / "train.bin", "wb") as file:
+        for ids in pool.imap(_encode_texts, batches()):
             file.write(ids.data)
 
 
@@ -135,101 +136,105 @@ def ours(files: list[str], out: Path, processes: int) -> None:
 
 
 def ours_tiktoken(files: list[str], out: Path, processes: int) -> None:
-    (out / "absent").mkdir()
-    (out / "absent" / "gigatoken.py").write_text("raise ImportError('left out')\n")
-    sys.path.insert(0, str(out / "absent"))
-    os.environ["PYTHONPATH"] = str(out / "absent")  # of the workers' parent
+    hidden = out / "hidden"
+    hidden.mkdir()
+    (hidden / "gigatoken.py").write_text("raise ImportError('hidden by the benchmark')\n")
+    sys.path.insert(0, str(hidden))
+    os.environ["PYTHONPATH"] = str(hidden)  # for the worker processes
     ours(files, out, processes)
 
 
-FUNCTIONS = dict(zip(WAYS, (build_nanogpt, nanogpt, tiktoken_best, ours_tiktoken, ours), strict=True))
+FUNCTIONS = dict(zip(IMPLEMENTATIONS, (build_nanogpt, nanogpt, tiktoken_pool, ours_tiktoken, ours), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# measuring
+# measurement
 
 
-def memory_of_tree(pid: int) -> int:
-    """Bytes of a process and all below it, shared pages counted in parts (PSS); Linux."""
-    total, waiting = 0, [pid]
-    while waiting:
-        one = waiting.pop()
+def process_tree_memory(pid: int) -> int:
+    """Return the memory of a process and its descendants in bytes. Shared pages count proportionally (PSS). Linux."""
+    total, pids = 0, [pid]
+    while pids:
+        pid = pids.pop()
         try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             total += next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-            for task in os.listdir(f"/proc/{one}/task"):
-                waiting += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+            for task in os.listdir(f"/proc/{pid}/task"):
+                pids += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
         except (OSError, StopIteration):
             continue
     return total
 
 
-def measure(way: str, files: list[str], processes: int, watched: bool = False) -> float:
-    """Seconds of one way as a command; or its peak bytes, for watching them takes time."""
+def measure(name: str, files: list[str], processes: int, memory: bool = False) -> float:
+    """Run an implementation as a command. Return its time in seconds or, with `memory`, its peak memory in bytes.
+
+    The two are separate runs, because sampling the memory takes time.
+    """
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, __file__, "--way", way, "--processes", str(processes), "--into", out, *files]
-        log, begin, peak = Path(out) / "log", time.perf_counter(), 0
-        with open(log, "wb") as streams:
-            process = subprocess.Popen(command, stdout=streams, stderr=streams)
-        while watched and process.poll() is None:
-            peak = max(peak, memory_of_tree(process.pid))
+        command = [sys.executable, __file__, "--way", name, "--processes", str(processes), "--into", out, *files]
+        log, start, peak = Path(out) / "log", time.perf_counter(), 0
+        with open(log, "wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+        while memory and process.poll() is None:
+            peak = max(peak, process_tree_memory(process.pid))
             time.sleep(0.1)
         if process.wait():
-            sys.exit(f"error: {way} failed:\n{log.read_text()[-3000:]}")
-        return peak if watched else time.perf_counter() - begin
+            sys.exit(f"error: {name} failed:\n{log.read_text()[-3000:]}")
+        return peak if memory else time.perf_counter() - start
 
 
-def stages(files: list[str]) -> dict[str, float]:
-    """Seconds of each stage of fineweb.py on one process that has imported all, by clocks put around its functions."""
+def measure_stages(files: list[str]) -> dict[str, float]:
+    """Return the seconds of each stage of fineweb.py, in this process, with timers around its functions."""
     from babygpt.data import filters, readers, shards, workers
     from babygpt.data.plan import plan_shards
     from babygpt.data.tokenizer import load_tokenizer
 
-    spent = dict.fromkeys(("read", "filter", "encode", "hash", "commit"), 0.0)
+    seconds = dict.fromkeys(("read", "filter", "encode", "hash", "commit"), 0.0)
 
-    def clocked(name: str, call: Callable) -> Callable:
-        def clock(*arguments: Any, **named: Any) -> Any:
-            begin = time.perf_counter()
+    def timed(name: str, function: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
             try:
-                return call(*arguments, **named)
+                return function(*args, **kwargs)
             finally:
-                spent[name] += time.perf_counter() - begin
+                seconds[name] += time.perf_counter() - start
 
-        return clock
+        return wrapper
 
     def read(task: readers.Task) -> Iterator[readers.Batch]:
         batches = readers.read(task)
-        while (batch := clocked("read", next)(batches, None)) is not None:
+        while (batch := timed("read", next)(batches, None)) is not None:
             yield batch
 
     tokenizer = load_tokenizer("gpt2")
     workers.set_up(workers.Setup(tokenizer))
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as directory,
         mock.patch.object(workers, "read", read),
-        mock.patch.object(tokenizer, "encode_batch", clocked("encode", tokenizer.encode_batch)),
-        mock.patch.object(filters.Filters, "decide", clocked("filter", filters.Filters.decide)),
-        mock.patch.object(workers, "hash_texts", clocked("hash", workers.hash_texts)),
-        mock.patch.object(os, "fsync", clocked("commit", os.fsync)),
+        mock.patch.object(tokenizer, "encode_batch", timed("encode", tokenizer.encode_batch)),
+        mock.patch.object(filters.Filters, "decide", timed("filter", filters.Filters.decide)),
+        mock.patch.object(workers, "hash_texts", timed("hash", workers.hash_texts)),
+        mock.patch.object(os, "fsync", timed("commit", os.fsync)),
     ):
-        tasks, begin = [task for file in files for task in readers.split_parquet(file, ("text",))], time.perf_counter()
-        stems = [f"{folder}/{i:05d}" for i in range(len(tasks))]
+        tasks, start = [task for file in files for task in readers.split_parquet(file, ("text",))], time.perf_counter()
+        stems = [f"{directory}/{i:05d}" for i in range(len(tasks))]
         for task, stem in zip(tasks, stems, strict=True):
             workers.tokenize_task(task, stem)
         tokenize_end = time.perf_counter()
-        plan = plan_shards(stems, None, None, Path(folder) / "buckets")
+        plan = plan_shards(stems, None, None, Path(directory) / "buckets")
         plan_end = time.perf_counter()
         for split, count in plan.tokens.items():
             pieces = plan.pieces(split, 0, count)
-            workers.write_task(f"{folder}/{split}.bin", pieces, count, 50257, f"{folder}/{split}.json")
+            workers.write_task(f"{directory}/{split}.bin", pieces, count, 50257, f"{directory}/{split}.json")
         end = time.perf_counter()
     assert shards.token_dtype(50257).itemsize == 2
-    spent["join and write"] = tokenize_end - begin - sum(spent.values())
-    return spent | {"plan": plan_end - tokenize_end, "write shards, sha256": end - plan_end}
+    seconds["join and write"] = tokenize_end - start - sum(seconds.values())
+    return seconds | {"plan": plan_end - tokenize_end, "write shards, sha256": end - plan_end}
 
 
-def copied(files: list[str], copies: int, folder: Path) -> list[str]:
-    """The files several times over, with the copy's number before every text so that no document is a double."""
+def write_copies(files: list[str], copies: int, directory: Path) -> list[str]:
+    """Write several copies of the files, with the number of the copy before each text to prevent duplicates."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,7 +242,7 @@ def copied(files: list[str], copies: int, folder: Path) -> list[str]:
     for copy in range(copies):
         for file in files:
             texts = pq.read_table(file, columns=["text"]).column(0).to_pylist()
-            names.append(str(folder / f"{copy}-{Path(file).name}"))
+            names.append(str(directory / f"{copy}-{Path(file).name}"))
             table = pa.table({"text": [f"Copy {copy}.\n{text}" for text in texts]})
             pq.write_table(table, names[-1], compression="zstd", row_group_size=2000)
     return names
@@ -245,56 +250,59 @@ def copied(files: list[str], copies: int, folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs="*", help="a folder of parquet files")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--copies", type=int, default=0, help="measure on so many copies of the folder, made different")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("path", metavar="PATH", nargs="*", help="directory of Parquet files")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of worker processes (default: 1 2)"
+    )
+    parser.add_argument("--runs", type=int, default=3, help="runs per implementation (default: %(default)s)")
+    parser.add_argument("--copies", type=int, default=0, help="use this many distinct copies of the files")
+    parser.add_argument("--ways", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS, help="implementations")
+    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
+    parser.add_argument("--way", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         return FUNCTIONS[options.way](options.path, options.into, options.processes[0])
     if len(options.path) != 1 or not (files := sorted(map(str, Path(options.path[0]).glob("*.parquet")))):
-        parser.error("give one folder of parquet files")
+        parser.error(f"PATH must be one directory of Parquet files, got {' '.join(options.path)!r}.")
 
-    with tempfile.TemporaryDirectory() as folder:
-        compare(copied(files, options.copies, Path(folder)) if options.copies else files, options)
+    with tempfile.TemporaryDirectory() as directory:
+        compare(write_copies(files, options.copies, Path(directory)) if options.copies else files, options)
 
 
 def compare(files: list[str], options: argparse.Namespace) -> None:
-    """Measures all ways and prints the tables."""
+    """Measure all implementations and print the tables."""
     import pyarrow.parquet as pq
 
     texts = (pq.read_table(file, columns=["text"]).column(0) for file in files)
     size = sum(len(text.encode()) for column in texts for text in column.to_pylist())
     lines = [
-        f"{len(files)} parquet files{f' ({options.copies} copies, made different)' if options.copies else ''}, "
+        f"{len(files)} parquet files{f' ({options.copies} distinct copies)' if options.copies else ''}, "
         f"{size / 1e6:,.0f} MB of text; {date.today()}, {os.cpu_count()} cores, "
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "gigatoken", "datasets", "pyarrow")),
         "",
-        "| way | processes | seconds, median (min to max) | MB of text/s | times build-nanogpt | peak memory |",
+        f"| implementation | processes | seconds, median (min to max) | MB of text/s | speedup over {options.ways[0]} "
+        "| peak memory |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for processes in options.processes:
-        found: dict[str, list[float]] = {way: [] for way in options.ways}
+        runs: dict[str, list[float]] = {name: [] for name in options.ways}
         for _ in range(options.runs):
-            for way in options.ways:
-                found[way].append(measure(way, files, processes))
-                print(f"{way} {processes}: {found[way][-1]:.2f} s", file=sys.stderr, flush=True)
-        for way, seconds in found.items():
-            times = [base / own for base, own in zip(found[options.ways[0]], seconds, strict=True)]
-            peak = measure(way, files, processes, watched=True)
+            for name in options.ways:
+                runs[name].append(measure(name, files, processes))
+                print(f"{name}, {processes} processes: {runs[name][-1]:.2f} s", file=sys.stderr, flush=True)
+        for name, seconds in runs.items():
+            speedups = [base / own for base, own in zip(runs[options.ways[0]], seconds, strict=True)]
+            peak = measure(name, files, processes, memory=True)
             lines.append(
-                f"| {way} | {processes} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
-                f"| {size / 1e6 / statistics.median(seconds):,.1f} | {statistics.median(times):.1f} "
+                f"| {name} | {processes} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
+                f"| {size / 1e6 / statistics.median(seconds):,.1f} | {statistics.median(speedups):.1f} "
                 f"| {peak / 2**20:,.0f} MiB |"
             )
-    spent = stages(files)
-    lines += ["", "Ours, one process that has imported all:", "", "| stage | seconds | share |", "|---|---:|---:|"]
-    lines += [f"| {name} | {second:.2f} | {second / sum(spent.values()):.0%} |" for name, second in spent.items()]
+    stages = measure_stages(files)
+    lines += ["", "Ours, in one process, without imports:", "", "| stage | seconds | share |", "|---|---:|---:|"]
+    lines += [f"| {name} | {second:.2f} | {second / sum(stages.values()):.0%} |" for name, second in stages.items()]
     write_table(lines, options.out)
 
 

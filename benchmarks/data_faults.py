@@ -1,12 +1,12 @@
-"""What becomes of a data set that is killed while it is made, or damaged afterwards.
+"""Kill the preparation of data sets, and corrupt prepared data sets.
 
     python benchmarks/data_faults.py [--kills 200] [--damages 200] [--out results/data/faults.md]
 
-Kills: fineweb.py is ended by SIGKILL, workers and all, at a random moment, and started again, over and over until it
-finishes; then the next one. The bytes must be those of a run that nobody killed. Every run is forked from this
-process, which has imported everything, so that the moments fall into the work and not into Python's start.
-Damages: shards are cut off, bytes of header or body flipped, shards lost or exchanged; the loader or `verify` must
-refuse the data set and name the file.
+Kills: the benchmark kills fineweb.py and its workers with SIGKILL at a random moment and starts it again until it
+completes; then it starts the next data set. The bytes must equal those of an uninterrupted run. Each run is forked from
+this process, which has imported all modules, so that no kill falls into the startup of Python.
+Corruptions: shards are truncated, extended, removed or rewritten, or a bit is flipped. The loader or `verify` must
+reject the data set with a message that names the file.
 """
 
 import argparse
@@ -41,29 +41,29 @@ from babygpt.errors import UserError  # noqa: E402
 from benchmarks.table import write_table  # noqa: E402
 
 
-def write_pages(folder: Path) -> int:
-    """Parquet and jsonl files with doubles and empty documents among 6,000; returns how many differ."""
+def write_inputs(directory: Path) -> int:
+    """Write Parquet and JSONL files with 6,000 documents, some duplicate or empty; return how many are distinct."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(2000)]
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 300))) for _ in range(5000)]
     texts += rng.choices(texts, k=900) + [" "] * 100
     rng.shuffle(texts)
     for i in range(0, 4000, 500):
-        pq.write_table(pa.table({"text": texts[i : i + 500]}), folder / f"{i:04d}.parquet", row_group_size=100)
+        pq.write_table(pa.table({"text": texts[i : i + 500]}), directory / f"{i:04d}.parquet", row_group_size=100)
     lines = (json.dumps({"text": text}) + "\n" for text in texts[4000:])
-    (folder / "4000.jsonl").write_text("".join(lines))
+    (directory / "4000.jsonl").write_text("".join(lines))
     return len({text for text in texts if text.strip()})
 
 
-def start(pages: Path, folder: Path, count: int) -> int:
-    """Forks a run of fineweb.py in a session of its own; returns its process id."""
+def start(inputs: Path, directory: Path, num_workers: int) -> int:
+    """Fork a run of fineweb.py in a new session and return its process id."""
     pid = os.fork()
     if pid:
         return pid
     os.setsid()
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
-    arguments = ["files", "--input", str(pages), "--out-dir", str(folder), "--workers", str(count)]
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1), os.dup2(devnull, 2)
+    arguments = ["files", "--input", str(inputs), "--out-dir", str(directory), "--workers", str(num_workers)]
     code = 1
     with (
         contextlib.suppress(BaseException),
@@ -76,130 +76,139 @@ def start(pages: Path, folder: Path, count: int) -> int:
     os._exit(code)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+def read_files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-def kills(wanted: int, count: int, rng: random.Random) -> str:
-    """A row of the table."""
-    with tempfile.TemporaryDirectory() as place:
-        pages = Path(place) / "pages"
-        pages.mkdir()
-        documents = write_pages(pages)
-        begin = time.monotonic()
-        os.waitpid(start(pages, Path(place) / "calm" / "set", count), 0)
-        seconds = time.monotonic() - begin
-        calm = contents(Path(place) / "calm" / "set")
-        counts = json.loads(calm[MANIFEST])["counts"]["documents"]
-        assert counts["kept"] == documents, counts
-        killed, finished, wrong = 0, 0, 0
-        found: Counter[str] = Counter()
-        folder = Path(place) / "killed" / "set"
-        while killed < wanted or folder.exists():
-            pid = start(pages, folder, count)
-            if killed < wanted:
+def stage(directory: Path) -> str:
+    """Return what a run of fineweb.py is doing, from the files in its output directory."""
+    if (directory / MANIFEST).exists():
+        return "when finished"
+    if list(directory.glob("*.bin*")):
+        return "while writing shards"
+    return "while tokenizing" if list((directory / "parts").glob("*.npz")) else "at the start"
+
+
+def run_kills(num_kills: int, num_workers: int, rng: random.Random) -> str:
+    """Return a row of the table."""
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs = Path(temporary) / "inputs"
+        inputs.mkdir()
+        num_documents = write_inputs(inputs)
+        start_time = time.monotonic()
+        os.waitpid(start(inputs, Path(temporary) / "uninterrupted" / "set", num_workers), 0)
+        seconds = time.monotonic() - start_time
+        expected = read_files(Path(temporary) / "uninterrupted" / "set")
+        counts = json.loads(expected[MANIFEST])["counts"]["documents"]
+        assert counts["kept"] == num_documents, counts
+        killed, completed, different = 0, 0, 0
+        kills_per_stage: Counter[str] = Counter()
+        directory = Path(temporary) / "killed" / "set"
+        while killed < num_kills or directory.exists():
+            pid = start(inputs, directory, num_workers)
+            if killed < num_kills:
                 time.sleep(rng.uniform(0, 1.2 * seconds))
-                parts = folder / "parts"
-                state = "finished" if (folder / MANIFEST).exists() else "writing" if list(folder.glob("*.bin*")) else (
-                    "tokenizing" if list(parts.glob("*.npz")) else "beginning")  # fmt: skip
+                killed_stage = stage(directory)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             if os.WIFSIGNALED(status):
                 killed += 1
-                found[state] += 1
+                kills_per_stage[killed_stage] += 1
                 continue
-            finished += 1
-            wrong += os.waitstatus_to_exitcode(status) != 0 or contents(folder) != calm or (folder / "parts").exists()
-            shutil.rmtree(folder.parent)
-        where = ", ".join(f"{number} while {state}" for state, number in found.items())
-        return f"| SIGKILL, {count} workers | {killed} ({where}) | {finished} finished runs, {wrong} with other bytes |"
+            completed += 1
+            is_equal = read_files(directory) == expected and not (directory / "parts").exists()
+            different += os.waitstatus_to_exitcode(status) != 0 or not is_equal
+            shutil.rmtree(directory.parent)
+        stages = ", ".join(f"{number} {name}" for name, number in kills_per_stage.items())
+        outcome = f"{completed} completed data sets, {different} with different bytes"
+        return f"| SIGKILL, workers: {num_workers} | {killed} ({stages}) | {outcome} |"
 
 
-def refusal(folder: Path, deep: bool) -> str | None:
-    """What the loader (or verify) says of a data set; None where it takes it."""
+def error_message(directory: Path, run_verify: bool) -> str | None:
+    """Return the error message of the loader (or of verify) for a data set, or None if it is accepted."""
     try:
-        open_dataset(folder)
-        if deep:
-            verify(folder)
+        open_dataset(directory)
+        if run_verify:
+            verify(directory)
     except UserError as error:
         return str(error)
     return None
 
 
-def damages(wanted: int, rng: random.Random) -> list[str]:
-    """Rows of the table."""
+def run_corruptions(times: int, rng: random.Random) -> list[str]:
+    """Return the rows of the table."""
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        pages, folder = Path(place) / "pages", Path(place) / "set"
-        pages.mkdir()
-        write_pages(pages)
-        os.waitpid(start(pages, folder, 1), 0)
-        assert refusal(folder, deep=True) is None
-        shards = sorted(folder.glob("*.bin"))
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs, directory = Path(temporary) / "inputs", Path(temporary) / "set"
+        inputs.mkdir()
+        write_inputs(inputs)
+        os.waitpid(start(inputs, directory, 1), 0)
+        assert error_message(directory, run_verify=True) is None
+        shards = sorted(directory.glob("*.bin"))
 
-        def try_out(what: str, times: int, damage: Callable[[Path, bytes], None], deep: bool) -> None:
-            named = 0
+        def corrupt_shards(name: str, times: int, corrupt: Callable[[Path, bytes], None], run_verify: bool) -> None:
+            rejected = 0
             for _ in range(times):
                 shard = rng.choice(shards)
-                sound = shard.read_bytes()
-                damage(shard, sound)
-                named += shard.name in (refusal(folder, deep) or "")
-                shard.write_bytes(sound)
-            rows.append(f"| {what} | {times} | {named} refused by name, by {'verify' if deep else 'the loader'} |")
+                data = shard.read_bytes()
+                corrupt(shard, data)
+                rejected += shard.name in (error_message(directory, run_verify) or "")
+                shard.write_bytes(data)
+            rows.append(f"| {name} | {times} | {rejected} rejected by {'verify' if run_verify else 'the loader'} |")
 
-        def cut(shard: Path, sound: bytes) -> None:
-            os.truncate(shard, rng.randrange(len(sound)))
+        def truncate(shard: Path, data: bytes) -> None:
+            os.truncate(shard, rng.randrange(len(data)))
 
-        def longer(shard: Path, sound: bytes) -> None:
-            shard.write_bytes(sound + rng.randbytes(rng.randint(1, 5000)))
+        def extend(shard: Path, data: bytes) -> None:
+            shard.write_bytes(data + rng.randbytes(rng.randint(1, 5000)))
 
-        def flip(first: int, last: int | None) -> Callable[[Path, bytes], None]:
-            def damage(shard: Path, sound: bytes) -> None:
-                at = rng.randrange(first, last or len(sound))
-                shard.write_bytes(sound[:at] + bytes([sound[at] ^ 1 << rng.randrange(8)]) + sound[at + 1 :])
+        def flip_bit(start: int, end: int | None) -> Callable[[Path, bytes], None]:
+            def corrupt(shard: Path, data: bytes) -> None:
+                offset = rng.randrange(start, end or len(data))
+                shard.write_bytes(data[:offset] + bytes([data[offset] ^ 1 << rng.randrange(8)]) + data[offset + 1 :])
 
-            return damage
+            return corrupt
 
-        def other_dtype(shard: Path, sound: bytes) -> None:
-            tokens = np.frombuffer(sound, "<u2", offset=HEADER_BYTES)
+        def change_dtype(shard: Path, data: bytes) -> None:
+            tokens = np.frombuffer(data, "<u2", offset=HEADER_BYTES)
             header = np.zeros(256, "<i4")
             header[:3] = 20240801, 7, len(tokens)
             shard.write_bytes(header.tobytes() + tokens.astype("<u4").tobytes())
 
-        try_out("shard cut off", wanted, cut, deep=False)
-        try_out("shard too long", wanted, longer, deep=False)
-        try_out("bit of magic, version or count flipped", wanted // 2, flip(0, 12), deep=False)
-        try_out("bit of the header's rest flipped", wanted // 2, flip(12, HEADER_BYTES), deep=True)
-        try_out("bit of a token flipped", wanted, flip(HEADER_BYTES, None), deep=True)
-        try_out("shard of another dtype", 10, other_dtype, deep=False)
-        try_out("shard missing", 10, lambda shard, sound: shard.unlink(), deep=False)
-        other = Path(place) / "other"
-        shutil.copytree(folder, other)
+        corrupt_shards("truncated shard", times, truncate, run_verify=False)
+        corrupt_shards("extended shard", times, extend, run_verify=False)
+        corrupt_shards("bit flip in magic, version or token count", times // 2, flip_bit(0, 12), run_verify=False)
+        corrupt_shards("bit flip in the rest of the header", times // 2, flip_bit(12, HEADER_BYTES), run_verify=True)
+        corrupt_shards("bit flip in a token", times, flip_bit(HEADER_BYTES, None), run_verify=True)
+        corrupt_shards("shard with another dtype", 10, change_dtype, run_verify=False)
+        corrupt_shards("missing shard", 10, lambda shard, data: shard.unlink(), run_verify=False)
+        other = Path(temporary) / "other"
+        shutil.copytree(directory, other)
         manifest = json.loads((other / MANIFEST).read_text())
         manifest["tokenizer"]["sha256"] = "0" * 64
         (other / MANIFEST).write_text(json.dumps(manifest))
-        rows.append(
-            f"| tokenizer's file exchanged | 1 | {int('gpt2' in (refusal(other, True) or ''))} refused by name |"
-        )
+        rejected = int("gpt2" in (error_message(other, run_verify=True) or ""))
+        rows.append(f"| tokenizer with another hash | 1 | {rejected} rejected |")
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--damages", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills per row (default: %(default)s)")
+    parser.add_argument("--damages", type=int, default=200, help="corruptions per kind (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
     options = parser.parse_args()
     rng = random.Random(0)
     lines = [
         f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}", "",
-        "| fault | times | what became of it |", "|---|---|---|",
+        "A corrupted data set counts as rejected if the message names the shard (for the tokenizer: its name).", "",
+        "| fault | count | outcome |", "|---|---|---|",
     ]  # fmt: skip
-    for count in (1, 2):
-        lines.append(kills(options.kills, count, rng))
+    for num_workers in (1, 2):
+        lines.append(run_kills(options.kills, num_workers, rng))
         print(lines[-1], file=sys.stderr)
-    lines += damages(options.damages, rng)
+    lines += run_corruptions(options.damages, rng)
     write_table(lines, options.out)
 
 
