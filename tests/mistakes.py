@@ -121,9 +121,9 @@ MISTAKES = [
      [("model.py", "        for block in self.h:\n", "        torch._dynamo.graph_break()\n        for block in self.h:\n")]),
     (27, "more activations kept for the backward pass", "unit/test_compiled_step.py -k budget",
      [("model.py", "        if self.bf16_activations and", "        if False and")]),
-    (28, "compiled ranks synchronize in the first micro-batch", "distributed/test_compiled_ranks.py -k eager[gpt2]",
+    (28, "compiled ranks synchronize in the first micro-batch", "distributed/test_compiled_ranks.py -k eager_gradients[gpt2]",
      [("train.py", "require_backward_grad_sync = i == len(batch.micro_batches) - 1", "require_backward_grad_sync = i == 0")]),
-    (28, "compiled ranks do not average", "distributed/test_compiled_ranks.py -k eager[gpt2]",
+    (28, "compiled ranks do not average", "distributed/test_compiled_ranks.py -k eager_gradients[gpt2]",
      [("train.py", "require_backward_grad_sync = i == len(batch.micro_batches) - 1", "require_backward_grad_sync = False")]),
 ]  # fmt: skip
 

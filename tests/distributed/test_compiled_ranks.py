@@ -1,4 +1,4 @@
-"""A compiled model under DistributedDataParallel: the gradients of the eager model, averaged over ranks."""
+"""A compiled model in DistributedDataParallel has the gradients of the eager model, averaged over ranks."""
 
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from model import GPT, build_model
 from train import TrainState, next_token_loss, train_step
 from train_config import preset, variant
 
-WORLD, MICRO_BATCHES, ROWS, T = 2, 3, 2, 64
+WORLD_SIZE, MICRO_BATCHES, ROWS, T = 2, 3, 2, 64
 CASES = {
     "gpt2": ("gpt2", {}, False),
     "modern": ("modern", {"value_embeddings": 1}, False),
@@ -28,8 +28,8 @@ CASES = {
 }
 
 
-class Keep(torch.optim.Optimizer):
-    """Keeps the gradients of a step instead of using them."""
+class GradientRecorder(torch.optim.Optimizer):
+    """An optimizer that stores the gradients of a step and updates nothing."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model.parameters(), {})
@@ -39,19 +39,19 @@ class Keep(torch.optim.Optimizer):
         self.grads = [p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
-def gradients(model: GPT, wrapped: nn.Module, batches: list[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
-    """The gradients that one step of training hands to the optimizer."""
-    keep = Keep(model)
-    state = TrainState(wrapped, [keep], UpdateGuard(ranks.device), ranks, "float32")
-    batch = Batch(Position(), Position(), batches, num_targets=WORLD * MICRO_BATCHES * ROWS * T)
-    for _ in range(2):  # DDP may only reorder its buckets after the first step
+def compute_gradients(model: GPT, wrapped: nn.Module, batches: list[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
+    """Return the gradients that a training step passes to the optimizer."""
+    recorder = GradientRecorder(model)
+    state = TrainState(wrapped, [recorder], UpdateGuard(ranks.device), ranks, "float32")
+    batch = Batch(Position(), Position(), batches, num_targets=WORLD_SIZE * MICRO_BATCHES * ROWS * T)
+    for _ in range(2):  # DDP rebuilds its buckets after the first step
         train_step(state, batch, next_token_loss, seed=0)
-    return keep.grads
+    return recorder.grads
 
 
-def both_ways(rank: int, case: str, folder: str) -> None:
+def compare_compiled_with_eager(rank: int, case: str, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD_SIZE)
     name, fields, activation_checkpointing = CASES[case]
     shape = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": T}
     torch.manual_seed(0)
@@ -59,19 +59,20 @@ def both_ways(rank: int, case: str, folder: str) -> None:
     model.activation_checkpointing = activation_checkpointing
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # what starts at zero hides mistakes
-    batches = list(torch.randint(300, (WORLD, MICRO_BATCHES, ROWS, T + 1)))
-    everything = [batch for of_rank in batches for batch in of_rank]
+            p.add_(0.02 * torch.randn_like(p))  # parameters that are initialized to zero would hide errors
+    batches = list(torch.randint(300, (WORLD_SIZE, MICRO_BATCHES, ROWS, T + 1)))
+    all_batches = [batch for rank_batches in batches for batch in rank_batches]
 
-    alone = Ranks(0, 0, 1, torch.device("cpu"))
-    expected = gradients(model, model, everything, alone)
+    single_rank = Ranks(0, 0, 1, torch.device("cpu"))
+    expected = compute_gradients(model, model, all_batches, single_rank)
 
-    ranks, graphs = Ranks(rank, rank, WORLD, torch.device("cpu")), []
+    ranks, graphs = Ranks(rank, rank, WORLD_SIZE, torch.device("cpu")), []
     several_buckets = partial(DistributedDataParallel, bucket_cap_mb=0.05)
     dist._DEFAULT_FIRST_BUCKET_BYTES = 50_000
     if case == "FlexAttention":
         mock.patch("babygpt.nn.attention.FLEX_DEVICES", ("cpu",)).start()
-        mock.patch("torch.nn.attention.flex_attention._validate_device").start()  # has no backward pass on a CPU
+        # this check rejects a backward pass on the CPU
+        mock.patch("torch.nn.attention.flex_attention._validate_device").start()
 
     def aot_eager(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
         graphs.append(graph)
@@ -81,22 +82,27 @@ def both_ways(rank: int, case: str, folder: str) -> None:
         torch._dynamo.reset()
         with mock.patch.object(distributed, "DistributedDataParallel", several_buckets):
             wrapped = ranks.data_parallel(torch.compile(model, backend=aot_eager, dynamic=False), bf16)
-        found = gradients(model, wrapped, list(batches[rank]), ranks)
-        for (name, _), a, b in zip(model.named_parameters(), found, expected, strict=True):
-            off = ((a - b).norm() / b.norm()).item()
-            assert off < (2e-2 if bf16 else 1e-4), f"{name}: {off}"
-    if not activation_checkpointing and case != "FlexAttention":  # higher-order operators stay in one graph
+        actual = compute_gradients(model, wrapped, list(batches[rank]), ranks)
+        for (name, _), a, b in zip(model.named_parameters(), actual, expected, strict=True):
+            error = ((a - b).norm() / b.norm()).item()
+            assert error < (2e-2 if bf16 else 1e-4), f"{name}: {error}"
+    # DDP does not split a graph with higher-order operators
+    if not activation_checkpointing and case != "FlexAttention":
         assert len(graphs) > 2, "one graph per bucket: the all-reduce of a bucket overlaps with the backward pass"
-    Path(folder, f"passed-{rank}").touch()
+    Path(directory, f"passed-{rank}").touch()
     dist.barrier()
     dist.destroy_process_group()
     exit_now(0)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_ranks_have_the_gradients_of_eager(case, tmp_path):
-    """Two ranks of three micro-batches, synchronized in the last one, equal one eager rank of all six; in bfloat16 to
-    its precision."""
+def test_compiled_ranks_match_eager_gradients(case, tmp_path):
+    """Two ranks of three micro-batches, synchronized in the last one, match one eager rank of all six.
+
+    With bfloat16 gradients, they match to the precision of bfloat16.
+    """
     method = "spawn" if torch.accelerator.is_available() else "fork"
-    torch.multiprocessing.start_processes(both_ways, (case, str(tmp_path)), WORLD, start_method=method)
-    assert len(list(tmp_path.glob("passed-*"))) == WORLD
+    torch.multiprocessing.start_processes(
+        compare_compiled_with_eager, (case, str(tmp_path)), WORLD_SIZE, start_method=method
+    )
+    assert len(list(tmp_path.glob("passed-*"))) == WORLD_SIZE

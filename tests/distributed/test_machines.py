@@ -1,4 +1,4 @@
-"""Several machines: hosts in network namespaces of this one, each with an address of its own, joined by a cable."""
+"""Runs on several hosts, simulated by network namespaces that a virtual Ethernet link connects, and under Slurm."""
 
 import os
 import shutil
@@ -22,12 +22,12 @@ def ip(*arguments: str) -> None:
 
 
 class Host:
-    """A namespace of the network; what runs in it sees its own interfaces alone."""
+    """A network namespace: its processes see only its own network interfaces."""
 
     def __init__(self, name: str, address: str):
-        self.name, self.address, self.running = name, address, []
+        self.name, self.address, self.processes = name, address, []
 
-    def cable(self, state: str) -> None:
+    def set_link(self, state: str) -> None:
         ip("-n", self.name, "link", "set", "eth0", state)
 
     def start(self, rendezvous: list[str], arguments: list, log: Path) -> subprocess.Popen:
@@ -38,50 +38,38 @@ class Host:
                 cwd=ROOT, env=os.environ | {"GLOO_SOCKET_IFNAME": "eth0"}, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        self.running.append(process)
+        self.processes.append(process)
         return process
 
     def kill(self) -> None:
-        """All that runs in it, as a power cut does."""
+        """Kill all processes on this host, as a power failure would."""
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True).stdout.split()
         for pid in pids:
             os.kill(int(pid), signal.SIGKILL)
-        for process in self.running:
+        for process in self.processes:
             process.wait()
 
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
     if shutil.which("ip") is None:
-        pytest.skip("there is no `ip` to make network namespaces with")
-    made = [Host(f"babygpt-{os.getpid()}-{i}", address) for i, address in enumerate(ADDRESSES)]
+        pytest.skip("the command `ip`, which creates network namespaces, is not installed")
+    hosts = [Host(f"babygpt-{os.getpid()}-{i}", address) for i, address in enumerate(ADDRESSES)]
     try:
         try:
-            for host in made:
+            for host in hosts:
                 ip("netns", "add", host.name)
                 ip("-n", host.name, "link", "set", "lo", "up")
-            ip(
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                made[0].name,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                made[1].name,
-            )
-            for host in made:
+            link = f"link add eth0 netns {hosts[0].name} type veth peer name eth0 netns {hosts[1].name}"
+            ip(*link.split())
+            for host in hosts:
                 ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
-                host.cable("up")
+                host.set_link("up")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
-        yield made
+        yield hosts
     finally:
-        for host in made:
+        for host in hosts:
             host.kill()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
 
@@ -93,7 +81,7 @@ def static(node: int) -> list[str]:
 def c10d(node: int) -> list[str]:
     return [
         "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400", "--rdzv-id=run",
-        f"--local-addr={ADDRESSES[node]}", f"--rdzv-conf=is_host={node == 0}",  # these hosts have one name
+        f"--local-addr={ADDRESSES[node]}", f"--rdzv-conf=is_host={node == 0}",  # both hosts have the same name
     ]  # fmt: skip
 
 
@@ -102,30 +90,32 @@ def wait_for_step(run: Path, step: int) -> None:
         if (run / "log.csv").exists() and len(read_log(run / "log.csv")) > step:
             return
         time.sleep(0.1)
-    raise AssertionError(f"no step {step} in a minute")
+    raise AssertionError(f"{run} did not log step {step} within a minute")
 
 
-def ends_well(processes: list[subprocess.Popen], log: Path) -> None:
+def assert_all_succeed(processes: list[subprocess.Popen], log: Path) -> None:
     for process in processes:
         assert process.wait(120) == 0, log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")
-def on_one_machine(dataset, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("one") / "machine"
+def single_host_run(dataset, tmp_path_factory) -> Path:
+    """The directory of a run with two ranks on one host."""
+    run = tmp_path_factory.mktemp("single") / "run"
     fork_ranks(2, *flags(dataset, run))
     return run
 
 
 @pytest.mark.parametrize("rendezvous", [static, c10d])
-def test_a_run_on_two_hosts_is_the_run_of_one_with_two_ranks(rendezvous, hosts, on_one_machine, dataset, tmp_path):
-    line = flags(dataset, tmp_path / "run")
-    ends_well([host.start(rendezvous(i), line, tmp_path / "log") for i, host in enumerate(hosts)], tmp_path / "log")
-    assert_bitwise_equal(tmp_path / "run", on_one_machine)
+def test_run_on_two_hosts_equals_two_ranks_on_one_host(rendezvous, hosts, single_host_run, dataset, tmp_path):
+    arguments, log = flags(dataset, tmp_path / "run"), tmp_path / "log"
+    assert_all_succeed([host.start(rendezvous(i), arguments, log) for i, host in enumerate(hosts)], log)
+    assert_bitwise_equal(tmp_path / "run", single_host_run)
 
 
-def slow(dataset: Path, run: Path) -> list:
-    """Some tenths of a second a step, by many micro-batches, so that faults fall into the middle."""
+def slow_flags(dataset: Path, run: Path) -> list:
+    """Return a command line whose steps take tenths of a second, because of many micro-batches, so that a fault occurs
+    during the run."""
     return flags(
         dataset, run, general__init_from="resume", general__timeout_minutes=0.2, training__micro_batch_size=1,
         model__n_layer=12, model__n_embd=64, sampling__every_n_steps=0, validation__every_n_steps=0,
@@ -133,50 +123,48 @@ def slow(dataset: Path, run: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def slow_on_one_machine(dataset, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("one") / "slow"
-    fork_ranks(2, *slow(dataset, run))
+def slow_single_host_run(dataset, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("single") / "slow"
+    fork_ranks(2, *slow_flags(dataset, run))
     return run
 
 
-def test_a_cable_that_is_out_for_seconds_delays_and_one_out_for_longer_ends_all(
-    hosts, slow_on_one_machine, dataset, tmp_path
-):
-    line, log = slow(dataset, tmp_path / "run"), tmp_path / "log"
-    for seconds, ends in ((3, True), (20, False)):
-        run = tmp_path / f"out-{seconds}"
-        line = slow(dataset, run)
-        processes = [host.start(static(i), line, log) for i, host in enumerate(hosts)]
+def test_short_link_failure_delays_and_a_long_one_stops_the_run(hosts, slow_single_host_run, dataset, tmp_path):
+    """A failure shorter than the timeout only delays the run. After a longer one all ranks exit, and a resume works."""
+    log = tmp_path / "log"
+    for seconds, survives in ((3, True), (20, False)):
+        run = tmp_path / f"down-{seconds}"
+        arguments = slow_flags(dataset, run)
+        processes = [host.start(static(i), arguments, log) for i, host in enumerate(hosts)]
         wait_for_step(run, 3)
-        hosts[1].cable("down")
+        hosts[1].set_link("down")
         time.sleep(seconds)
-        hosts[1].cable("up")
-        if ends:
-            ends_well(processes, log)
+        hosts[1].set_link("up")
+        if survives:
+            assert_all_succeed(processes, log)
         else:
             assert all(process.wait(90) != 0 for process in processes)
             assert "Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
-            ends_well([host.start(static(i), line, log) for i, host in enumerate(hosts)], log)
-        assert_bitwise_equal(run, slow_on_one_machine)
+            assert_all_succeed([host.start(static(i), arguments, log) for i, host in enumerate(hosts)], log)
+        assert_bitwise_equal(run, slow_single_host_run)
 
 
 @pytest.mark.parametrize("rendezvous", [static, c10d])
-def test_where_a_host_is_killed_the_other_ends_and_the_same_commands_go_on(
-    rendezvous, hosts, slow_on_one_machine, dataset, tmp_path
-):
-    line, log = slow(dataset, tmp_path / "run"), tmp_path / "log"
-    first, _ = (host.start(rendezvous(i), line, log) for i, host in enumerate(hosts))
+def test_resume_after_a_killed_host_is_bitwise_equal(rendezvous, hosts, slow_single_host_run, dataset, tmp_path):
+    """If a host is killed, the other one exits, and the same commands on both hosts resume the run."""
+    arguments, log = slow_flags(dataset, tmp_path / "run"), tmp_path / "log"
+    first, _ = (host.start(rendezvous(i), arguments, log) for i, host in enumerate(hosts))
     wait_for_step(tmp_path / "run", 3)
     hosts[1].kill()
     assert first.wait(120) != 0
     assert "error: Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
-    ends_well([host.start(rendezvous(i), line, log) for i, host in enumerate(hosts)], log)
-    assert_bitwise_equal(tmp_path / "run", slow_on_one_machine)
+    assert_all_succeed([host.start(rendezvous(i), arguments, log) for i, host in enumerate(hosts)], log)
+    assert_bitwise_equal(tmp_path / "run", slow_single_host_run)
     assert len(read_log(tmp_path / "run" / "log.csv")) == STEPS + 1
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Slurm, played by two short scripts
+# Slurm, simulated by two short scripts
 
 SRUN = """#!/bin/bash
 shift 2  # --kill-on-bad-exit --cpus-per-task
@@ -184,18 +172,18 @@ for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 "$@" &
     ranks[$rank]=$!
 done
-if [ -n "$EARLY" ]; then  # the end of the job's time is near
-    while [ ! -e "$EARLY" ] || [ "$(wc -l < "$EARLY")" -lt 4 ]; do sleep 0.1; done
+if [ -n "$TIME_LIMIT_LOG" ]; then  # after 4 lines of this log, the time limit of the job is near
+    while [ ! -e "$TIME_LIMIT_LOG" ] || [ "$(wc -l < "$TIME_LIMIT_LOG")" -lt 4 ]; do sleep 0.1; done
     kill -USR1 "${ranks[@]}"
 fi
 wait "${ranks[0]}" && wait "${ranks[1]}"
 """
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$CALLS"; fi
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$SCONTROL_CALLS"; fi
 """
 
 
-def test_a_slurm_job_is_queued_again_until_it_is_done(dataset, tmp_path):
+def test_slurm_job_is_requeued_until_it_is_finished(dataset, tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -203,24 +191,23 @@ def test_a_slurm_job_is_queued_again_until_it_is_done(dataset, tmp_path):
         (tmp_path / "repository").mkdir(exist_ok=True)
         (tmp_path / "repository" / name).symlink_to(ROOT / name)
     out = tmp_path / "repository" / "out" / "gpt2"
-    preset, *line = map(str, slow(dataset, tmp_path))
-    for name in ("--general.out-dir", "--general.init-from"):  # the script's own
-        at = line.index(name)
-        del line[at : at + 2]
+    preset, *arguments = map(str, slow_flags(dataset, tmp_path))
+    for name in ("--general.out-dir", "--general.init-from"):  # slurm.sh passes its own
+        i = arguments.index(name)
+        del arguments[i : i + 2]
     python = str(Path(sys.executable).parent)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost",
-        "SLURM_CPUS_PER_TASK": "2",
-        "SLURM_JOB_ID": str(os.getpid()), "CALLS": str(tmp_path / "calls"), "EARLY": str(out / "log.csv"),
+        "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": str(os.getpid()), "SCONTROL_CALLS": str(tmp_path / "calls"),
     }  # fmt: skip
     codes = []
-    for early in (True, False):
+    for time_limit in (True, False):
         done = subprocess.run(
-            ["bash", "runs/slurm.sh", preset, *line], cwd=tmp_path / "repository", capture_output=True, text=True,
-            env=environment | ({} if early else {"EARLY": ""}),
+            ["bash", "runs/slurm.sh", preset, *arguments], cwd=tmp_path / "repository", capture_output=True, text=True,
+            env=environment | {"TIME_LIMIT_LOG": str(out / "log.csv") if time_limit else ""},
         )  # fmt: skip
         codes.append(done.returncode)
-        assert (out / "finished").exists() != early, done.stderr[-3000:]
+        assert (out / "finished").exists() != time_limit, done.stderr[-3000:]
     assert codes == [0, 0]
     assert (tmp_path / "calls").read_text() == f"requeue {os.getpid()}\n"
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(STEPS + 1))

@@ -363,9 +363,8 @@ def test_init_from_loads_the_weights_of_another_run(uninterrupted_run, dataset, 
     """Weights of another shape are refused, and so is an output directory that is a file."""
     arguments = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
     call(train.main, *arguments)
-    first_row, last_row = (
-        read_log(run / "log.csv")[i] for run, i in ((tmp_path / "tuned", 0), (uninterrupted_run, -1))
-    )
+    first_row = read_log(tmp_path / "tuned" / "log.csv")[0]
+    last_row = read_log(uninterrupted_run / "log.csv")[-1]
     assert first_row["val_loss"] == last_row["val_loss"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
