@@ -94,7 +94,7 @@ def corrupt_json(text: str, rng: random.Random) -> str:
     return json.dumps(value)
 
 
-# large values of these are valid, but the run would take too long
+# large values of these fields are valid, but the run would take too long
 SIZE_FIELDS = {
     "max_steps", "n_layer", "n_head", "n_embd", "max_new_tokens", "num_samples", "window", "block_size", "vocab_size",
     "value_embeddings",
@@ -110,7 +110,7 @@ def changed_settings() -> Iterator[list[str]]:
                 yield [flag]
                 yield [f"--{section.name}.no-{field.name.replace('_', '-')}"]
             for choice in get_args(field.type):
-                if isinstance(choice, str) and (field.name, choice) != ("compile", "on"):  # it takes minutes
+                if isinstance(choice, str) and (field.name, choice) != ("compile", "on"):  # compilation takes minutes
                     yield [flag, choice]
             for value in UNUSUAL_VALUES:
                 too_large = field.name in SIZE_FIELDS and isinstance(value, int | float) and value > 1000
@@ -212,7 +212,7 @@ class MalformedInputs:
             raise_user_error(error)
 
     def corrupt_file(self, directory: Path, rng: random.Random) -> None:
-        """Corrupt one file of a directory. In every second checkpoint, update the manifest so that it matches."""
+        """Corrupt one file of a directory; in half of the checkpoints, update the manifest so that it matches."""
         files = [path for path in directory.iterdir() if path.is_file() and path.stat().st_size]
         path = rng.choice([path for path in files if path.name != "manifest.json" or rng.random() < 0.3])
         if path.suffix == ".json" and rng.random() < 0.7:

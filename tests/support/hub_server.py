@@ -38,9 +38,7 @@ class File:
         for chunk in self.chunks(0, self.size):
             sha256.update(chunk), git.update(chunk)
         self.oid, self.lfs, self.etag = git.hexdigest(), None, git.hexdigest()
-        if path.endswith(
-            LFS_SUFFIXES
-        ):  # as on the hub, the ETag of an LFS file is its sha256, that of a git file its oid
+        if path.endswith(LFS_SUFFIXES):  # on the hub, the ETag is the sha256 of an LFS file, or the oid of a git file
             self.etag = sha256.hexdigest()
             self.lfs = {"oid": self.etag, "sha256": self.etag, "size": self.size, "pointerSize": 134}
 
@@ -89,46 +87,24 @@ class HubServer:
     def fail(self, path, status=503, times=1, method=None, headers=None):
         """Answer the next `times` requests for a file or API path with `status`; 0 closes the connection without an
         answer. `method` ("HEAD" or "GET") restricts the requests."""
-        self.rules.append(
-            {
-                "action": "fail",
-                "path": path,
-                "status": status,
-                "remaining": times,
-                "method": method,
-                "headers": headers or {},
-            }
-        )
+        rule = {"action": "fail", "path": path, "remaining": times, "method": method}
+        self.rules.append(rule | {"status": status, "headers": headers or {}})
 
     def truncate(self, path, after_bytes, times=1, hang=0, length=True, reset=False):
-        """End the next `times` bodies of GET after `after_bytes`, and close the connection.
+        """End the next `times` bodies of GET requests after `after_bytes`, and close the connection.
 
-        hang: wait this many seconds before. reset: close with a TCP reset. length=False: send no Content-Length, so
-        that the client cannot see that the body is truncated.
+        hang: wait this many seconds before closing. reset: close with a TCP reset. length=False: send no
+        Content-Length, so that the client cannot see that the body is truncated.
         """
-        self.rules.append(
-            {
-                "action": "truncate",
-                "path": path,
-                "remaining": times,
-                "method": "GET",
-                "after": after_bytes,
-                "hang": hang,
-                "length": length,
-                "reset": reset,
-            }
-        )
+        rule = {"action": "truncate", "path": path, "remaining": times, "method": "GET"}
+        self.rules.append(rule | {"after": after_bytes, "hang": hang, "length": length, "reset": reset})
 
     def use_rule(self, action, method, path):
         """Return the rule for a request and count its use, or None if there is none."""
         with self.lock:
             for rule in self.rules:
-                if (
-                    rule["action"] == action
-                    and rule["remaining"]
-                    and rule["path"] in path
-                    and rule["method"] in (None, method)
-                ):
+                matches = rule["action"] == action and rule["path"] in path and rule["method"] in (None, method)
+                if matches and rule["remaining"]:
                     rule["remaining"] -= 1
                     return rule
 

@@ -332,12 +332,12 @@ def test_rerun_of_a_complete_data_set_changes_nothing(finished, pages, capsys):
 
 
 @contextlib.contextmanager
-def killed_at(moment):
-    """Interrupt a preparation before the first rename for which moment(number of the rename, final name) is true."""
+def interrupted_before(condition):
+    """Interrupt the code within before the first rename for which condition(rename number, final name) is true."""
     rename, number = os.replace, itertools.count(1)
 
     def replace(source, target):
-        if moment(next(number), Path(target).name):
+        if condition(next(number), Path(target).name):
             raise KeyboardInterrupt
         rename(source, target)
 
@@ -349,7 +349,7 @@ def test_kills_before_every_rename_change_no_byte(tmp_path, pages, finished):
     kills = 0
     while not (tmp_path / "d" / MANIFEST).exists():
         kills += 1
-        with killed_at(lambda number, _, kill=kills: number == kill):
+        with interrupted_before(lambda number, _, kill=kills: number == kill):
             prepare(tmp_path / "d", pages, **SETTINGS)
     assert kills > 4
     assert snapshot(tmp_path / "d") == snapshot(finished)
@@ -359,7 +359,7 @@ def test_kills_before_every_rename_change_no_byte(tmp_path, pages, finished):
 def unfinished(pages, tmp_path_factory) -> Path:
     """The directory of a preparation killed before its last rename: all shards and parts exist, but no dataset.json."""
     directory = tmp_path_factory.mktemp("unfinished") / "d"
-    with killed_at(lambda _, name: name == MANIFEST):
+    with interrupted_before(lambda _, name: name == MANIFEST):
         prepare(directory, pages, **SETTINGS)
     assert list(directory.glob("*.bin"))
     assert not (directory / MANIFEST).exists()
@@ -454,7 +454,7 @@ def test_max_tokens_may_be_reached_before_an_empty_part(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
-def test_text_columns_of_any_kind_are_read(tmp_path, kind):
+def test_text_columns_of_any_string_type_are_read(tmp_path, kind):
     texts = ["one", "two", None, "one"]
     pq.write_table(pa.table({"text": pa.array(texts, kind)}), tmp_path / "a.parquet")
     assert read_all(tmp_path / "a.parquet") == ["one", "two", "", "one"]
@@ -637,7 +637,7 @@ def test_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
 
 
 def test_invalid_arguments_are_reported_together(tmp_path, pages):
-    """One UserError has a line for each, with the flag, its value and what to use."""
+    """The UserError has one line per argument, with the flag, its value and the fix."""
     with pytest.raises(UserError) as refused:
         prepare(tmp_path / "d", pages, val_tokens=-1, workers=0, quality="model.safetensors")
     assert str(refused.value).splitlines() == [
@@ -659,7 +659,7 @@ def test_input_may_have_names_that_are_not_utf8(tmp_path):
 
 
 def test_help_shows_each_default_once(capsys):
-    """No argument shows None or an empty default; an optional argument says what happens without it."""
+    """No argument shows None or an empty default; each optional one says what happens without it."""
     with pytest.raises(SystemExit, match="0"):
         call(fineweb.main, "--help")
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The layout: who may import whom, nothing happens at import, and every file can be read in one sitting.
+"""The structure of the code: import rules, imports without side effects, and short, documented files.
 
 import-linter checks the rules inside `babygpt` and `tools` (pyproject.toml); this file checks the top level.
 """
@@ -29,14 +29,14 @@ def tree(name: str) -> ast.Module:
 
 
 def imports(module: ast.Module) -> set[str]:
-    """Everything that a file imports, wherever in it, by full name."""
-    found = set()
+    """Return the full names of all imports of a file, including those inside functions."""
+    names = set()
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def packages(module: ast.Module) -> set[str]:
@@ -44,38 +44,38 @@ def packages(module: ast.Module) -> set[str]:
 
 
 def test_top_level_has_the_seven_scripts_and_no_other_file():
-    """What a person runs, reads and edits is at the top level; everything else is in a package."""
+    """The files that users run, read and edit are at the top level; all others are in packages."""
     assert sorted(name for name in FILES if "." not in name) == sorted(TOP_LEVEL)
 
 
 def test_imports_have_no_cycle():
-    """No file imports itself, directly or through others."""
+    """No file imports itself, directly or indirectly."""
     graph = {name: {other for other in imports(tree(name)) if other in FILES} for name in FILES}
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("name", TOP_LEVEL)
 def test_top_level_never_imports_tools_or_fineweb(name):
-    """The scripts import babygpt and each other, never the occasional commands or the data script."""
+    """The scripts import only babygpt and each other."""
     assert not packages(tree(name)) & {"tools", "fineweb", "benchmarks", "tests"}
 
 
 def test_train_is_imported_by_commands_and_tests_only():
-    """train.py is a script: only the tools may import it, and no other script or library."""
+    """Only the tools import train.py, not the other scripts or the package."""
     importers = {name for name in FILES if "train" in packages(tree(name))}
     assert {name.split(".")[0] for name in importers} <= {"tools"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("babygpt.")])
 def test_babygpt_receives_plain_values(name):
-    """The package knows neither the top level nor its configuration and order classes, not even as annotations."""
+    """The package uses neither the top-level files nor the names of their configuration and order classes."""
     assert not packages(tree(name)) & {*TOP_LEVEL, "tools"}
     names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(tree(name))}
     assert not names & {"GPTConfig", "ModernConfig", "Config", "Order"}
 
 
-def test_importing_does_nothing(tmp_path):
-    """Importing every file parses no arguments, prints nothing, writes nothing and starts no thread."""
+def test_imports_have_no_side_effects(tmp_path):
+    """An import does not parse arguments, print, write files or start threads."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']\n"
     code += "".join(f"import {name}\n" for name in FILES)
     code += "import threading, multiprocessing; assert threading.active_count() == 1\n"
@@ -85,13 +85,13 @@ def test_importing_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file_is_short_and_says_what_it_is_for(name):
-    """At most 500 lines, with a docstring."""
+def test_file_is_short_and_documented(name):
+    """At most 500 lines, with a module docstring."""
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 500
     assert ast.get_docstring(tree(name))
 
 
-def test_training_loop_fits_on_two_screens():
+def test_training_loop_is_short():
     """The loop of train.py has at most 100 lines."""
     train = next(node for node in tree("train").body if isinstance(node, ast.FunctionDef) and node.name == "train")
     (loop,) = [node for node in train.body if isinstance(node, ast.For)]
@@ -100,18 +100,18 @@ def test_training_loop_fits_on_two_screens():
 
 
 def test_long_public_functions_and_classes_have_docstrings():
-    """All but `main` and the parts of the model, whose names say it."""
-    silent = set()
+    """Except `main` and the modules of the model, whose names are sufficient."""
+    undocumented = set()
     for name in FILES:
         for node in tree(name).body:
             public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
             if public and node.name != "main" and not ast.get_docstring(node) and node.end_lineno - node.lineno > 12:
-                silent.add(f"{name}.{node.name}")
-    assert silent <= {"model.CausalSelfAttention", "model.MLP", "model.Block", "model.GPT"}
+                undocumented.add(f"{name}.{node.name}")
+    assert undocumented <= {"model.CausalSelfAttention", "model.MLP", "model.Block", "model.GPT"}
 
 
-def test_mistakes_still_apply():
-    """Every place that tests/mistakes.py replaces is still in its file."""
+def test_mistakes_match_the_code():
+    """Every text that tests/mistakes.py replaces occurs in its file."""
     for _, name, _, changes in mistakes.MISTAKES:
         for file, ours, _ in changes:
             assert ours in (ROOT / file).read_text(encoding="utf-8"), f"{name}: {file}"
