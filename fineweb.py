@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from babygpt import files
-from babygpt.constraints import summary, violations
+from babygpt.constraints import Name, metavar, parse_command_line, summary, violations
 from babygpt.data.filters import Filters
 from babygpt.data.plan import plan_shards
 from babygpt.data.quality import QualityModel
@@ -39,13 +39,7 @@ from babygpt.data.workers import Pool, Setup, local_workers, preload_workers, ra
 from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError, run
 
-
-def shown(default: str, **options: Any) -> Any:
-    """Show a description in --help where the default is None or empty."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", **options)
-
-
-Threshold = Annotated[float | None, shown("off")]
+Threshold = Annotated[float | None, metavar("SCORE", "off")]
 
 
 @dataclass(frozen=True)
@@ -54,29 +48,33 @@ class PrepareArgs:
 
     # fineweb-edu-10BT, fineweb-edu-100BT, fineweb-10BT, fineweb2-pl (or another language), wikipedia-en, stdlib (source
     # code of Python's standard library), files (with --input), or OWNER/NAME of a Hugging Face data set
-    source: Annotated[Positional[str], tyro.conf.arg(metavar="[SOURCE]")] = "fineweb-edu-10BT"
+    source: Annotated[Positional[str], metavar("[SOURCE]")] = "fineweb-edu-10BT"
     # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt; .jsonl and .txt may be
     # compressed (.gz, .xz, .zst)
-    input: Annotated[tuple[str, ...], shown("none", metavar="PATH [PATH ...]")] = ()
-    out_dir: Annotated[str | None, shown("data/SOURCE")] = None  # directory, or a URL such as s3://bucket/name
-    tokenizer: str = "gpt2"  # gpt2, or the path of a tokenizer.json
-    # validation tokens, rounded up to whole documents
-    val_tokens: Annotated[int | None, Ge(0), Lt(2**31), shown("11 M, or 5 % of all tokens if that is less")] = None
-    shard_tokens: Annotated[int, Ge(1), Lt(2**31)] = 100_000_000  # tokens per shard
+    input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
+    # directory of the data set, or a URL such as s3://bucket/name
+    out_dir: Annotated[str | None, metavar("PATH|URL", "data/SOURCE")] = None
+    tokenizer: Annotated[str, metavar("gpt2|PATH")] = "gpt2"  # gpt2, or the path of a tokenizer.json
+    # number of validation tokens, rounded up to whole documents
+    val_tokens: Annotated[int | None, Ge(0), Lt(2**31), metavar("TOKENS", "11 M, but at most 5 % of all tokens")] = None
+    shard_tokens: Annotated[int, Ge(1), Lt(2**31), metavar("TOKENS")] = 100_000_000  # tokens per shard
     # keep documents in source order, up to the document that reaches this number of tokens
-    max_tokens: Annotated[int | None, Ge(1), shown("no limit")] = None
-    min_chars: Annotated[int | None, Ge(0), shown("off")] = None  # drop documents with fewer characters
+    max_tokens: Annotated[int | None, Ge(1), metavar("TOKENS", "no limit")] = None
+    # drop documents with fewer characters
+    min_chars: Annotated[int | None, Ge(0), metavar("CHARACTERS", "off")] = None
     min_score: Threshold = None  # drop documents with a lower `score`, a column of FineWeb-Edu (0 to 5)
     min_language_score: Threshold = None  # drop documents with a lower `language_score`, a column of FineWeb (0 to 1)
-    min_quality: Threshold = None  # drop documents with a lower score of the model --quality (0 to 1)
-    quality: Annotated[Path | None, shown("none")] = None  # quality model, written by tools.train_quality_filter
-    # worker processes
-    workers: Annotated[int | None, Ge(1), Le(10_000), shown("one per core, if memory allows")] = None
+    min_quality: Threshold = None  # drop documents that the --quality model scores lower (0 to 1)
+    # quality model, written by tools.train_quality_filter
+    quality: Annotated[Path | None, metavar("PATH")] = None
+    # number of worker processes
+    workers: Annotated[int | None, Ge(1), Le(10_000), metavar("N", "one per core, if memory allows")] = None
     engine: Literal["local", "ray"] = "local"  # run workers on this machine or on a Ray cluster (pip install ray)
-    address: str = "auto"  # address of the Ray cluster; auto: the cluster that this machine belongs to
-    text_column: str = "text"  # column of a parquet file, or key of a JSON object, that contains the text
-    config: Annotated[str | None, shown("chosen by the data set")] = None  # configuration of OWNER/NAME
-    split: str = "train"  # split of OWNER/NAME
+    # address of the Ray cluster; auto: the cluster that this machine belongs to
+    address: Annotated[str, metavar("ADDRESS")] = "auto"
+    text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
+    config: Annotated[str | None, metavar("NAME", "chosen by the data set")] = None  # configuration of OWNER/NAME
+    split: Name = "train"  # split of OWNER/NAME
 
     def check(self) -> None:
         """Raise a UserError that lists all invalid values."""
@@ -147,7 +145,9 @@ def report(work: Workspace) -> None:
         )
 
 
-def verify_data_set(directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY")], /) -> None:
+def verify_data_set(
+    directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY", help="directory or URL of the data set")],
+) -> None:
     """Check every header, size, checksum, token and document count of a data set in a directory or at a URL."""
     size = sum(path.stat().st_size for path in open_dataset(directory).directory.glob("*.bin"))
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
@@ -157,9 +157,9 @@ def verify_data_set(directory: Annotated[Positional[str], tyro.conf.arg(metavar=
 
 def main() -> None:
     if sys.argv[1:2] == ["verify"]:
-        return tyro.cli(verify_data_set, args=sys.argv[2:], prog="fineweb.py verify")
+        return parse_command_line(verify_data_set, "fineweb.py verify", verify_data_set.__doc__, args=sys.argv[2:])
     preload_workers()
-    prepare(tyro.cli(PrepareArgs, prog="fineweb.py", description=__doc__, config=(tyro.conf.DisallowNone,)))
+    prepare(parse_command_line(PrepareArgs, "fineweb.py", __doc__, config=(tyro.conf.DisallowNone,)))
 
 
 if __name__ == "__main__":

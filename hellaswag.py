@@ -1,16 +1,17 @@
-"""HellaSwag: which of four endings does the model find likeliest? (Zellers et al. 2019, arXiv:1905.07830)
+"""Evaluate a model on HellaSwag: accuracy in choosing among four endings of a text (arXiv:1905.07830).
 
-    python hellaswag.py out/gpt2                       # a line a metric, over all 10,042 examples
+    python hellaswag.py out/gpt2                       # all 10,042 examples of the validation set
     python hellaswag.py out/gpt2 --style lm-eval
-    python hellaswag.py gpt2 --limit 200               # OpenAI's own weights, from the hub
+    python hellaswag.py gpt2 --limit 200               # OpenAI's weights, from the Hugging Face hub
     python hellaswag.py out/babygpt-pl --language pl
 
-Two ways of scoring are in use, and their figures differ, so each is told under its name:
+Each style prints two accuracies, which differ between the styles:
 
-- karpathy (build-nanogpt): context and " " + ending as they are. `acc` takes the ending of least loss,
-  `acc_norm` that of least mean loss a token. GPT-2 124M has 0.2859 and 0.2955.
-- lm-eval (lm-evaluation-harness, task hellaswag): activity label, cleaned text. `acc` takes the ending of
-  least loss, `acc_norm` that of least loss a character. GPT-2 124M has 0.2892 and 0.3114.
+- karpathy (build-nanogpt): scores " " + ending, given the context as it is. `acc` chooses the ending with the lowest
+  loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M has 0.2859 and 0.2955.
+- lm-eval (task hellaswag of lm-evaluation-harness): prepends the activity label and cleans the texts. `acc` chooses
+  the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M has 0.2892 and
+  0.3114.
 """
 
 import hashlib
@@ -25,15 +26,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from tyro.conf import Positional
 
 from babygpt import files, hub
 from babygpt.console import console
-from babygpt.constraints import Positive, parse_arguments
+from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.evaluation.packing import Example, Segment, collate, make_segments, pack
@@ -292,16 +292,22 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class HellaSwagArgs:
-    """Score a model on HellaSwag. Under torchrun, the ranks share the examples."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    model: Positional[str]  # run directory (out/NAME), checkpoint, Hugging Face GPT-2 directory, or gpt2[-medium ...]
-    style: Style = "karpathy"  # which way of scoring
-    file: str | None = None  # path or URL of a file in HellaSwag's jsonl format; None: download it
-    language: str = "en"  # of a translation on the hub (openGPT-X/hellaswagx): de, fr, pl, ...
-    limit: Positive | None = None  # only the first so many examples
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: CUDA if available, else CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the device has it
-    batch_size: Positive = 16  # rows of 512 tokens, some three examples each, computed at once
+    # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model of the Hugging Face hub:
+    # gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    model: ModelArgument
+    style: Style = "karpathy"  # scoring method
+    # examples in HellaSwag's jsonl format
+    file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
+    # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face hub)
+    language: Annotated[str, metavar("CODE")] = "en"
+    limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
+    # data type of matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # rows of 512 tokens per forward pass; a row has about three examples
+    batch_size: Annotated[Positive, metavar("ROWS")] = 16
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from babygpt.constraints import NonNegative, Positive, violations
+from babygpt.constraints import NonNegative, Positive, metavar, violations
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.nn.attention import (
     KVCache,
@@ -49,17 +49,18 @@ DropoutRate = Annotated[float, Ge(0), Lt(1)]
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. The defaults are the smallest GPT-2 (124 M). train_config.resolve checks the annotations."""
+    """Architecture. The defaults are those of the smallest GPT-2 (124 M)."""
 
-    block_size: Positive = 1024  # longest context, in tokens
-    vocab_size: NonNegative = 50257  # 0: train.py fills in that of the data set
+    block_size: Positive = 1024  # context length, in tokens
+    vocab_size: NonNegative = 50257  # vocabulary size; 0: that of the data set
     n_layer: Positive = 12  # number of blocks
     n_head: Positive = 12  # number of attention heads
     n_embd: Positive = 768  # width of the residual stream
-    n_kv_head: Positive | None = None  # key and value heads, shared by groups of query heads; None: n_head
-    dropout: DropoutRate = 0.0  # of embeddings, attention weights and residual branches
-    bias: bool = True  # biases in linear layers and layer norms
-    tie_head: bool = True  # tie lm_head to wte
+    # number of key and value heads (grouped-query attention)
+    n_kv_head: Annotated[Positive | None, metavar("N", "n_head")] = None
+    dropout: DropoutRate = 0.0  # dropout probability of embeddings, attention weights and residual branches
+    bias: bool = True  # use biases in linear layers and layer norms
+    tie_head: bool = True  # share one weight between lm_head and wte
 
     @property
     def padded_vocab_size(self) -> int:
@@ -301,7 +302,7 @@ PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 
 @dataclass(frozen=True)
 class ModernConfig(GPTConfig):
-    """GPT-2 with optional improvements. Without any, it is GPT-2; the preset modern turns most of them on."""
+    """Architecture: GPT-2 with optional improvements, most of which the preset modern turns on."""
 
     rope: bool = False  # rotary embeddings (arXiv:2104.09864) instead of learned positions
     qk_norm: bool = False  # RMS norm of queries and keys (arXiv:2010.04245)
@@ -309,14 +310,17 @@ class ModernConfig(GPTConfig):
     rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
     embedding_norm: bool = False  # RMS norm after the embedding
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
-    value_embeddings: NonNegative = 0  # number of tables; block i and block n_layer - value_embeddings + i use table i
+    value_embeddings: NonNegative = 0  # value-embedding tables; blocks i and n_layer - value_embeddings + i use table i
     x0_shortcut: bool = False  # the input of each block is a mix of the residual stream and the embedding
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
-    logit_softcap: PositiveFloat | None = None  # cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
-    attention_scale: PositiveFloat | None = None  # softmax scale; None: 1 / sqrt(D)
+    # replace the logits by cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
+    logit_softcap: Annotated[PositiveFloat | None, metavar("CAP", "off")] = None
+    attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None  # softmax scale
     document_mask: bool = False  # no attention across documents, each of which starts with eot_id
-    eot_id: int | None = None  # end-of-text token; train.py fills it in for document_mask
-    window: Positive | None = None  # sliding window, the current token included; None: all tokens
+    eot_id: Annotated[int | None, metavar("ID", "that of the data set")] = None  # end-of-text token for document_mask
+    window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = (
+        None  # sliding attention window, including the current token
+    )
 
     @property
     def mask_rule(self) -> MaskRule:

@@ -2,19 +2,17 @@
 
     python sample.py out/gpt2 --prompt "The meaning of life is" --num-samples 3
     python sample.py out/gpt2 --prompt "In the beginning" "Once upon a time" --temperature 0
-    python sample.py out/gpt2                          # asks for prompts
+    python sample.py out/gpt2                          # ask for prompts
     python sample.py gpt2-xl --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
 
-An end-of-text token is put before the prompt, since every document of the training data starts with one.
+The prompt is preceded by an end-of-text token, as every document of the training data is.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
-
-from babygpt.constraints import Positive, parse_arguments
+from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments
 from babygpt.data.tokenizer import Tokenizer, stream_decode
 from babygpt.errors import UserError, run
 from babygpt.nn.generation import SamplingParams, generate
@@ -50,13 +48,17 @@ def sample(
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArgs(SamplingParams):
-    """Continue one or several prompts. Without --prompt, ask for prompts until an empty line."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    model: Positional[str]  # run directory (out/NAME), checkpoint, Hugging Face GPT-2 directory, or gpt2[-medium ...]
-    prompt: tuple[str, ...] = ()  # start of the text, or of several texts
-    num_samples: Positive = 1  # texts per prompt; all are generated as one batch
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: CUDA if available, else CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the device has it
+    # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model of the Hugging Face hub:
+    # gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    model: ModelArgument
+    # one or several prompts
+    prompt: Annotated[tuple[str, ...], metavar("TEXT [TEXT ...]", "ask for prompts until an empty line")] = ()
+    num_samples: Positive = 1  # number of texts per prompt; all texts are generated as one batch
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
+    # data type of matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def main() -> None:

@@ -14,9 +14,21 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from babygpt.constraints import Fraction, NonNegative, Positive, Probability, flag, summary, violations
+from babygpt.constraints import (
+    Fraction,
+    NonNegative,
+    Positive,
+    Probability,
+    Seed,
+    flag,
+    metavar,
+    parse_command_line,
+    summary,
+    violations,
+)
 from babygpt.data.shards import Dataset
 from babygpt.errors import ConfigError, UserError, nearest
 from dataloader import default_chunk_tokens
@@ -26,113 +38,129 @@ OUT_PRESET = Path("out/PRESET")  # PRESET stands for the name of the preset
 
 Mode = Literal["train", "val", "eval", "sample"]
 Rate = Annotated[float, Ge(0)]
+Steps = Annotated[NonNegative, metavar("STEPS")]
 
 
 @dataclass(frozen=True)
 class General:
-    """What to do, where, and from which weights."""
+    """Tasks, initial weights, and device."""
 
-    mode: Annotated[tuple[Mode, ...], MinLen(1)] = ("train", "val", "eval", "sample")  # without train: a checkpoint
-    init_from: str = "scratch"  # scratch, resume (scratch if there is no checkpoint), gpt2[-medium ...], or a path
+    # tasks: train, val (validation loss), eval (HellaSwag) and sample (generate text). Without train, the others run
+    # once, on the latest checkpoint in out_dir or on the model that init_from names
+    mode: Annotated[tuple[Mode, ...], MinLen(1), metavar("MODE [MODE ...]")] = ("train", "val", "eval", "sample")
+    # initial weights: scratch (random), resume (the latest checkpoint in out_dir; scratch if there is none), gpt2,
+    # gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face hub), or the path of a model
+    init_from: Annotated[str, metavar("WEIGHTS")] = "scratch"
     out_dir: Path = OUT_PRESET  # run directory
-    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # of the initial weights, the data order, and dropout
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: CUDA if available, else CPU
-    deterministic: bool = False  # use only deterministic CUDA kernels; slower
-    timeout_minutes: Annotated[float, Gt(0), Le(100_000)] = 30.0  # how long ranks wait for each other
+    seed: Seed = 1337  # seed of the initial weights, the data order, and dropout
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
+    deterministic: bool = False  # use only deterministic CUDA kernels, which are slower
+    # minutes that a rank waits for the other ranks before it aborts
+    timeout_minutes: Annotated[float, Gt(0), Le(100_000), metavar("MINUTES")] = 30.0
 
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and its order."""
+    """Data set and data order."""
 
-    dataset: str = "data/fineweb-edu-10BT"  # directory that fineweb.py prepared
-    chunk_tokens: Positive | None = None  # approximate length of the shuffled chunks; None: from the data, up to 1 M
-    num_streams: Positive = 64  # equal parts of the shuffled data that a step reads in parallel
+    dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # data set directory, prepared by fineweb.py
+    # approximate length of the chunks that are shuffled, in tokens
+    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at most 1 M")] = None
+    num_streams: Positive = 64  # number of equal parts of the shuffled data that are read in parallel
 
 
 @dataclass(frozen=True)
 class Training:
-    """The training loop."""
+    """Training loop."""
 
-    max_steps: Positive = 19_073  # optimizer steps; 19,073 of 524,288 tokens are 10 B
-    batch_tokens: Positive = 524_288  # tokens per optimizer step, over all ranks
-    micro_batch_size: NonNegative = 0  # rows per rank and forward pass; 0: up to 64 if the GPU has room, 16 on a CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the device has it
+    # optimizer steps; 19,073 steps of 524,288 tokens are 10 B tokens
+    max_steps: Annotated[Positive, metavar("STEPS")] = 19_073
+    batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
+    # rows per forward pass on each rank; 0: as many as fit in GPU memory, at most 64; 16 on a CPU
+    micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
+    # data type of matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16_activations: bool = False  # with bfloat16, keep the residual stream in bfloat16 too: less memory traffic
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the model with torch.compile; auto: on CUDA
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, but slower
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
-    compare_ranks_every_n_steps: NonNegative = 100  # check that the weights of all ranks are equal to the bit
-    skip_spikes: Annotated[float, Ge(1)] | None = None  # skip updates whose loss is this many deviations above the mean
+    compare_ranks_every_n_steps: Steps = 100  # steps between checks for bitwise equal weights on all ranks; 0: never
+    # skip updates whose loss is more than this number of standard deviations above the mean of recent losses
+    skip_spikes: Annotated[float | None, Ge(1), metavar("DEVIATIONS", "off")] = None
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, or Muon for the matrices of the blocks with Adam for the rest; and the learning-rate schedule."""
+    """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, Adam for the rest
-    max_lr: Rate = 6e-4  # peak (GPT-3 paper, table 2.1, for 125 M parameters); with muon, of its matrices
-    min_lr_ratio: Fraction = 0.1  # of each peak learning rate, at the last step
-    warmup_steps: NonNegative = 715  # 375 M tokens, as in the GPT-3 paper
-    cooldown: Fraction | None = None  # fraction of the steps with linear decay; None: cosine
-    weight_decay: Rate = 0.1  # of matrices and embeddings, not of biases and layer norms; with muon, of its matrices
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # decay of the mean of gradients
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # decay of the mean of squared gradients
-    eps: Annotated[float, Gt(0)] = 1e-8  # added to the root of the latter
-    grad_clip: Rate = 1.0  # largest norm of the gradient; 0: no clipping
-    # with muon
-    embedding_lr: Rate = 0.6  # peak learning rate of embeddings (modded-nanogpt), with Adam, as the next two
-    head_lr: Rate = 0.008  # of the head, also of one tied to the embedding
-    scalar_lr: Rate = 0.04  # of parameters with fewer than two dimensions
-    momentum_warmup_steps: NonNegative = 300  # during which Muon's momentum rises from 0.85 to 0.95
-    cautious: bool = False  # decay a weight only if the update shrinks it too
+    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, Adam for all other parameters
+    max_lr: Rate = 6e-4  # peak learning rate; 6e-4: GPT-3 paper, table 2.1, 125 M parameters; with muon, of matrices
+    min_lr_ratio: Fraction = 0.1  # learning rate at the last step, as a fraction of the peak
+    warmup_steps: Steps = 715  # steps of linear warmup; 715 are 375 M tokens, as in the GPT-3 paper
+    # final fraction of the steps, in which a constant learning rate decays linearly; None: cosine decay over all steps
+    cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
+    weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon, of the matrices of the blocks only
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate for the mean of gradients
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate for the mean of squared gradients
+    eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
+    grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
+    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings (modded-nanogpt)
+    head_lr: Rate = 0.008  # with muon: peak learning rate of the head, including a tied one
+    scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
+    momentum_warmup_steps: Steps = 300  # with muon: steps in which its momentum rises from 0.85 to 0.95
+    cautious: bool = False  # with muon: decay a weight only if the update shrinks it too
 
 
 @dataclass(frozen=True)
 class Validation:
     """Loss on the validation split, always on the same tokens."""
 
-    every_n_steps: NonNegative = 250  # also before the first step and after the last
+    every_n_steps: Steps = 250  # steps between validations, also before the first step and after the last; 0: never
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """HellaSwag."""
+    """Accuracy on HellaSwag."""
 
-    every_n_steps: NonNegative = 250  # also after the last step
-    style: Literal["karpathy", "lm-eval"] = "karpathy"  # only karpathy's acc_norm goes to log.csv
-    file: str | None = None  # path or URL of a file in HellaSwag's jsonl format; None: download it
-    language: str = "en"  # de, fr, pl, ...: a translation on the hub (openGPT-X/hellaswagx)
-    limit: Positive | None = None  # number of examples; None: all 10,042
+    every_n_steps: Steps = 250  # steps between evaluations, also after the last step; 0: never
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records only karpathy's acc_norm
+    # examples in HellaSwag's jsonl format
+    file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
+    # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face hub)
+    language: Annotated[str, metavar("CODE")] = "en"
+    limit: Annotated[Positive | None, metavar("N", "all 10,042")] = None  # number of examples to evaluate
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Texts that the model generates during training, in samples.txt."""
+    """Text generated during training, written to samples.txt."""
 
-    every_n_steps: NonNegative = 250  # also after the last step
-    prompt: str = "Hello, I'm a language model,"  # text that every sample starts with
+    every_n_steps: Steps = 250  # steps between samples, also after the last step; 0: never
+    prompt: Annotated[str, metavar("TEXT")] = "Hello, I'm a language model,"  # text that every sample starts with
     num_samples: Positive = 4  # number of samples
-    max_new_tokens: Positive = 64  # maximum number of new tokens
-    temperature: Rate = 1.0  # 0: greedy decoding
-    top_k: Positive | None = 50  # sample from the k most probable tokens; None: from all
-    top_p: Probability | None = None  # from the most probable with this total probability
+    max_new_tokens: Annotated[Positive, metavar("TOKENS")] = 64  # maximum number of new tokens per sample
+    temperature: Rate = 1.0  # sampling temperature; 0: greedy decoding
+    # sample from the N most probable tokens; None: from all tokens
+    top_k: Annotated[Positive | None, metavar("N", "all tokens")] = 50
+    # sample from the most probable tokens with this total probability
+    top_p: Annotated[Probability | None, metavar("PROBABILITY", "off")] = None
 
 
 @dataclass(frozen=True)
 class Saving:
     """Checkpoints."""
 
-    every_n_steps: NonNegative = 1000  # also after the last step, and when a stop is requested
-    keep: NonNegative = 2  # number of checkpoints to keep; 0: all
-    keep_every: NonNegative = 0  # also keep those of every n-th step; 0: none
+    # steps between checkpoints, also after the last step; 0: only when a stop is requested
+    every_n_steps: Steps = 1000
+    keep: NonNegative = 2  # number of latest checkpoints to keep; 0: all
+    keep_every: Steps = 0  # also keep checkpoints whose step is a multiple of this number; 0: none
 
 
 @dataclass(frozen=True)
 class Logging:
-    """The console. log.csv has every step."""
+    """Console output. log.csv records every step."""
 
-    every_n_steps: NonNegative = 1  # print a line
+    every_n_steps: Steps = 1  # steps between lines on the console; 0: never
 
 
 @dataclass(frozen=True)
@@ -282,27 +310,37 @@ def preset(name: str) -> Config:
 
 def parse(arguments: list[str]) -> tuple[str, Config]:
     """Return the name of the preset and the config of `[PRESET] [--SECTION.FIELD VALUE ...]`."""
-    import tyro
-
     name, rest = "gpt2", arguments
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
-    config = preset(name)
+    defaults = preset(name)
     modern_flags = {flag(f"model.{prefix}{field}") for field in MODERN_FIELDS for prefix in ("", "no-")}
-    if not isinstance(config.model, ModernConfig) and (
+    if not isinstance(defaults.model, ModernConfig) and (
         used := modern_flags & {word.split("=")[0].replace("_", "-") for word in rest}
     ):
         raise ConfigError(
             f"{', '.join(sorted(used))}: the preset {name} has no such switch, its model is a classic GPT-2. Use the "
             "preset modern: python train.py modern ..."
         )
-    description = f"Train, validate, evaluate and sample a GPT. Presets: {', '.join(PRESETS)}. Defaults are {name}'s."
-    config = tyro.cli(
-        Config, default=config, args=rest, prog=f"train.py {name}", description=description,
+    listed = tyro.conf.arg(metavar="[PRESET]", help=", ".join(PRESETS), help_behavior_hint="(default: gpt2)")
+
+    def command(
+        preset: Annotated[tyro.conf.Positional[str], listed] = name,
+        config: Annotated[Config, tyro.conf.arg(name="")] = defaults,
+    ) -> tuple[str, Config]:
+        return preset, config
+
+    given, config = parse_command_line(
+        command,
+        "train.py",
+        f"Train, validate, evaluate and sample a GPT. The defaults are those of the preset {name}.",
+        args=rest,
         console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",  # one rank per node prints errors
-    )  # fmt: skip
+    )
+    if given != name:
+        raise ConfigError(f"Unrecognized argument {given!r}. A preset comes first: train.py PRESET [OPTIONS].")
     return name, config
 
 

@@ -1,4 +1,4 @@
-"""Types and ranges of dataclass fields, declared as annotations and checked together.
+"""Command lines from dataclasses: the annotations of a field declare its type, its range, and its place in --help.
 
 >>> @dataclass
 ... class Training:
@@ -7,25 +7,59 @@
 ['--training.max-steps 0 is out of range. Use at least 1.']
 """
 
+import io
 import operator
+import re
+import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import astuple, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import tyro
 from annotated_types import BaseMetadata, Ge, Gt, Le, Lt, MinLen
+from tyro.conf import Positional
 
 from babygpt.errors import UserError
 
-Arguments = TypeVar("Arguments")
-Positive = Annotated[int, Ge(1)]
-NonNegative = Annotated[int, Ge(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
-Probability = Annotated[float, Gt(0), Le(1)]
+Parsed = TypeVar("Parsed")
 
-# whether a value keeps to the bound, and how a message says so
+
+def metavar(name: str, none: str = "none") -> Any:
+    """Return an annotation for --help: the name of the argument's value, and the text for a default of None or ()."""
+
+    def default_text(default: str) -> str:
+        words = shlex.split(default)  # tyro quotes it for the shell
+        if default in ("", "None"):
+            return f"(default: {none})"
+        if default.isdecimal():
+            return f"(default: {int(default):,})"
+        return f"(default: {' '.join(words)})" if " ".join(words) == default else f'(default: "{" ".join(words)}")'
+
+    return tyro.conf.arg(metavar=name, help_behavior_hint=default_text)
+
+
+def required(name: str) -> Any:
+    """Return the annotation of an argument with one or several values that is required, although it has a default."""
+    return tyro.conf.arg(metavar=name, help_behavior_hint="(required)")
+
+
+Positive = Annotated[int, Ge(1), metavar("N")]
+NonNegative = Annotated[int, Ge(0), metavar("N")]
+Seed = Annotated[int, Ge(0), Lt(2**63), tyro.conf.arg(metavar="SEED")]
+Fraction = Annotated[float, Ge(0), Le(1), metavar("FRACTION")]
+Probability = Annotated[float, Gt(0), Le(1), metavar("PROBABILITY")]
+Name = Annotated[str, metavar("NAME")]
+ModelArgument = Annotated[Positional[str], metavar("MODEL")]
+RunArgument = Annotated[Positional[Path], metavar("RUN")]
+
+# how to check a value against the bound, and the phrase for messages
 LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least {:,}"),
     Gt: (operator.gt, "more than {:,}"),
@@ -67,13 +101,49 @@ def check(values: Any) -> None:
         raise UserError(summary(problems, "The arguments are invalid:"))
 
 
-def parse_arguments(arguments: type[Arguments], prog: str, description: str | None) -> Arguments:
-    """Parse and check a command line; the fields of a dataclass are its flags, and their comments the help."""
-    import tyro
+def parse_arguments(arguments: type[Parsed], prog: str, description: str | None) -> Parsed:
+    """Parse and check a command line. Each field of a dataclass is a flag, and its comment is the help."""
+    parsed = parse_command_line(arguments, prog, description)
+    check(parsed)
+    return parsed
 
-    found = tyro.cli(arguments, prog=prog, description=description)
-    check(found)
-    return found
+
+def parse_command_line(interface: Callable[..., Parsed], prog: str, description: str | None, **options: Any) -> Parsed:
+    """Call tyro.cli, but wrap the paragraphs of the description to the terminal and keep its examples as written."""
+    if not {"-h", "--help"} & set(options.get("args", sys.argv[1:])):
+        return tyro.cli(interface, prog=prog, **options)
+    captured = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding)
+    captured.isatty = sys.stdout.isatty  # type: ignore[method-assign]  # tyro colors the help for a terminal
+    try:
+        with redirect_stdout(captured):
+            return tyro.cli(interface, prog=prog, description="", **options)
+    finally:
+        captured.seek(0)
+        usage, _, arguments = captured.read().partition("\n\n")
+        if usage:  # only one rank per node prints
+            if " [OPTIONS]" in usage:
+                usage = usage.replace(" [OPTIONS]", "") + " [OPTIONS]"  # after the positional arguments
+            width = shutil.get_terminal_size().columns
+            usage = re.sub(
+                r"\[[^]]*\]", lambda group: group[0].replace(" ", "\0"), usage
+            )  # keep [--out PATH] on a line
+            usage = _wrap(usage, width, indent=len("usage: ")).replace("\0", " ")
+            print(usage, _wrap_description(description or "", width), arguments, sep="\n\n", end="")
+
+
+def _wrap_description(text: str, width: int) -> str:
+    """Wrap the paragraphs and list items of a docstring, except for indented blocks."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        items = [block] if block.startswith(" ") else re.split(r"\n(?=- )", block)
+        blocks += ["\n".join(item if item[0] == " " else _wrap(item, width, 2 * (item[0] == "-")) for item in items)]
+    return "\n\n".join(blocks)
+
+
+def _wrap(text: str, width: int, indent: int) -> str:
+    """Wrap a paragraph; all lines but the first are indented."""
+    joined = " ".join(text.split())
+    return textwrap.fill(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _shown(value: Any) -> str:
@@ -135,5 +205,6 @@ def _limits(hint: Any) -> list[Any]:
     """Return the limits that an annotation declares, also inside a union."""
     if get_origin(hint) in (Union, UnionType):
         return [limit for option in get_args(hint) for limit in _limits(option)]
-    metadata = hint.__metadata__ if get_origin(hint) is Annotated else ()
-    return [limit for limit in metadata if isinstance(limit, BaseMetadata)]
+    if get_origin(hint) is Annotated:
+        return _limits(hint.__origin__) + [limit for limit in hint.__metadata__ if isinstance(limit, BaseMetadata)]
+    return []

@@ -1,4 +1,4 @@
-"""Compare how many tokens several tokenizers make of a text.
+"""Compare tokenizers by the number of tokens that they need for a text.
 
     python -m tools.compare_tokenizers gpt2 data/books-bpe.json --input 'books/*.txt'
 
@@ -7,10 +7,11 @@ The output is a Markdown table with bytes per token and tokens per word.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from babygpt.constraints import parse_arguments
+from babygpt.constraints import Name, metavar, parse_arguments, required
 from babygpt.data import sources
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError, run
@@ -37,12 +38,15 @@ def compare(specs: Iterable[str], texts: list[bytes]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArgs:
-    """How many tokens each tokenizer makes of a text."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    tokenizers: Positional[tuple[str, ...]] = ()  # "gpt2" or paths of a tokenizer.json
-    input: tuple[str, ...]  # files, folders or patterns (parquet, jsonl, txt; .gz .xz .zst)
-    text_column: str = "text"  # column or key that holds a document's text
-    max_bytes: int = 10_000_000  # text to look at, in UTF-8 bytes, from the beginning
+    # tokenizers: gpt2, or paths of tokenizer.json files
+    tokenizers: Annotated[Positional[tuple[str, ...]], required("TOKENIZER [TOKENIZER ...]")] = ()
+    # files, directories, glob patterns or URLs of text: .parquet, .jsonl or .txt (also .gz, .xz, .zst)
+    input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
+    text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
+    # number of bytes of text to encode, from the start of the input
+    max_bytes: Annotated[int, metavar("BYTES")] = 10_000_000
 
 
 def main() -> None:

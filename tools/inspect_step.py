@@ -2,20 +2,21 @@
 
     python -m tools.inspect_step out/gpt2 --step 1234
 
-A row has T + 1 tokens, the last one as a target only. A row that crosses the end of a chunk or a shard has a line for
-each part: its shard, its first token counted from 0 in the shard, the number of tokens, and its document: how many
-documents of the shard have begun up to there. Document 0 continues from the shard before.
+A row has block_size + 1 tokens, the last of which is only a target. A row that crosses the end of a chunk or shard has
+one line for each part. A line has the shard, the index of the part's first token in the shard, the number of tokens,
+and the document of that token: the number of documents that have started in the shard so far. Document 0 started in
+the previous shard.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from tyro.conf import Positional
 
-from babygpt.constraints import NonNegative, Positive, parse_arguments
+from babygpt.constraints import NonNegative, Positive, RunArgument, metavar, parse_arguments
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError, run
@@ -94,12 +95,12 @@ def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks
 
 @dataclass(frozen=True, kw_only=True)
 class InspectArgs:
-    """Print the rows that an optimizer step of a run reads."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    run: Positional[Path]  # the run's folder (out/NAME), whose data lie where they were
-    step: int  # counted from 0 as in log.csv
-    ranks: Positive = 1  # processes that the run had; row n is read by rank n mod this number
-    chars: NonNegative = 200  # characters of the text of each line
+    run: RunArgument  # run directory (out/NAME); its data set must be at the same path as during training
+    step: Annotated[int, metavar("STEP")]  # optimizer step, counted from 0 as in log.csv
+    ranks: Positive = 1  # number of ranks of the run; row n was read by rank n mod this number
+    chars: Annotated[NonNegative, metavar("CHARACTERS")] = 200  # maximum length of the text on each line
 
 
 def main() -> None:

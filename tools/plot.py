@@ -1,29 +1,30 @@
-"""Draw one or several runs, from their log.csv alone.
+"""Plot one or several runs from their log.csv files.
 
     python -m tools.plot out/gpt2                          # writes out/gpt2/plot.png
     python -m tools.plot out/gpt2 out/modern --out compare.png --x tokens
 
-The picture has losses, HellaSwag, learning rate, gradient norm and speed.
+The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from babygpt.constraints import parse_arguments
+from babygpt.constraints import metavar, parse_arguments, required
 from babygpt.errors import UserError, run
 from babygpt.training.plots import plot
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotArgs:
-    """Draw one or several runs into a PNG."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    runs: Positional[tuple[Path, ...]]  # run directories (out/NAME)
-    out: Path | None = None  # the picture; None: plot.png in the directory of the first run
-    x: Literal["steps", "tokens"] = "steps"  # what the losses stand against
+    runs: Annotated[Positional[tuple[Path, ...]], required("RUN [RUN ...]")]  # run directories (out/NAME)
+    # PNG file to write
+    out: Annotated[Path | None, metavar("PATH", "plot.png in the first run directory")] = None
+    x: Literal["steps", "tokens"] = "steps"  # x-axis of the losses
 
 
 def main() -> None:

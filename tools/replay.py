@@ -1,11 +1,12 @@
-"""Takes a finished run at its word: trains again from some of its checkpoints to the next, and compares.
+"""Verify a run: train again from some of its checkpoints to the next ones, and compare the results.
 
     python -m tools.replay out/gpt2 --samples 5
     torchrun --standalone --nproc_per_node=8 -m tools.replay out/gpt2
 
-Each checkpoint holds the settings, the data's fingerprint and the versions that it was made with. On a CPU, with the
-same versions and as many ranks, the log's numbers, weights and optimizer must come out equal to the bit; else within
-a tolerance, and the largest difference is told. Nothing is written to the run.
+Each checkpoint records the settings, the fingerprint of the data, and the versions that produced it. On a CPU, with the
+same versions and number of ranks, the logged numbers, weights and optimizer state must be bitwise equal. Otherwise they
+must agree within a tolerance, and the largest difference is printed. The run directory is not modified. The exit code
+is 1 if anything differs.
 """
 
 import hashlib
@@ -21,13 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import Positional
+import tyro
 
 from babygpt.console import console
-from babygpt.constraints import Positive, parse_arguments
+from babygpt.constraints import Positive, RunArgument, parse_arguments
 from babygpt.data.shards import open_dataset
 from babygpt.errors import UserError
 from babygpt.errors import run as run_script
@@ -250,12 +251,12 @@ def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayArgs:
-    """Train again from some of a run's checkpoints to the next, and compare. Exit code 1 where it differs."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    run: Positional[Path]  # run directory (out/NAME), with its checkpoints
-    samples: Positive = 5  # how many pairs of checkpoints to take
-    seed: int = 0  # of the choice
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if available, else CPU
+    run: RunArgument  # run directory (out/NAME) with its checkpoints
+    samples: Positive = 5  # number of checkpoint pairs to train again, chosen at random
+    seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0  # seed of the random choice
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
 
 
 def main() -> None:

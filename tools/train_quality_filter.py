@@ -1,10 +1,11 @@
-"""Train a quality filter: a classifier that tells documents like a sample of good text from others, in any language.
+"""Train a quality filter: a classifier that separates documents like a sample of good text from other documents.
 
     python -m tools.train_quality_filter --good wikipedia-pl/ books.jsonl.gz --other pages.jsonl.gz \\
         --tokenizer data/pl.json --out data/pl-quality.safetensors
     python fineweb.py fineweb2-pl --tokenizer data/pl.json --quality data/pl-quality.safetensors --min-quality 0.5
 
-One document in ten is held out, and the filter's scores on those are printed. Needs scikit-learn.
+It works for any language. One tenth of the documents is held out, and the scores on these are printed. Requires
+scikit-learn.
 """
 
 import json
@@ -21,7 +22,7 @@ from annotated_types import Ge
 from xxhash import xxh3_128_digest
 
 from babygpt import files
-from babygpt.constraints import parse_arguments
+from babygpt.constraints import Name, metavar, parse_arguments
 from babygpt.data.quality import BIGRAM_BITS, FORMAT, QualityModel, hash_bigrams, weights_sha256
 from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -202,15 +203,19 @@ def _sample(source, count: int) -> dict[bytes, bytes]:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterArgs:
-    """Learn to tell good documents from others. One in ten is held out, and what it scores on those is told."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    # files, folders or patterns of good text (an encyclopedia, textbooks): parquet, jsonl, txt; .gz .xz .zst too
-    good: tuple[str, ...]
-    other: tuple[str, ...]  # the same of ordinary text, best the very pages that are to be filtered
-    out: Path  # the model to write, a .safetensors file
-    tokenizer: str = "gpt2"  # the one of the data set to be filtered, "gpt2" or the path of a tokenizer.json
-    text_column: str = "text"  # column or key that holds a document's text
-    max_documents: Annotated[int, Ge(LEAST_DOCUMENTS)] = 20_000  # of each side at the most, chosen by hash
+    # good text, such as an encyclopedia or textbooks: files, directories, glob patterns or URLs of .parquet, .jsonl or
+    # txt files (also .gz, .xz, .zst)
+    good: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
+    # ordinary text, preferably a sample of the documents to be filtered; in the same formats
+    other: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
+    out: Path  # .safetensors file to write
+    # tokenizer of the data set to be filtered: gpt2, or the path of a tokenizer.json
+    tokenizer: Annotated[str, metavar("gpt2|PATH")] = "gpt2"
+    text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
+    # maximum number of documents from each of --good and --other, chosen by hash
+    max_documents: Annotated[int, Ge(LEAST_DOCUMENTS), metavar("N")] = 20_000
 
 
 def main() -> None:

@@ -4,17 +4,18 @@
     python -m tools.train_tokenizer --input 'books/*.txt' --vocab-size 32768 --out data/books-bpe.json
     python fineweb.py files --input 'books/*.txt' --tokenizer data/books-bpe.json --out-dir data/books
 
-The same text gives the same tokenizer, byte for byte.
+The same text always gives the same tokenizer, byte for byte.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from babygpt import files
-from babygpt.constraints import parse_arguments
+from babygpt.constraints import Name, metavar, parse_arguments
 from babygpt.data import sources
 from babygpt.data.readers import without_surrogates
 from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, create_byte_level_bpe
@@ -47,14 +48,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerArgs:
-    """Train a byte-level BPE on a source of text."""
+    """The command line: each field is a flag, and its comment is the help."""
 
-    source: Positional[str] = "files"  # as `python fineweb.py` takes it; `files` reads --input
-    vocab_size: int  # entries of the vocabulary, the end-of-text token among them
-    out: Path  # the tokenizer.json to write
-    input: tuple[str, ...] = ()  # files or patterns of them (parquet, jsonl, txt; .gz .xz .zst), for the source `files`
-    text_column: str = "text"  # column or key that holds a document's text
-    max_bytes: int = 1_000_000_000  # text to learn from at the most, in UTF-8 bytes
+    # source of the text, as for fineweb.py: fineweb-edu-10BT, stdlib, OWNER/NAME, ..., or files (with --input)
+    source: Annotated[Positional[str], metavar("[SOURCE]")] = "files"
+    vocab_size: Annotated[int, metavar("N")]  # number of tokens, including the end-of-text token
+    out: Path  # tokenizer.json file to write
+    # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt (also .gz, .xz, .zst)
+    input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
+    text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
+    max_bytes: Annotated[int, metavar("BYTES")] = 1_000_000_000  # maximum number of bytes of text to train on
 
 
 def main() -> None:

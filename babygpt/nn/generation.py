@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge
 from torch import nn
 
-from babygpt.constraints import Positive, Probability
+from babygpt.constraints import Positive, Probability, Seed, metavar
 from babygpt.nn.attention import KVCache
 
 
@@ -21,12 +21,14 @@ from babygpt.nn.attention import KVCache
 class SamplingParams:
     """How tokens are sampled."""
 
-    max_new_tokens: Positive = 200  # longest continuation, in tokens
-    temperature: Annotated[float, Ge(0)] = 1.0  # divides the logits; 0: greedy decoding
-    top_k: Positive | None = 50  # sample from the k most probable tokens; None: from all
-    top_p: Probability | None = None  # from the most probable with this total probability
-    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # the same seed gives the same texts
-    compile: bool = False  # compile the decode step, on CUDA
+    max_new_tokens: Annotated[Positive, metavar("TOKENS")] = 200  # maximum number of new tokens per text
+    temperature: Annotated[float, Ge(0)] = 1.0  # sampling temperature; 0: greedy decoding
+    # sample from the N most probable tokens; None: from all tokens
+    top_k: Annotated[Positive | None, metavar("N", "all tokens")] = 50
+    # sample from the most probable tokens with this total probability
+    top_p: Annotated[Probability | None, metavar("PROBABILITY", "off")] = None
+    seed: Seed = 1337  # random seed; the same seed gives the same texts
+    compile: bool = False  # compile the decode step (only on CUDA)
 
 
 class Decoder(Protocol):

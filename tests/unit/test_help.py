@@ -1,0 +1,59 @@
+"""--help of every command: usage, descriptions and defaults that a user can read."""
+
+import importlib
+import re
+
+import pytest
+from support.helpers import call
+
+COMMANDS = {
+    "fineweb": "fineweb.py [-h] [SOURCE] [OPTIONS]",
+    "fineweb verify": "fineweb.py verify [-h] DIRECTORY",
+    "train": "train.py [-h] [PRESET] [OPTIONS]",
+    "train modern": "train.py [-h] [PRESET] [OPTIONS]",
+    "hellaswag": "hellaswag.py [-h] MODEL [OPTIONS]",
+    "sample": "sample.py [-h] MODEL [OPTIONS]",
+    "tools.plot": "python -m tools.plot [-h] RUN [RUN ...] [--out PATH] [--x {steps,tokens}]",
+    "tools.replay": "python -m tools.replay [-h] RUN [--samples N] [--seed SEED] [--device {auto,cuda,cpu}]",
+    "tools.inspect_step": "python -m tools.inspect_step [-h] RUN --step STEP [--ranks N] [--chars CHARACTERS]",
+    "tools.train_tokenizer": "python -m tools.train_tokenizer [-h] [SOURCE] [OPTIONS]",
+    "tools.compare_tokenizers": "python -m tools.compare_tokenizers [-h] TOKENIZER [TOKENIZER ...] [OPTIONS]",
+    "tools.train_quality_filter": "python -m tools.train_quality_filter [-h] [OPTIONS]",
+}
+
+
+def read_help(command: str, capsys, monkeypatch, width: int) -> str:
+    monkeypatch.setenv("COLUMNS", str(width))
+    module, *arguments = command.split()
+    with pytest.raises(SystemExit, match="0"):
+        call(importlib.import_module(module).main, *arguments, "--help")
+    return re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_readable(command, width, capsys, monkeypatch):
+    """The usage names the positional arguments, every argument has one default or is required, and values have names
+    instead of types."""
+    text = read_help(command, capsys, monkeypatch, width)
+    usage, rest = text.split("\n\n", 1)
+    assert " ".join(usage.split()) == f"usage: {COMMANDS[command]}"
+    assert not rest.startswith("\n")
+    too_long = [line for line in text.splitlines() if len(line.rstrip()) > width]
+    assert all(line.startswith("    ") for line in too_long), "only examples may be longer"
+    _, help_argument, *arguments = re.split(r"\n  (?=--?[a-z]|\[?[A-Z]{3,}\b)", text)
+    if not help_argument.startswith("-h"):
+        help_argument, arguments[0] = arguments[0], help_argument
+    assert help_argument.startswith("-h")
+    for argument in arguments:
+        words = " ".join(argument.split())
+        assert len(re.findall(r"\(default: |\(required\)", words)) == 1, words
+        assert not re.search(r"\b(STR|INT)\b|\{None|default: (None\b|\)|')|'\"'|\[\[", words), words
+
+
+def test_help_keeps_examples_as_written(capsys, monkeypatch):
+    text = read_help("sample", capsys, monkeypatch, 80)
+    docstring = importlib.import_module("sample").__doc__
+    examples = [line for line in docstring.splitlines() if line.startswith("    python")]
+    assert examples
+    assert "\n".join([docstring.splitlines()[0], "", *examples, "", ""]) in text
