@@ -318,9 +318,8 @@ class ModernConfig(GPTConfig):
     attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None  # softmax scale
     document_mask: bool = False  # no attention across documents, each of which starts with eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the data set")] = None  # end-of-text token for document_mask
-    window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = (
-        None  # sliding attention window, including the current token
-    )
+    # sliding attention window, including the current token
+    window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = None
 
     @property
     def mask_rule(self) -> MaskRule:
