@@ -1,9 +1,9 @@
-"""The Hugging Face hub: which commit a name stands for, files that arrive whole, and faults that pass.
+"""The Hugging Face hub: resolve revisions, download and verify files, stream data sets, and retry failed requests.
 
-    >>> revision = hub.revision_of("HuggingFaceFW/fineweb-edu")
+    >>> revision = hub.resolve_revision("HuggingFaceFW/fineweb-edu")
     >>> path = hub.download("openai-community/gpt2", "model.safetensors", None, Path("data/gpt2"), "model")
 
-HF_ENDPOINT names another hub (a mirror).
+The environment variable HF_ENDPOINT selects another hub (a mirror).
 """
 
 import errno
@@ -17,86 +17,95 @@ from typing import Any
 from babygpt import files
 from babygpt.errors import UserError
 
-# what the HTTP libraries, `datasets` and the hub's library call it
-UNREACHABLE = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled")
+# exceptions of the HTTP libraries, `datasets` and huggingface_hub, by name
+UNREACHABLE_ERRORS = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled")
 
 
-class Unreachable(UserError):
-    """There is no way to the hub from here."""
+class UnreachableError(UserError):
+    """The hub cannot be reached."""
 
 
 def client():
-    """The hub's library, told to download by plain HTTP: its faults are what our tests know."""
+    """Import huggingface_hub with downloads by plain HTTP instead of Xet: the tests cover the failures of HTTP."""
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     import huggingface_hub
 
     return huggingface_hub
 
 
-def revision_of(repo: str, revision: str | None = None, repo_type: str = "dataset") -> str:
-    """The commit that `revision` (None: the main branch) is now; at once a UserError where the hub is out of reach."""
+def resolve_revision(repo: str, revision: str | None = None, repo_type: str = "dataset") -> str:
+    """Return the current commit of `revision` (None: the main branch). UserError at once if the hub is unreachable."""
     api = client().HfApi()
-    return call(lambda: api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10), repo, first=True).sha
+
+    def request() -> str:
+        return api.repo_info(repo, repo_type=repo_type, revision=revision, timeout=10).sha
+
+    return call_with_retries(request, repo, fail_fast=True)
 
 
 def download(
-    repo: str, name: str, revision: str | None, folder: Path, repo_type: str, sha256: str | None = None
+    repo: str, name: str, revision: str | None, directory: Path, repo_type: str, sha256: str | None = None
 ) -> Path:
-    """Brings one file of the hub to `folder`/`name`, and holds it against its sha256 where that is given.
+    """Download a file of the hub to `directory`/`name`, and check its sha256 if given.
 
-    A `revision` of None is any: a file that is there already is taken as it is.
+    If `revision` is None, an existing file of any revision is returned unchanged.
     """
-    if revision is None and (folder / name).exists():
-        return folder / name
-    revision = revision or revision_of(repo, repo_type=repo_type)
+    if revision is None and (directory / name).exists():
+        return directory / name
+    revision = revision or resolve_revision(repo, repo_type=repo_type)
 
-    def fetch() -> Path:
-        path = Path(client().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=folder))
+    def request() -> Path:
+        path = Path(client().hf_hub_download(repo, name, repo_type=repo_type, revision=revision, local_dir=directory))
         if sha256 is not None and files.sha256(path) != sha256:
             path.unlink()
-            raise OSError("the file that came is not the one of the hub (its sha256 differs)")
+            raise OSError("the downloaded file is corrupted: its sha256 differs from that on the hub")
         return path
 
-    return call(fetch, f"{repo}/{name}")
+    return call_with_retries(request, f"{repo}/{name}")
 
 
-def call(ask: Callable, what: str, waits: tuple[int, ...] = (1, 2, 4, 8, 16), first: bool = False):
-    """Calls the hub, once more after each of `waits` seconds while the fault may pass; then a UserError.
+def call_with_retries(
+    request: Callable, what: str, delays: tuple[int, ...] = (1, 2, 4, 8, 16), fail_fast: bool = False
+):
+    """Call `request`, and after a temporary error retry it after each of `delays` seconds; then raise a UserError.
 
-    `first` is the first word with the hub: where there is no way to it, no time is lost with waiting.
+    With `fail_fast`, an unreachable hub is an error without retries: this is for the first request of a run.
 
-    The library goes on by itself where a body was cut off and waits for a lost network, but raises at once
-    on a 5xx to a GET, and on a connection dropped before the answer or reset within it.
+    huggingface_hub itself resumes interrupted downloads and waits for a lost network. It does not retry a GET after a
+    status of 500 or above, or after a connection that was dropped before or during the response.
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    http_error: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub's stands on
-    for wait in (*waits, None):
+    http_error: Any = HfHubHTTPError.__mro__[1]  # base class of the HTTP library that this version uses
+    for delay in (*delays, None):
         try:
-            return ask()
+            return request()
         except (http_error, OSError, ValueError) as error:
             cause = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            unreachable = type(cause).__name__ in UNREACHABLE
-            if unreachable and (first or wait is None):
-                raise Unreachable(
-                    f"the hub can't be reached for {what} ({cause}). HF_ENDPOINT can name a mirror of it."
+            is_unreachable = type(cause).__name__ in UNREACHABLE_ERRORS
+            if is_unreachable and (fail_fast or delay is None):
+                raise UnreachableError(
+                    f"The hub cannot be reached for {what}: {cause}. Check the network, or set HF_ENDPOINT to a mirror."
                 ) from None
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                raise UserError(f"{what} can't be stored: {cause}") from None
-            missing = not unreachable and isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
-            if missing or (status is not None and status < 500 and status not in (408, 429)):
-                raise UserError(f"the hub doesn't give {what}: {cause}") from None
-            if wait is None:
-                raise UserError(f"the hub keeps failing for {what}: {cause}\nGive the same command later.") from None
-            print(f"\nthe hub fails for {what}, trying again in {wait} s: {cause}", file=sys.stderr)
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+                raise UserError(f"{what} cannot be stored: {cause}") from None
+            is_missing = not is_unreachable and isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
+            if is_missing or (status is not None and status < 500 and status not in (408, 429)):
+                raise UserError(f"The hub does not provide {what}: {cause}") from None
+            if delay is None:
+                raise UserError(f"The hub failed for {what}: {cause}\nRun the same command again later.") from None
+            print(f"\nThe hub failed for {what}. Retrying in {delay} s: {cause}", file=sys.stderr)
+            time.sleep(delay)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def stream(repo: str, config: str | None, split: str, revision: str):
-    """The rows of a data set of the hub as they come, by the library `datasets`: an iterable of dicts."""
+    """Return a data set of the hub as an iterable of rows (dicts) that the library `datasets` downloads as needed."""
     client()
     from datasets import load_dataset
 
-    return call(lambda: load_dataset(repo, config, split=split, revision=revision, streaming=True), repo)
+    def request():
+        return load_dataset(repo, config, split=split, revision=revision, streaming=True)
+
+    return call_with_retries(request, repo)

@@ -1,10 +1,10 @@
-"""Which documents are worth keeping: by their length, by scores that the source gives them, by their quality.
+"""Filters of documents: by length, by scores in columns of the source, and by the score of a quality model.
 
     python fineweb.py fineweb-edu-100BT --min-score 3.5 --min-chars 200
     python fineweb.py fineweb2-pl --min-language-score 0.95
     python fineweb.py fineweb2-pl --tokenizer data/pl.json --quality data/pl-quality --min-quality 0.5
 
-A filter looks at one document alone, so what it decides depends on nothing else.
+The decision on a document depends on no other document.
 """
 
 from dataclasses import dataclass
@@ -13,32 +13,32 @@ import numpy as np
 
 from babygpt.data.readers import Batch
 
-KEPT, EMPTY, DUPLICATE = 0, 1, 2  # what becomes of a document; only the plan knows the duplicates
+KEPT, EMPTY, DUPLICATE = 0, 1, 2  # decisions on a document; plan.py finds the duplicates
 FILTERS = ("min_chars", "min_score", "min_language_score", "min_quality")
-FILTERED = {name: 3 + i for i, name in enumerate(FILTERS)}  # the first filter that a document fails
+FILTERED = {name: 3 + i for i, name in enumerate(FILTERS)}  # decisions: the first filter that a document fails
 
 
 @dataclass(frozen=True)
 class Filters:
-    """The smallest values that a document may have; None where it doesn't matter."""
+    """The minimum values of a document that is kept; None: off."""
 
     min_chars: int | None = None  # characters of the text
-    min_score: float | None = None  # the column `score`: FineWeb-Edu's, 0 to 5
-    min_language_score: float | None = None  # the column `language_score`: FineWeb's and FineWeb-2's, 0 to 1
-    min_quality: float | None = None  # of the classifier, 0 to 1
+    min_score: float | None = None  # column `score` of FineWeb-Edu, 0 to 5
+    min_language_score: float | None = None  # column `language_score` of FineWeb and FineWeb-2, 0 to 1
+    min_quality: float | None = None  # score of the quality model, 0 to 1
 
     @property
     def columns(self) -> dict[str, float]:
-        """The columns of numbers that are looked at, and their smallest values."""
-        wanted = {"score": self.min_score, "language_score": self.min_language_score}
-        return {column: value for column, value in wanted.items() if value is not None}
+        """Return the minimum value of each numeric column that is filtered by."""
+        minimums = {"score": self.min_score, "language_score": self.min_language_score}
+        return {column: minimum for column, minimum in minimums.items() if minimum is not None}
 
     def decide(self, batch: Batch) -> np.ndarray:
-        """What becomes of each document by its text and numbers, (n,) uint8."""
+        """Return the decision on each document, (documents,) uint8, by all filters except for min_quality."""
         decisions = np.full(len(batch.texts), KEPT, np.uint8)
-        for column, least in self.columns.items():
-            low = ~(batch.numbers[column] >= least)  # a missing number is NaN, and too low
-            decisions[low & (decisions == KEPT)] = FILTERED[f"min_{column}"]
+        for column, minimum in self.columns.items():
+            is_low = ~(batch.numbers[column] >= minimum)  # also if the number is missing, which is NaN
+            decisions[is_low & (decisions == KEPT)] = FILTERED[f"min_{column}"]
         for i, text in enumerate(batch.texts):
             if is_blank(text):
                 decisions[i] = EMPTY
@@ -48,12 +48,12 @@ class Filters:
 
 
 def is_blank(text: bytes) -> bool:
-    """Whether a text, in UTF-8, has nothing but white space."""
+    """Return whether a UTF-8 text is empty or only whitespace."""
     if text and 32 < text[0] < 128:
         return False
     return not text.decode().strip()
 
 
 def is_shorter(text: bytes, chars: int) -> bool:
-    """Whether a text, in UTF-8, has fewer characters than that."""
-    return len(text) < 4 * chars and len(text.decode()) < chars  # a character is four bytes at the most
+    """Return whether a UTF-8 text has fewer than `chars` characters."""
+    return len(text) < 4 * chars and len(text.decode()) < chars  # a character has at most four bytes

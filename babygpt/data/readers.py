@@ -1,10 +1,10 @@
-"""Documents out of files: parquet, jsonl and txt, the latter two also compressed, and out of streams of the hub.
+"""Read documents from parquet, jsonl and txt files, the latter two also compressed, and from streams of the hub.
 
 >>> for task in split_parquet("pages.parquet", ("text", "score")):
 ...     for batch in read(task):
 ...         batch.texts, batch.numbers["score"]
 
-What can't be read is a UserError that names the file and the place.
+Data that cannot be read is a UserError with the file and the location in it.
 """
 
 import codecs
@@ -22,87 +22,83 @@ import numpy as np
 from babygpt import files, hub
 from babygpt.errors import UserError
 
-BATCH = 256  # documents read, encoded and judged at once
-TASK_BYTES = 16 << 20  # uncompressed text a task; a task is what a killed preparation does again
-READABLE = (".jsonl", ".txt", ".py")  # and .parquet
-COMPRESSED = (".gz", ".xz", ".zst")
+BATCH_DOCUMENTS = 256  # documents read, filtered and encoded at once
+TASK_BYTES = 16 << 20  # uncompressed text per task; a killed preparation repeats its unfinished tasks
+TEXT_SUFFIXES = (".jsonl", ".txt", ".py")  # and .parquet
+COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker reads in one go; picklable.
-
-    `columns` are the text's and then those of numbers. `part` is a range of a parquet file's row groups, or of a
-    jsonl file's bytes: the lines that begin in it.
-    """
+    """The documents that one worker reads at a time; picklable."""
 
     kind: str  # parquet, files, stream
-    paths: tuple[str, ...]
-    columns: tuple[str, ...]
-    part: tuple[int, int] | None = None
+    paths: tuple[str, ...]  # for a stream: repo, config, split, revision, index and number of shards
+    columns: tuple[str, ...]  # the text column, then numeric columns
+    part: tuple[int, int] | None = None  # range of row groups, or of bytes: the lines of a jsonl file that start in it
 
 
 @dataclass
 class Batch:
-    """Documents in their order: texts in UTF-8 (a missing one is empty), and of each column of numbers a value a
-    document, (n,) float64, NaN where it is missing."""
+    """Documents in source order."""
 
-    texts: list[bytes]
-    numbers: dict[str, np.ndarray]
-
-
-def plain_name(path: str) -> str:
-    stem, ending = os.path.splitext(path)
-    return stem if ending in COMPRESSED else path
+    texts: list[bytes]  # UTF-8, empty if missing
+    numbers: dict[str, np.ndarray]  # numeric column -> (documents,) float64, NaN if missing
 
 
-def check_columns(wanted: tuple[str, ...], there: list[str], where: str) -> None:
-    for column in wanted:
-        if column not in there:
-            mend = "Give --text-column." if column == wanted[0] else f"A filter by {column} needs it."
-            raise UserError(f"{where} has no column {column!r}: it has {', '.join(there)}. {mend}")
+def uncompressed_name(path: str) -> str:
+    """Return a path without the suffix of a compression."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix in COMPRESSION_SUFFIXES else path
+
+
+def check_columns(required: tuple[str, ...], existing: list[str], location: str) -> None:
+    for column in required:
+        if column not in existing:
+            fix = "Use --text-column." if column == required[0] else f"Do not filter by {column}."
+            raise UserError(f"{location} has no column {column!r}: it has {', '.join(existing)}. {fix}")
 
 
 def split_parquet(path: str, columns: tuple[str, ...]) -> list[Task]:
-    """Ranges of row groups with about TASK_BYTES of text each."""
+    """Return tasks of consecutive row groups with about TASK_BYTES of text each."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
     try:
-        metadata = pq.read_metadata(_parquet(path))
+        metadata = pq.read_metadata(_path_or_file(path))
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable parquet file: {error}") from None
+        raise UserError(f"{path} is not a readable parquet file: {error}") from None
     check_columns(columns, metadata.schema.to_arrow_schema().names, path)
-    leaf = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns[0]), None)
-    if leaf is None:
-        raise UserError(f"{path}: the column {columns[0]!r} is nested, not text. Give --text-column.")
+    text_column = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns[0]), None)
+    if text_column is None:
+        raise UserError(f"{path}: the column {columns[0]!r} is nested, not text. Use --text-column.")
     tasks, first, size = [], 0, 0
     for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).column(leaf).total_uncompressed_size
+        size += metadata.row_group(group).column(text_column).total_uncompressed_size
         if size >= TASK_BYTES or group == metadata.num_row_groups - 1:
             tasks.append(Task("parquet", (path,), columns, (first, group + 1)))
             first, size = group + 1, 0
     return tasks
 
 
-def _parquet(path: str):
-    """What pyarrow reads a file from; files of this machine it opens itself, which is faster."""
+def _path_or_file(path: str):
+    """Return a local path, which pyarrow opens itself and reads faster, or an open remote file."""
     return files.open_for_reading(path) if files.is_remote(path) else path
 
 
 def split_jsonl(path: str, size: int, columns: tuple[str, ...]) -> list[Task]:
-    """Ranges of TASK_BYTES."""
+    """Return tasks of TASK_BYTES each."""
     ranges = [(start, min(start + TASK_BYTES, size)) for start in range(0, size, TASK_BYTES)]
     return [Task("files", (path,), columns, part) for part in ranges]
 
 
 def read(task: Task) -> Iterator[Batch]:
-    """The documents of a task, in their order."""
+    """Yield the documents of a task in source order."""
     if task.kind == "parquet":
         yield from _read_parquet(task)
         return
     rows = _read_stream(task) if task.kind == "stream" else _read_files(task)
-    while batch := list(islice(rows, BATCH)):
+    while batch := list(islice(rows, BATCH_DOCUMENTS)):
         texts, *numbers = zip(*batch, strict=True)
         arrays = (np.array(values, np.float64) for values in numbers)
         yield Batch(list(texts), dict(zip(task.columns[1:], arrays, strict=True)))
@@ -112,94 +108,99 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    assert task.part is not None, "a parquet task has row groups"
-    path, where = task.paths[0], f"row groups {task.part[0]} to {task.part[1] - 1}"
+    assert task.part is not None, "a parquet task has a range of row groups"
+    path, location = task.paths[0], f"row groups {task.part[0]} to {task.part[1] - 1}"
     groups, columns = range(*task.part), list(task.columns)
     try:
-        file = pq.ParquetFile(_parquet(path))
-        for rows in file.iter_batches(BATCH, row_groups=groups, columns=columns, use_threads=False):
+        file = pq.ParquetFile(_path_or_file(path))
+        for rows in file.iter_batches(BATCH_DOCUMENTS, row_groups=groups, columns=columns, use_threads=False):
             texts = rows.column(columns[0])
-            if any(kind(texts.type) for kind in (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_null)):
+            convertible = (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_null)
+            if any(is_type(texts.type) for is_type in convertible):
                 texts = texts.cast(pa.large_string())
             if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-                raise UserError(f"{path}: the column {columns[0]!r} is {texts.type}, not text. Give --text-column.")
-            texts.validate(full=True)  # is it UTF-8?
+                raise UserError(f"{path}: the column {columns[0]!r} is {texts.type}, not text. Use --text-column.")
+            texts.validate(full=True)  # checks that it is UTF-8
             numbers = {}
             for column in columns[1:]:
                 try:
                     numbers[column] = rows.column(column).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                    raise UserError(f"{path}: {column!r} is {rows.column(column).type}, no number.") from None
+                    raise UserError(f"{path}: {column!r} is {rows.column(column).type}, not a number.") from None
             yield Batch([text or b"" for text in texts.cast(pa.large_binary()).to_pylist()], numbers)
     except KeyError:
-        raise UserError(f"{path} has two columns of a name, of {', '.join(columns)}. Rename one.") from None
+        raise UserError(
+            f"{path} has two columns with the same name, one of {', '.join(columns)}. Rename one of them."
+        ) from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged, in {where}: {error}. Fetch it again.") from None
+        raise UserError(f"{path} is corrupted in {location}: {error}. Copy or download it again.") from None
 
 
 def _read_stream(task: Task) -> Iterator[tuple]:
     repo, config, split, revision, index, count = task.paths
     shard = hub.stream(repo, config or None, split, revision).shard(num_shards=int(count), index=int(index))
-    rows, where = iter(shard), f"{repo}, shard {index}"
-    while (row := hub.call(lambda: next(rows, None), where, waits=())) is not None:
-        yield _fields(row, task.columns, where)
+    rows, location = iter(shard), f"{repo}, shard {index}"
+    while (row := hub.call_with_retries(lambda: next(rows, None), location, delays=())) is not None:
+        yield _select_columns(row, task.columns, location)
 
 
 def _read_files(task: Task) -> Iterator[tuple]:
     for path in task.paths:
         try:
-            if plain_name(path).endswith(".jsonl"):
+            if uncompressed_name(path).endswith(".jsonl"):
                 yield from _read_jsonl(path, task)
             else:
                 if task.columns[1:]:
-                    raise UserError(f"{path} is a plain text and has no {task.columns[1]!r} to filter by.")
-                with _open(path) as file:
+                    raise UserError(
+                        f"{path} is a text file without a column {task.columns[1]!r}. Use jsonl or parquet to filter."
+                    )
+                with _open_decompressed(path) as file:
                     text = file.read()
-                text.decode()  # is it UTF-8?
+                text.decode()  # checks that it is UTF-8
                 yield (text.removeprefix(codecs.BOM_UTF8),)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no UTF-8 text ({error}). Convert it, with iconv for instance.") from None
+            raise UserError(f"{path} is not UTF-8: {error}. Convert it, for example with iconv.") from None
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{path} can't be read, it may be damaged: {error}") from None
+            raise UserError(f"{path} cannot be read and may be corrupted: {error}") from None
 
 
 def _read_jsonl(path: str, task: Task) -> Iterator[tuple]:
-    at, stop = task.part or (0, float("inf"))
-    with _open(path) as file:
-        if at > 0:
-            file.seek(at - 1)
-            at += len(file.readline()) - 1  # a line that began before belongs to the part before
-        counted = at == 0
-        for number, line in enumerate(file, 1):  # bytes split at \n alone: U+2028 in a text is no line's end
-            if at >= stop:
+    offset, stop = task.part or (0, float("inf"))
+    with _open_decompressed(path) as file:
+        if offset > 0:
+            file.seek(offset - 1)
+            offset += len(file.readline()) - 1  # a line that starts before the range belongs to the task before
+        from_start = offset == 0  # of the file, so that line numbers are known
+        for number, line in enumerate(file, 1):  # a binary file splits at \n only, not at U+2028 in a text
+            if offset >= stop:
                 break
-            where = f"{path}, line {number}" if counted else f"{path}, the line at byte {at:,}"
-            at += len(line)
+            location = f"{path}, line {number}" if from_start else f"{path}, the line at byte {offset:,}"
+            offset += len(line)
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not JSON: {error}") from None
+                raise UserError(f"{location} is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{where} is no JSON object: {line[:60]!r}")
-            yield _fields(row, task.columns, where)
+                raise UserError(f"{location} is not a JSON object: {line[:60]!r}")
+            yield _select_columns(row, task.columns, location)
 
 
-def _fields(row: dict, columns: tuple[str, ...], where: str) -> tuple:
-    """The text of a row, in UTF-8, and its numbers."""
-    check_columns(columns, list(row), where)
+def _select_columns(row: dict, columns: tuple[str, ...], location: str) -> tuple:
+    """Return the text of a row in UTF-8, then its numbers."""
+    check_columns(columns, list(row), location)
     text, *numbers = (row[column] for column in columns)
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: {columns[0]!r} is {type(text).__name__}, not text. Give --text-column.")
+        raise UserError(f"{location}: {columns[0]!r} is {type(text).__name__}, not text. Use --text-column.")
     for column, number in zip(columns[1:], numbers, strict=True):
         if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):
-            raise UserError(f"{where}: {column!r} is {type(number).__name__} {number!r:.40}, no number to compare.")
+            raise UserError(f"{location}: {column!r} is not a number: {type(number).__name__} {number!r:.40}.")
     return (without_surrogates(text or "").encode(), *numbers)
 
 
 def without_surrogates(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which UTF-8 can't hold; what tiktoken makes of them too."""
+    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD, as tiktoken does."""
     try:
         text.encode()
         return text
@@ -207,8 +208,8 @@ def without_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _open(path: str):
-    """A binary file object over the uncompressed contents."""
+def _open_decompressed(path: str):
+    """Open a file for reading its decompressed contents."""
     file = files.open_for_reading(path)
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=file)

@@ -1,4 +1,4 @@
-"""Check that disk, memory and cores of this machine are enough for a preparation.
+"""Check that the disk and memory of this machine are large enough for a preparation.
 
 >>> workers = check_resources(work, vocab_size=50257, workers=None)
 """
@@ -13,23 +13,24 @@ from babygpt.data.shards import token_dtype
 from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError
 
-WORKER_MEMORY = 400 << 20  # bytes per worker, a generous estimate for row groups of FineWeb's size
+WORKER_MEMORY = 400 << 20  # bytes per worker, an upper estimate for row groups as large as FineWeb's
 
 
 def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> int:
-    """Check the estimated disk and memory; return `workers`, or for None one per core, as far as memory allows."""
+    """Check the estimated disk and memory; return `workers`, or if None, one per core or as many as memory allows."""
     source, max_tokens = work.source, work.settings["max_tokens"]
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
     tokens = min(tokens, max_tokens or tokens)
-    downloads = source.max_open_units * max((unit.bytes for unit in source.units), default=0) if source.downloads else 0
+    largest_unit = max((unit.bytes for unit in source.units), default=0)
+    downloads = source.max_open_units * largest_unit if source.is_on_hub else 0
     parts_and_shards = 0 if files.is_remote(work.directory) else 2 * token_dtype(vocab_size).itemsize * tokens
     disk, free = downloads + parts_and_shards, shutil.disk_usage(work.local).free
     plan_memory = tokens // 1000 + min(tokens // 1000, BUCKET_ROWS) * 100  # a FineWeb document has 1,000 tokens
     available = _available_memory()
     if workers is None:
-        most = _cores() if available is None else (available - plan_memory) // WORKER_MEMORY
-        workers = max(1, min(_cores(), most))
+        affordable = _cores() if available is None else (available - plan_memory) // WORKER_MEMORY
+        workers = max(1, min(_cores(), affordable))
     memory = plan_memory + workers * WORKER_MEMORY
     if source_bytes:
         print(
@@ -37,15 +38,19 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
             f"{disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} GB free) and {memory / 1e9:,.1f} GB of memory for "
             f"{workers} workers."
         )
-    missing = disk - sum(path.stat().st_size for path in work.local.rglob("*.bin"))  # an earlier run wrote these
-    short = f"{missing / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free. Use another --out-dir or --max-tokens."
-    if missing / 2 > free:  # the estimate may be twice the real size
-        raise UserError(f"the disk of {work.local} is too small: about {short}")
-    if missing > free:
-        print(f"warning: the disk of {work.local} may be too small: up to {short}")
+    remaining = disk - sum(path.stat().st_size for path in work.local.rglob("*.bin"))  # less what an earlier run wrote
+    needed = (
+        f"{remaining / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free. Use another --out-dir or --max-tokens."
+    )
+    if remaining / 2 > free:  # the estimate may be twice the real size
+        raise UserError(f"The disk of {work.local} is too small: about {needed}")
+    if remaining > free:
+        print(f"warning: the disk of {work.local} may be too small: up to {needed}")
     if available is not None and memory > available:
-        needed = f"needs about {memory / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB are available"
-        raise UserError(f"--workers {workers}: {needed}. Use fewer.")
+        raise UserError(
+            f"--workers {workers} needs about {memory / 1e9:,.1f} GB of memory, but {available / 1e9:,.1f} GB are "
+            "available. Use fewer workers."
+        )
     return workers
 
 

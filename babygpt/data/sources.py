@@ -1,13 +1,12 @@
-"""Where documents come from: named data sets of the Hugging Face hub, any hub data set, and local files.
+"""Sources of documents: named data sets of the Hugging Face hub, any hub data set, and local files.
 
     python fineweb.py fineweb-edu-10BT                       # a named source
-    python fineweb.py files --input 'pages/*.jsonl.gz'       # parquet, jsonl, txt; .gz .xz .zst too
-    python fineweb.py roneneldan/TinyStories                 # any hub data set, through `datasets`
+    python fineweb.py files --input 'pages/*.jsonl.gz'       # parquet, jsonl, txt; the latter also .gz, .xz, .zst
+    python fineweb.py roneneldan/TinyStories                 # any hub data set, with the library `datasets`
     >>> for text in read_documents(find("stdlib")): ...
 
-A source is a list of units (a file to fetch, or a batch of small ones), and a unit a list of tasks (a range of a
-parquet file's row groups or of a jsonl file's bytes, or the batch). Both follow from the source alone, never from
-who reads it.
+A source is a list of units (a file, or a batch of small files), and a unit is a list of tasks (a range of row groups
+of a parquet file, a range of bytes of a jsonl file, or the batch). Both depend only on the source.
 """
 
 import hashlib
@@ -22,63 +21,73 @@ from pathlib import Path
 
 from babygpt import files, hub
 from babygpt.data import readers
-from babygpt.data.readers import COMPRESSED, READABLE, Task, check_columns, plain_name, read, split_jsonl, split_parquet
+from babygpt.data.readers import (
+    COMPRESSION_SUFFIXES,
+    TEXT_SUFFIXES,
+    Task,
+    check_columns,
+    read,
+    split_jsonl,
+    split_parquet,
+    uncompressed_name,
+)
 from babygpt.errors import UserError, nearest
 
-WHOLE_BYTES, PLACE_BYTES = 16 << 20, 1 << 16  # files up to the first are hashed whole, of larger ones three places
+FULL_HASH_BYTES = 16 << 20  # larger files are hashed at their start, middle and end only
+HASH_SAMPLE_BYTES = 1 << 16  # at each of the three
 
-# name -> (hub data set, folder of its parquet files)
+# name -> (hub data set, directory of its parquet files)
 HUB_SOURCES = {
     "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample/10BT"),
     "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample/100BT"),
     "fineweb-10BT": ("HuggingFaceFW/fineweb", "sample/10BT"),
     "wikipedia-en": ("wikimedia/wikipedia", "20231101.en"),
 }
-# short names for FineWeb-2's configurations; `fineweb2-ces_Latn` and the like work as they are
+# language -> configuration of FineWeb-2; `fineweb2-ces_Latn` also works
 FINEWEB2_LANGUAGES = {
     "ar": "arb_Arab", "cs": "ces_Latn", "da": "dan_Latn", "de": "deu_Latn", "el": "ell_Grek", "es": "spa_Latn",
     "fa": "fas_Arab", "fr": "fra_Latn", "hu": "hun_Latn", "id": "ind_Latn", "it": "ita_Latn", "ja": "jpn_Jpan",
     "ko": "kor_Hang", "nl": "nld_Latn", "pl": "pol_Latn", "pt": "por_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl",
     "sv": "swe_Latn", "th": "tha_Thai", "tr": "tur_Latn", "uk": "ukr_Cyrl", "vi": "vie_Latn", "zh": "cmn_Hani",
 }  # fmt: skip
-OFFLINE_WAYS = (
-    "With no network, prepare what is at hand:\n"
-    "  python fineweb.py stdlib                                  # this Python's own source code\n"
-    "  python fineweb.py files --input 'PATH/*.parquet'          # parquet, jsonl or txt files of yours"
+OFFLINE_HINT = (
+    "Without a network, use local files:\n"
+    "  python fineweb.py stdlib                                  # source code of Python's standard library\n"
+    "  python fineweb.py files --input 'PATH/*.parquet'          # your parquet, jsonl or txt files"
 )
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is fetched at once. `bytes` is its size on disk or in the hub, 0 where that is unknown."""
+    """A part of a source that is fetched at once."""
 
     name: str
-    bytes: int
+    bytes: int  # on disk or in the hub, 0 if unknown
     sha256: str | None = None
 
 
 @dataclass
 class Source(ABC):
-    """A source of documents; `open` finds its units, `fetch` brings one here and splits it into tasks."""
+    """A source of documents. `open` lists its units, `fetch` downloads one and splits it into tasks."""
 
     name: str
-    columns: tuple[str, ...] = ("text",)  # the text's, then those of numbers
+    columns: tuple[str, ...] = ("text",)  # the text column, then numeric columns
     revision: str = ""
     units: list[Unit] = field(default_factory=list)
-    max_open_units = 1000  # how many may be fetched and not yet released
-    downloads = False
-    tokens_per_byte = 0.4  # for the estimate of disk; FineWeb-Edu's parquet files hold 0.35 GPT-2 tokens a byte
+    max_open_units = 1000  # fetched and not yet released
+    is_on_hub = False
+    tokens_per_byte = 0.4  # for the estimate of disk; FineWeb-Edu's parquet files have 0.35 GPT-2 tokens per byte
 
     @abstractmethod
     def open(self, revision: str | None = None) -> None:
-        """Finds the units, of `revision` where the source has several."""
+        """List the units, of `revision` if the source has several."""
 
     @abstractmethod
-    def fetch(self, unit: int, folder: str) -> list[Task]:
-        """Brings a unit to `folder`, if it isn't here, and splits it into tasks."""
+    def fetch(self, unit: int, directory: str) -> list[Task]:
+        """Download a unit to `directory` if it is not local, and split it into tasks."""
 
-    def release(self, unit: int, folder: str) -> None:  # noqa: B027, local files have nothing to delete
-        """Deletes what `fetch` downloaded."""
+    def release(self, unit: int, directory: str) -> None:  # noqa: B027, local files have nothing to delete
+        """Delete what `fetch` downloaded."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -87,26 +96,29 @@ class Source(ABC):
 
 @dataclass
 class LocalFiles(Source):
-    """Files of this machine, by path; also the standard library's."""
+    """Files at paths or URLs, including those of the standard library."""
 
     paths: list[str] = field(default_factory=list)
     batches: list[list[str]] = field(default_factory=list)
 
     def open(self, revision: str | None = None) -> None:
-        """Each parquet file is a unit; smaller files share one, TASK_BYTES together, in their order."""
+        """Make each parquet file a unit; batch other files in order into units of up to TASK_BYTES."""
         digest, self.batches = hashlib.sha256(), []
         sizes: list[int] = []
         for path in self.paths:
             try:
                 size = files.size(path)
                 digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
-                whole = size <= WHOLE_BYTES
-                for place in (0,) if whole else (0, size // 2, max(0, size - PLACE_BYTES)):
-                    digest.update(files.read_bytes(path, place, place + (size if whole else PLACE_BYTES)))
+                if size <= FULL_HASH_BYTES:
+                    offsets, length = [0], size
+                else:
+                    offsets, length = [0, size // 2, size - HASH_SAMPLE_BYTES], HASH_SAMPLE_BYTES
+                for offset in offsets:
+                    digest.update(files.read_bytes(path, offset, offset + length))
             except OSError as error:
-                raise UserError(f"{path} can't be read: {error.strerror}.") from None
-            alone = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
-            if alone or sizes[-1] + size > readers.TASK_BYTES:
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+            starts_unit = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
+            if starts_unit or sizes[-1] + size > readers.TASK_BYTES:
                 self.batches.append([path])
                 sizes.append(size)
             else:
@@ -114,10 +126,10 @@ class LocalFiles(Source):
                 sizes[-1] += size
         self.revision = digest.hexdigest()
         self.units = [Unit(os.path.basename(batch[0]), size) for batch, size in zip(self.batches, sizes, strict=True)]
-        packed = any(path.endswith((".parquet", *COMPRESSED)) for path in self.paths)
-        self.tokens_per_byte = 0.7 if packed else 0.35  # plain English has 0.25
+        is_compressed = any(path.endswith((".parquet", *COMPRESSION_SUFFIXES)) for path in self.paths)
+        self.tokens_per_byte = 0.7 if is_compressed else 0.35  # plain English has 0.25
 
-    def fetch(self, unit: int, folder: str) -> list[Task]:
+    def fetch(self, unit: int, directory: str) -> list[Task]:
         batch, size = self.batches[unit], self.units[unit].bytes
         if batch[0].endswith(".parquet"):
             return split_parquet(batch[0], self.columns)
@@ -126,49 +138,54 @@ class LocalFiles(Source):
         return [Task("files", tuple(batch), self.columns)]
 
 
-def _match(patterns: tuple[str, ...]) -> list[str]:
-    """Files that the patterns name, sorted by path; a folder stands for all files below it."""
+def _find_files(patterns: tuple[str, ...]) -> list[str]:
+    """Return the files that the patterns match, sorted by path; a directory matches all files below it."""
     if not patterns:
-        raise UserError("the source `files` needs --input, for instance --input 'pages/*.jsonl.gz'.")
+        raise UserError("The source `files` needs --input, for example --input 'pages/*.jsonl.gz'.")
     paths: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
         if files.is_remote(pattern):
             matched = files.glob(pattern)
         elif os.path.isdir(pattern):
-            matched = _files_below(pattern)
+            matched = _walk(pattern)
         elif os.path.exists(pattern):
             matched = [pattern]
         else:
             matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
-            raise UserError(f"--input {pattern} names no file (looked from {os.getcwd()}).")
+            raise UserError(f"--input {pattern} matches no file. The current directory is {os.getcwd()}.")
         paths.update(matched)
-    unknown = sorted(p for p in paths if not p.endswith(".parquet") and not plain_name(p).endswith(READABLE))
+    unknown = sorted(
+        p for p in paths if not p.endswith(".parquet") and not uncompressed_name(p).endswith(TEXT_SUFFIXES)
+    )
     if unknown:
         raise UserError(
-            f"--input names {len(unknown)} files of an unknown kind, {unknown[0]} for one. Known are parquet, jsonl "
-            "and txt, the latter two also as .gz, .xz and .zst."
+            f"--input matches {len(unknown):,} files of an unknown type, for example {unknown[0]}. Use .parquet, "
+            ".jsonl or .txt files; the latter two may be compressed (.gz, .xz, .zst)."
         )
     return sorted(path if files.is_remote(path) else os.path.abspath(path) for path in paths)
 
 
-def _files_below(folder: str) -> list[str]:
-    """All files of a folder, links followed, hidden ones left out; no folder twice, so a circle of links ends."""
-    found, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    return [path for path in found if os.path.isfile(path)]
+def _walk(root: str) -> list[str]:
+    """Return all files below a directory except for hidden ones.
+
+    Symbolic links are followed, but no directory is visited twice, so a cycle of links is harmless.
+    """
+    paths, visited = [], set()
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(directory)
+        subdirectories[:] = [] if real in visited else sorted(n for n in subdirectories if not n.startswith("."))
+        if real not in visited:
+            paths += [os.path.join(directory, name) for name in names if not name.startswith(".")]
+        visited.add(real)
+    return [path for path in paths if os.path.isfile(path)]
 
 
-def _standard_library() -> list[str]:
-    """The .py files of the running Python's standard library, but for tests and installed packages."""
+def _list_standard_library() -> list[str]:
+    """Return the .py files of Python's standard library, except for tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    return sorted(str(p) for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+    excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return sorted(str(p) for p in root.rglob("*.py") if not excluded & set(p.relative_to(root).parts))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -177,86 +194,86 @@ def _standard_library() -> list[str]:
 
 @dataclass
 class HubFiles(Source):
-    """Parquet files of a hub data set, each downloaded, tokenized and deleted in turn."""
+    """Parquet files of a hub data set. Each is downloaded, tokenized and deleted."""
 
     repo: str = ""
     prefix: str = ""
     max_open_units = 2  # the next file is downloaded while one is tokenized
-    downloads = True
+    is_on_hub = True
 
     def open(self, revision: str | None = None) -> None:
         api = hub.client().HfApi()
-        self.revision = _revision(self.repo, revision)
-        tree = hub.call(
+        self.revision = _resolve_revision(self.repo, revision)
+        entries = hub.call_with_retries(
             lambda: list(
                 api.list_repo_tree(self.repo, self.prefix, recursive=True, revision=self.revision, repo_type="dataset")
             ),
             f"{self.repo}/{self.prefix}",
         )
-        parquet_files = sorted((f for f in tree if f.path.endswith(".parquet")), key=lambda f: f.path)
+        parquet_files = sorted((f for f in entries if f.path.endswith(".parquet")), key=lambda f: f.path)
         self.units = [Unit(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in parquet_files]
         if not self.units:
             raise UserError(f"{self.repo} has no parquet files under {self.prefix}.")
 
-    def fetch(self, unit: int, folder: str) -> list[Task]:
-        """Into `folder`, or where that is a URL, by way of this machine to there."""
+    def fetch(self, unit: int, directory: str) -> list[Task]:
+        """Download a unit to `directory`; if that is a URL, download it to this machine and upload it."""
         file = self.units[unit]
-        path = f"{folder}/{file.name}"
-        if not files.is_remote(folder):
-            hub.download(self.repo, file.name, self.revision, Path(folder), "dataset", file.sha256)
+        path = f"{directory}/{file.name}"
+        if not files.is_remote(directory):
+            hub.download(self.repo, file.name, self.revision, Path(directory), "dataset", file.sha256)
         elif not files.exists(path):
-            with tempfile.TemporaryDirectory() as here:
-                name = hub.download(self.repo, file.name, self.revision, Path(here), "dataset", file.sha256)
-                files.upload(name, path)
+            with tempfile.TemporaryDirectory() as temporary:
+                local = hub.download(self.repo, file.name, self.revision, Path(temporary), "dataset", file.sha256)
+                files.upload(local, path)
         return split_parquet(path, self.columns)
 
-    def release(self, unit: int, folder: str) -> None:
-        files.remove(f"{folder}/{self.units[unit].name}")
+    def release(self, unit: int, directory: str) -> None:
+        files.remove(f"{directory}/{self.units[unit].name}")
 
 
 @dataclass
 class HubStream(Source):
-    """Any hub data set, streamed by the library `datasets`; each of its files is a unit."""
+    """Any hub data set, streamed by the library `datasets`. Each shard of the stream is a unit."""
 
     repo: str = ""
     config: str | None = None
     split: str = "train"
-    downloads = True
+    is_on_hub = True
 
     def open(self, revision: str | None = None) -> None:
-        self.revision = _revision(self.repo, revision)
+        self.revision = _resolve_revision(self.repo, revision)
         stream = hub.stream(self.repo, self.config, self.split, self.revision)
         if stream.column_names is not None:
             check_columns(self.columns, stream.column_names, self.repo)
         self.units = [Unit(f"{self.repo} shard {i}", 0) for i in range(stream.num_shards)]
 
-    def fetch(self, unit: int, folder: str) -> list[Task]:
-        where = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
-        return [Task("stream", where, self.columns)]
+    def fetch(self, unit: int, directory: str) -> list[Task]:
+        paths = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
+        return [Task("stream", paths, self.columns)]
 
 
-def _revision(repo: str, revision: str | None) -> str:
+def _resolve_revision(repo: str, revision: str | None) -> str:
     try:
-        return hub.revision_of(repo, revision)
-    except hub.Unreachable as error:
-        raise UserError(f"{error}\n{OFFLINE_WAYS}") from None
+        return hub.resolve_revision(repo, revision)
+    except hub.UnreachableError as error:
+        raise UserError(f"{error}\n{OFFLINE_HINT}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
-# finding one
+# sources by name
 
 
 def find(
     name: str, input: tuple[str, ...] = (), columns: tuple[str, ...] = ("text",), config: str | None = None,
     split: str = "train",
 ) -> Source:  # fmt: skip
-    """The source of that name; nothing is read yet but the names of local files."""
+    """Return the source with this name. Only the names of local files are read."""
     if name == "files":
-        return LocalFiles("files", columns, paths=_match(input))
+        return LocalFiles("files", columns, paths=_find_files(input))
     if input:
-        raise UserError(f"--input goes with the source `files`, not with `{name}`.")
+        raise UserError(f"--input is only for the source `files`, not for `{name}`. Remove it.")
     if name == "stdlib":
-        return LocalFiles("stdlib", columns, paths=_standard_library())
+        return LocalFiles("stdlib", columns, paths=_list_standard_library())
     if name in HUB_SOURCES:
         return HubFiles(name, columns, repo=HUB_SOURCES[name][0], prefix=HUB_SOURCES[name][1])
     if name.startswith("fineweb2-"):
@@ -265,23 +282,23 @@ def find(
         return HubFiles(name, columns, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
     if name.count("/") == 1:
         return HubStream(name, columns, repo=name, config=config, split=split)
-    known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a data set of the hub)"]
+    known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a hub data set)"]
     raise UserError(f"There is no source {name!r}. {nearest(name, known)}")
 
 
 def read_documents(source: Source, revision: str | None = None) -> Iterator[str]:
-    """All documents of a source in order, downloading a file at a time."""
+    """Yield all documents of a source in order; download one unit at a time."""
     source.open(revision)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         for unit in range(len(source.units)):
-            for task in source.fetch(unit, folder):
+            for task in source.fetch(unit, directory):
                 for batch in read(task):
                     yield from map(bytes.decode, batch.texts)
-            source.release(unit, folder)
+            source.release(unit, directory)
 
 
 def read_first_documents(source: Source, max_bytes: int) -> Iterator[str]:
-    """Documents of a source until `max_bytes` of UTF-8 are reached."""
+    """Yield documents of a source until they have `max_bytes` of UTF-8."""
     total = 0
     for text in read_documents(source):
         yield text

@@ -111,7 +111,7 @@ class Workspace:
 
     def _compare_with_complete(self) -> None:
         """Raise a UserError if a complete data set has other settings or lacks shards."""
-        if not self.source.downloads:  # the revision on the hub is not compared: that would need a network
+        if not self.source.is_on_hub:  # the revision on the hub is not compared: that would need a network
             self._open_source()
         self._compare(self.manifest["settings"], "a complete data set with other settings")
         existing = files.list_names(self.directory)

@@ -102,7 +102,7 @@ def test_truncated_bodies_and_a_503_change_no_byte(prepare, server, tmp_path):
     server.truncate("002_00000", after_bytes=300, reset=True)
     done = prepare("fineweb-edu-10BT", "--out-dir", tmp_path / "b" / "set")
     assert done.returncode == 0, done.stderr
-    assert "trying again in 1 s" in done.stderr
+    assert "Retrying in 1 s" in done.stderr
     names = sorted(path.name for path in (tmp_path / "a" / "set").iterdir())
     assert all((tmp_path / "a/set" / n).read_bytes() == (tmp_path / "b/set" / n).read_bytes() for n in names)
 
@@ -178,8 +178,8 @@ def test_hellaswag_and_translations_are_downloaded(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["owner/none"], "the hub doesn't give owner/none"),
-        (["fineweb2-pl"], "the hub doesn't give HuggingFaceFW/fineweb-2"),
+        (["owner/none"], "The hub does not provide owner/none"),
+        (["fineweb2-pl"], "The hub does not provide HuggingFaceFW/fineweb-2"),
         (["owner/tiny", "--text-column", "body"], "has no column 'body': it has text, id"),
         (["owner/tiny", "--split", "dev"], "Bad split: dev"),
         (["fineweb-edu-10BT", "--text-column", "body"], "no column 'body': it has text, id"),
@@ -198,5 +198,5 @@ def test_without_a_network_offline_sources_are_suggested(prepare):
     assert done.returncode == 2
     assert "python fineweb.py stdlib" in done.stderr
     assert "python fineweb.py files --input" in done.stderr
-    assert "trying again" not in done.stderr
+    assert "Retrying" not in done.stderr
     assert "Traceback" not in done.stderr

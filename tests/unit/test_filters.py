@@ -61,12 +61,12 @@ def test_filters_are_settings_of_a_data_set(tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_score_that_is_missing_or_no_number_is_told(tmp_path, kind):
     arguments = ("--out-dir", tmp_path / "d", "--min-score", 3)
-    for rows, word in (([{"text": "a"}], "no column 'score'"), ([{"text": "a", "score": "high"}], "no number")):
+    for rows, word in (([{"text": "a"}], "no column 'score'"), ([{"text": "a", "score": "high"}], "not a number")):
         source = write(tmp_path, kind, rows)
         with pytest.raises(UserError, match=rf"a\.{kind}.*{word}"):
             call(fineweb.main, "files", "--input", source, *arguments)
     source = save(tmp_path / "a.txt", b"a")
-    with pytest.raises(UserError, match=r"a\.txt is a plain text and has no 'score'"):
+    with pytest.raises(UserError, match=r"a\.txt is a text file without a column 'score'"):
         call(fineweb.main, "files", "--input", source, *arguments)
 
 

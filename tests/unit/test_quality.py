@@ -258,7 +258,7 @@ def test_too_few_documents_are_refused(sides, tmp_path):
 
 
 def test_a_mistake_in_the_paths_names_the_flag(sides, tmp_path):
-    with pytest.raises(UserError, match=r"--other .*none\.txt names no file"):
+    with pytest.raises(UserError, match=r"--other .*none\.txt matches no file"):
         train(sides | {"other": tmp_path / "none.txt"}, tmp_path / "m")
 
 

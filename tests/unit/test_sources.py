@@ -165,7 +165,7 @@ def test_first_documents_stop_after_reaching_max_bytes(tmp_path):
 def test_unknown_source_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="Did you mean 'stdlib'"):
         find("stdlb")
-    with pytest.raises(UserError, match="goes with the source `files`"):
+    with pytest.raises(UserError, match="only for the source `files`"):
         find("stdlib", ("a.txt",))
     with pytest.raises(UserError, match="--input"):
         find("files")
@@ -181,5 +181,5 @@ def test_hidden_files_and_link_cycles_are_skipped(tmp_path):
 
 def test_text_file_that_is_not_utf8_is_refused_by_name(tmp_path):
     save(tmp_path / "a.txt", "zażółć".encode("utf-16"))
-    with pytest.raises(UserError, match=r"a\.txt is no UTF-8"):
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         list(read_documents(local_files(tmp_path)))
