@@ -71,6 +71,12 @@ def torchrun(
     return done
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def fork_ranks(world_size: int, *arguments: object, fault: str = "") -> None:
     """Run train.py on several ranks, as `torchrun` does, in forks of this process.
 
@@ -80,11 +86,8 @@ def fork_ranks(world_size: int, *arguments: object, fault: str = "") -> None:
     if torch.accelerator.is_available():
         torchrun(world_size, *arguments, fault=fault)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    group |= {"TORCHELASTIC_RESTART_COUNT": 0, "FAULT": fault}
+    group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RESTART_COUNT": 0, "FAULT": fault}
     with tempfile.TemporaryFile() as output:
         children = []
         for rank in range(world_size):
