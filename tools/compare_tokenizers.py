@@ -18,21 +18,21 @@ from babygpt.errors import UserError, run
 
 
 def compare(specs: Iterable[str], texts: list[bytes]) -> str:
-    """A Markdown table of what each tokenizer makes of texts in UTF-8; words are runs of signs that are not blank."""
-    size, words = sum(map(len, texts)), sum(len(text.decode().split()) for text in texts)
+    """Return a Markdown table that compares tokenizers on UTF-8 texts. Words are separated by whitespace."""
+    num_bytes, words = sum(map(len, texts)), sum(len(text.decode().split()) for text in texts)
     if words == 0:
-        raise UserError("--input has no words to compare tokenizers by.")
+        raise UserError("--input contains no words. Use other files.")
     lines = [
-        f"{len(texts):,} documents, {size:,} bytes, {words:,} words",
+        f"{len(texts):,} documents, {num_bytes:,} bytes, {words:,} words",
         "",
-        "| tokenizer | vocabulary | tokens | bytes a token | tokens a word |",
+        "| tokenizer | vocabulary | tokens | bytes per token | tokens per word |",
         "|---|---:|---:|---:|---:|",
     ]
     for spec in specs:
         tokenizer = load_tokenizer(spec)
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
-        vocabulary, per_token, per_word = f"{tokenizer.vocab_size:,}", f"{size / tokens:.3f}", f"{tokens / words:.3f}"
-        lines.append(f"| {spec} | {vocabulary} | {tokens:,} | {per_token} | {per_word} |")
+        ratios = f"{num_bytes / tokens:.3f} | {tokens / words:.3f}"
+        lines.append(f"| {spec} | {tokenizer.vocab_size:,} | {tokens:,} | {ratios} |")
     return "\n".join(lines)
 
 
@@ -51,16 +51,16 @@ class CompareArgs:
 
 def main() -> None:
     args = parse_arguments(CompareArgs, "python -m tools.compare_tokenizers", __doc__)
-    # behind --input all are taken for files, but no file of text is called so
-    behind = [path for path in args.input if path == "gpt2" or path.endswith(".json")]
-    specs = [*args.tokenizers, *behind]
+    # tokenizers that follow --input are parsed as its values; their names cannot be those of text files
+    misplaced = [path for path in args.input if path == "gpt2" or path.endswith(".json")]
+    specs = [*args.tokenizers, *misplaced]
     if not specs:
-        raise UserError('give one or more tokenizers: "gpt2" or paths of a tokenizer.json.')
-    source = sources.find("files", tuple(path for path in args.input if path not in behind), (args.text_column,))
-    texts, left = [], args.max_bytes
+        raise UserError("No tokenizers are given. Use gpt2, or paths of tokenizer.json files.")
+    source = sources.find("files", tuple(path for path in args.input if path not in misplaced), (args.text_column,))
+    texts, remaining = [], args.max_bytes
     for text in sources.read_first_documents(source, args.max_bytes):
-        texts.append(text.encode()[:left].decode(errors="ignore").encode())  # no part of a character
-        left -= len(texts[-1])
+        texts.append(text.encode()[:remaining].decode(errors="ignore").encode())  # drops an incomplete character
+        remaining -= len(texts[-1])
     print(compare(specs, texts))
 
 

@@ -27,7 +27,7 @@ from dataloader import Order, Position
 
 
 def position_of_step(step: int, rows: Sequence[int], order: Order) -> Position:
-    """Where step `step` begins in a run whose step k takes rows[k] rows; `rows` goes up to that step at the least."""
+    """Return the position at which a step starts, if step k reads rows[k] rows."""
     position = Position()
     for k in range(step):
         start = order.step_start(position, rows[k])
@@ -36,32 +36,36 @@ def position_of_step(step: int, rows: Sequence[int], order: Order) -> Position:
 
 
 def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
-    """A run's data, their order, and how many rows its steps took up to `step`, from the files in its folder.
+    """Return the data set of a run, the data order, and the number of rows of each step, at least up to `step`.
 
-    The log tells how many tokens each step took, so that a resume with another batch is followed; a step that it
-    hasn't yet takes what config.json says. UserError where the run or its data are not what they were.
+    The numbers of rows follow from the tokens in log.csv, since a resume may change the batch size. Steps that are not
+    in the log yet use batch_tokens of config.json. UserError if files are missing or the data set has changed.
     """
     config = read_config(run / "config.json")
     if not {"general", "data", "model", "training"} <= set(config):
-        raise UserError(f"there is no run at {run}: it has no sound config.json. Give a folder that train.py wrote.")
+        raise UserError(f"There is no run at {run}: it has no intact config.json. Use a directory that train.py wrote.")
     data, training, block_size = config["data"], config["training"], config["model"]["block_size"]
     if not 0 <= step < training["max_steps"]:
-        raise UserError(f"--step {step}: {run} has the steps 0 to {training['max_steps'] - 1} (max_steps less one).")
+        raise UserError(f"--step {step} is out of range: {run} has the steps 0 to {training['max_steps'] - 1}.")
     if not Path(data["dataset"]).is_dir():
-        raise UserError(f"the data of {run} are not at {data['dataset']}. Bring them back, or go where train.py ran.")
-    dataset, found = open_dataset(data["dataset"]), latest(run)
-    state = read_state(found) if found else None
+        raise UserError(
+            f"The data set of {run} is not at {data['dataset']}. Restore it, or change to the directory in which "
+            "train.py ran."
+        )
+    dataset, checkpoint = open_dataset(data["dataset"]), latest(run)
+    state = read_state(checkpoint) if checkpoint else None
     if state and state["data"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
-            f"{dataset.directory} is not the data that {run} was trained on: its fingerprint is "
-            f"{dataset.fingerprint[:16]}, {found} has {state['data']['fingerprint'][:16]}. Bring the earlier data back."
+            f"{dataset.directory} is not the data set that {run} was trained on: its fingerprint is "
+            f"{dataset.fingerprint[:16]}, but {checkpoint} has {state['data']['fingerprint'][:16]}. Restore the "
+            "original data set."
         )
     log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
     tokens = [row["tokens"] for row in log]
     if [row["step"] for row in log] != list(range(len(log))):
-        raise UserError(f"{run / 'log.csv'} has not every step from 0 on, so where its steps began can't be known.")
+        raise UserError(f"{run / 'log.csv'} does not have every step from 0 on, so the rows of a step are unknown.")
     if state and state["step"] == len(tokens):
-        tokens.append(state["tokens"])  # a run that was stopped: what its last step took
+        tokens.append(state["tokens"])  # a stopped run: the tokens after its last step
     rows = [(after - before) // block_size for before, after in pairwise(tokens)]
     rows += [training["batch_tokens"] // block_size] * (step + 1 - len(rows))
     order = Order(
@@ -72,23 +76,23 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
 
 
 def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks: int, chars: int) -> Iterator[str]:
-    """A line for each part of each row, one for every chunk and shard that it touches."""
-    tokenizer, ends_of_text = load_tokenizer(dataset.tokenizer), {}
-    names = [
+    """Yield a table with one line for each part of each row: for each chunk and shard that the row reads from."""
+    tokenizer, document_starts = load_tokenizer(dataset.tokenizer), {}  # by index of the shard
+    names = [  # an empty shard is not a memmap
         Path(str(s.filename)).name if isinstance(s, np.memmap) else "" for s in order.tokens.shards
-    ]  # "": no tokens
+    ]
     width = max(map(len, names))
     yield f"{'row':>9} {'rank':>4} {'stream':>6}  {'shard':<{width}} {'token':>11} {'tokens':>6} {'document':>8}  text"
     for n in rows:
         for start, stop in order.epoch(epoch).row(n):
-            for number, first, end in order.tokens.ranges(start, stop):
-                shard = np.asarray(order.tokens.shards[number])
-                if number not in ends_of_text:
-                    ends_of_text[number] = np.flatnonzero(shard == dataset.eot_id)
-                document = np.searchsorted(ends_of_text[number], first, side="right")
+            for i, first, end in order.tokens.ranges(start, stop):
+                shard = np.asarray(order.tokens.shards[i])
+                if i not in document_starts:
+                    document_starts[i] = np.flatnonzero(shard == dataset.eot_id)
+                document = np.searchsorted(document_starts[i], first, side="right")
                 text = "".join(c if c.isprintable() else " " for c in tokenizer.decode(shard[first:end].tolist()))
                 yield (
-                    f"{n:>9} {n % ranks:>4} {n % order.num_streams:>6}  {names[number]:<{width}} {first:>11} "
+                    f"{n:>9} {n % ranks:>4} {n % order.num_streams:>6}  {names[i]:<{width}} {first:>11} "
                     f"{end - first:>6} {document:>8}  {text[:chars]}"
                 )
 

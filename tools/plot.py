@@ -30,10 +30,10 @@ class PlotArgs:
 def main() -> None:
     args = parse_arguments(PlotArgs, "python -m tools.plot", __doc__)
     if not args.runs:
-        raise UserError("name at least one run: python -m tools.plot out/NAME")
+        raise UserError("No run is given. Use python -m tools.plot out/NAME.")
     for path in args.runs:
         if not (path / "log.csv").exists():
-            raise UserError(f"there is no run at {path}: it has no log.csv.")
+            raise UserError(f"There is no run at {path}: it has no log.csv. Use a directory that train.py wrote.")
     out = args.out or args.runs[0] / "plot.png"
     plot(list(args.runs), out, args.x)
     print(out)

@@ -23,22 +23,24 @@ from babygpt.errors import UserError, run
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: bool = True) -> FileTokenizer:
-    """Trains a byte-level BPE of `vocab_size` entries, EOT (the last id) among them, and saves it to `out`.
+    """Train a byte-level BPE with GPT-2's pre-tokenizer and save it to `out`.
 
-    The pre-tokenizer is GPT-2's; all 256 bytes are in the vocabulary, so that any text can be encoded.
+    The vocabulary has `vocab_size` tokens: all 256 bytes, so that any text can be encoded, merges, and EOT as the last.
     """
     from tokenizers import pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise UserError(f"a byte-level vocabulary takes 256 bytes and EOT: --vocab-size {vocab_size} is under 257.")
+        raise UserError(
+            f"--vocab-size {vocab_size} is less than 256 bytes and one end-of-text token. Use at least 257."
+        )
     bpe = create_byte_level_bpe()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
     bpe.train_from_iterator(map(without_surrogates, texts), trainer)
     if bpe.get_vocab_size() != vocab_size - 1:
         raise UserError(
-            f"the text is too small for {vocab_size:,} entries: it gives {bpe.get_vocab_size() + 1:,} at the most. "
-            "Give more text or a smaller --vocab-size."
+            f"The text is too small for {vocab_size:,} tokens: it gives only {bpe.get_vocab_size() + 1:,}. Use more "
+            "text or a smaller --vocab-size."
         )
     bpe.add_special_tokens([END_OF_TEXT])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def main() -> None:
     args = parse_arguments(TokenizerArgs, "python -m tools.train_tokenizer", __doc__)
     source = sources.find(args.source, args.input, (args.text_column,))
     tokenizer = train_tokenizer(sources.read_first_documents(source, args.max_bytes), args.vocab_size, args.out)
-    print(f"{args.out}: {tokenizer.vocab_size:,} entries, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens, EOT is {tokenizer.eot_id}, sha256 {tokenizer.sha256[:12]}")
 
 
 if __name__ == "__main__":

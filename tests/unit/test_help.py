@@ -48,6 +48,8 @@ def test_help_is_readable(command, width, capsys, monkeypatch):
     for argument in arguments:
         words = " ".join(argument.split())
         assert len(re.findall(r"\(default: |\(required\)", words)) == 1, words
+        description = re.sub(r"--?[\w.-]+,?|\{.*?\}|\[.*?\]|\b[A-Z|]+\b|\((default: |required\)).*", "", words)
+        assert re.search(r"[a-z]{2}", description), f"no comment: {words}"
         assert not re.search(r"\b(STR|INT)\b|\{None|default: (None\b|\)|')|'\"'|\[\[", words), words
 
 

@@ -1,4 +1,4 @@
-"""tools.inspect_step: the rows that a step of a run read."""
+"""tools.inspect_step: the rows that an optimizer step of a run read."""
 
 import json
 import re
@@ -15,10 +15,7 @@ import train
 from babygpt.data.shards import HEADER_BYTES, open_dataset
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
-from dataloader import (
-    Order,
-    Position,
-)
+from dataloader import Order, Position
 from tools import inspect_step
 from tools.inspect_step import position_of_step
 
@@ -26,47 +23,48 @@ from tools.inspect_step import position_of_step
 @pytest.fixture(scope="module")
 def sharded(dataset, tmp_path_factory) -> Path:
     """The small data set in several shards."""
-    folder, source = tmp_path_factory.mktemp("data") / "sharded", dataset.parent
+    directory, source = tmp_path_factory.mktemp("data") / "sharded", dataset.parent
     call(
         fineweb.main, "files", "--input", source / "texts.jsonl", "--tokenizer", source / "bpe.json",
-        "--out-dir", folder, "--val-tokens", 300, "--workers", 1, "--shard-tokens", 500,
+        "--out-dir", directory, "--val-tokens", 300, "--workers", 1, "--shard-tokens", 500,
     )  # fmt: skip
-    return folder
+    return directory
 
 
 @pytest.fixture(scope="module")
-def retold(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]:
-    """A run over three epochs that was resumed at step 5 with half the batch, and the rows that each step was given."""
-    out, steps, train_step = tmp_path_factory.mktemp("runs") / "retold", [], train.train_step
+def resumed_run(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]:
+    """A run of three epochs that was resumed at step 5 with half the batch size, and the rows of each step."""
+    out, steps, train_step = tmp_path_factory.mktemp("runs") / "resumed", [], train.train_step
 
-    def traced(state, batch, *rest, **named):
+    def recording_train_step(state, batch, *args, **kwargs):
         steps.append([row.tolist() for micro_batch in batch.micro_batches for row in micro_batch])
-        return train_step(state, batch, *rest, **named)
+        return train_step(state, batch, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", traced)
-        scenes = {f"{scene}__every_n_steps": 0 for scene in ("validation", "sampling")}
-        call(train.main, *flags(sharded, out, training__max_steps=5, **scenes))
-        scenes |= {"general__init_from": "resume", "training__batch_tokens": 128, "training__max_steps": 30}
-        call(train.main, *flags(sharded, out, **scenes))
+        patch.setattr(train, "train_step", recording_train_step)
+        settings = {f"{section}__every_n_steps": 0 for section in ("validation", "sampling")}
+        call(train.main, *flags(sharded, out, training__max_steps=5, **settings))
+        settings |= {"general__init_from": "resume", "training__batch_tokens": 128, "training__max_steps": 30}
+        call(train.main, *flags(sharded, out, **settings))
     assert [len(step) for step in steps] == [16] * 5 + [8] * 25
     return out, steps
 
 
-def told(run: Path, step: int, capsys: pytest.CaptureFixture, *options: object) -> tuple[str, list[re.Match]]:
-    """The first line of the output, and the cells of each line of its table."""
+def inspect(run: Path, step: int, capsys: pytest.CaptureFixture, *options: object) -> tuple[str, list[re.Match]]:
+    """Return the first line of the output, and the cells of each line of its table."""
     capsys.readouterr()
     call(inspect_step.main, run, "--step", step, *options)
-    head, _, *lines = capsys.readouterr().out.splitlines()
+    summary, _, *lines = capsys.readouterr().out.splitlines()
     cells = r" *(?P<row>\d+) +(?P<rank>\d+) +(?P<stream>\d+)  (?P<shard>\S+) +(?P<token>\d+) +(?P<tokens>\d+) +"
-    return head, [re.fullmatch(cells + r"(?P<document>\d+)  (?P<text>.*)", line) for line in lines]
+    return summary, [re.fullmatch(cells + r"(?P<document>\d+)  (?P<text>.*)", line) for line in lines]
 
 
-def test_a_look_back_tells_the_tokens_that_each_step_of_a_real_run_read(retold, sharded, capsys):
-    run, steps = retold
+def test_past_steps_show_the_tokens_they_read(resumed_run, sharded, capsys):
+    """For every step of a run, the printed rows, shards and tokens are those that training read."""
+    run, steps = resumed_run
     parts = 0
     for step, expected in enumerate(steps):
-        _, lines = told(run, step, capsys)
+        _, lines = inspect(run, step, capsys)
         rows: dict[int, list[int]] = {}
         for line in lines:
             ids = np.fromfile(sharded / line["shard"], np.uint16, offset=HEADER_BYTES)
@@ -77,43 +75,46 @@ def test_a_look_back_tells_the_tokens_that_each_step_of_a_real_run_read(retold, 
         assert list(rows) == list(range(min(rows), min(rows) + len(expected)))
         assert list(rows.values()) == expected
         parts += len(lines)
-    assert parts > sum(map(len, steps)), "some rows go over the end of a chunk or a shard"
+    assert parts > sum(map(len, steps)), "some rows cross the end of a chunk or a shard"
 
 
-def test_a_look_back_tells_epoch_rank_document_and_text(retold, sharded, capsys):
-    run, _ = retold
+def test_past_steps_show_epoch_rank_document_text(resumed_run, sharded, capsys):
+    """The printed epoch, rank, document and text agree with the data set."""
+    run, _ = resumed_run
     opened = open_dataset(sharded)
     tokenizer, shards = load_tokenizer(opened.tokenizer), {Path(s.filename).name: s for s in opened.train.shards}
-    epochs = [told(run, step, capsys)[0] for step in (0, 10, 11, 26, 27)]
-    assert [head.split(":")[1].split(" of")[0] for head in epochs] == [
+    summaries = [inspect(run, step, capsys)[0] for step in (0, 10, 11, 26, 27)]
+    assert [summary.split(":")[1].split(" of")[0] for summary in summaries] == [
         " epoch 0, rows 0 to 15", " epoch 0, rows 120 to 127", " epoch 1, rows 0 to 7", " epoch 1, rows 120 to 127",
         " epoch 2, rows 0 to 7",
     ]  # fmt: skip
-    lines = [line for step in range(12) for line in told(run, step, capsys, "--ranks", 4, "--chars", 9)[1]]
-    begun = set()
+    lines = [line for step in range(12) for line in inspect(run, step, capsys, "--ranks", 4, "--chars", 9)[1]]
+    cases = set()
     for line in lines:
         assert int(line["rank"]) == int(line["row"]) % 4
         ids, first, count = shards[line["shard"]], int(line["token"]), int(line["tokens"])
         assert int(line["document"]) == np.count_nonzero(ids[: first + 1] == opened.eot_id)
         assert line["text"] == tokenizer.decode(ids[first : first + count].tolist()).replace("\n", " ")[:9]
-        begun.add((line["document"] == "0", bool(ids[first] == opened.eot_id)))
-    assert begun >= {(True, False), (False, True), (False, False)}, (
-        "documents from the shard before, at their end of text"
+        cases.add((line["document"] == "0", bool(ids[first] == opened.eot_id)))
+    assert cases >= {(True, False), (False, True), (False, False)}, (
+        "a document of the previous shard, the start of a document, and the middle of one"
     )
 
 
-def test_a_look_ahead_takes_the_batch_of_the_settings_where_the_log_ends(retold, tmp_path, capsys):
-    run, _ = retold
+def test_future_steps_use_the_batch_size_of_the_settings(resumed_run, tmp_path, capsys):
+    """Steps that are not in the log have the batch size of config.json."""
+    run, _ = resumed_run
     lines = (run / "log.csv").read_text().splitlines(keepends=True)
-    for logged, row in ((20, 72), (5, 80)):  # at 5 the first part has ended and the resume has logged nothing yet
+    for logged, row in ((20, 72), (5, 80)):  # at 5, the first launch has finished and the resumed one has no log yet
         stopped = copy_killed_run(run, logged, tmp_path / str(logged))
         (stopped / "log.csv").write_text("".join(lines[: 1 + logged]))
-        (_, first), (_, later) = (told(stopped, step, capsys) for step in (logged, 25))
+        (_, first), (_, later) = (inspect(stopped, step, capsys) for step in (logged, 25))
         assert int(first[0]["row"]) == row
         assert int(later[0]["row"]) == 112
 
 
-def test_position_of_step_counts_every_step_with_its_own_rows_and_begins_epochs_anew():
+def test_position_of_step_counts_rows_and_starts_epochs():
+    """Each step advances by its own number of rows, and a step that does not fit into an epoch starts the next one."""
     order = Order(make_tokens(16 * 20 + 1, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
     assert order.rows_per_epoch == 20
     rows = [6, 6, 9, 2, 10, 20, 1]
@@ -123,10 +124,12 @@ def test_position_of_step_counts_every_step_with_its_own_rows_and_begins_epochs_
     ]  # fmt: skip
 
 
-def test_a_look_back_refuses_what_it_cannot_tell(retold, sharded, tmp_path, capsys):
+def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_path, capsys):
+    """A missing run, a step out of range, a missing or changed data set, and an incomplete log are refused by name."""
+
     def copy(name: str, without: str = "", **sections: dict) -> Path:
         path = tmp_path / name
-        shutil.copytree(retold[0], path, ignore=shutil.ignore_patterns(without))
+        shutil.copytree(resumed_run[0], path, ignore=shutil.ignore_patterns(without))
         config = json.loads((path / "config.json").read_text())
         for section, fields in sections.items():
             config[section] |= fields
@@ -140,20 +143,21 @@ def test_a_look_back_refuses_what_it_cannot_tell(retold, sharded, tmp_path, caps
     for entry in manifest["shards"]:
         entry["sha256"] = entry["sha256"][::-1] if entry["file"] == shard.name else entry["sha256"]
     (other / "dataset.json").write_text(json.dumps(manifest))
-    headless = copy("headless")
-    lines = (headless / "log.csv").read_text().splitlines(keepends=True)
-    (headless / "log.csv").write_text("".join([lines[0], *lines[3:]]))
+    incomplete = copy("incomplete")
+    lines = (incomplete / "log.csv").read_text().splitlines(keepends=True)
+    (incomplete / "log.csv").write_text("".join([lines[0], *lines[3:]]))
     for run, step, message in (
-        (tmp_path / "none", 3, "there is no run at .*none"),
-        (retold[0], -1, "--step -1: .* has the steps 0 to 29"),
-        (retold[0], 30, "--step 30: .* has the steps 0 to 29"),
-        (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "data of .*gone are not at .*away"),
-        (copy("wrong", data={"dataset": str(other)}), 3, "other is not the data that .*wrong was trained on"),
-        (headless, 3, "has not every step from 0 on"),
+        (tmp_path / "none", 3, "There is no run at .*none"),
+        (resumed_run[0], -1, "--step -1 is out of range: .* has the steps 0 to 29"),
+        (resumed_run[0], 30, "--step 30 is out of range: .* has the steps 0 to 29"),
+        (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "data set of .*gone is not at .*away"),
+        (copy("wrong", data={"dataset": str(other)}), 3, "other is not the data set that .*wrong was trained on"),
+        (incomplete, 3, "does not have every step from 0 on"),
     ):
         with pytest.raises(UserError, match=message):
             call(inspect_step.main, run, "--step", step)
     for option in (("--ranks", 0), ("--chars", -1)):
         with pytest.raises(UserError, match="is out of range"):
-            call(inspect_step.main, retold[0], "--step", 3, *option)
+            call(inspect_step.main, resumed_run[0], "--step", 3, *option)
+    # without a checkpoint, there is no fingerprint to compare
     call(inspect_step.main, copy("unsaved", "checkpoints", data={"dataset": str(other)}), "--step", 3)

@@ -39,5 +39,5 @@ def test_a_run_that_has_hardly_begun_is_drawn_too(steps, tmp_path):
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no run at"):
+    with pytest.raises(UserError, match="There is no run at"):
         call(plot.main, tmp_path)

@@ -249,7 +249,7 @@ def test_training_is_deterministic_and_gives_the_size_asked_for(tmp_path):
 def test_the_train_command_learns_from_files_of_text(tmp_path, capsys):
     source = save_jsonl(tmp_path / "a.jsonl", CORPUS)
     call(train_tokenizer_main, "--input", source, "--vocab-size", 300, "--out", tmp_path / "tokenizer.json")
-    assert "300 entries, EOT is 299" in capsys.readouterr().out
+    assert "300 tokens, EOT is 299" in capsys.readouterr().out
     assert load_tokenizer(tmp_path).sha256 == train_tokenizer(CORPUS, 300, tmp_path / "t.json", progress=False).sha256
 
 
@@ -260,9 +260,9 @@ def test_training_takes_lone_surrogates_for_the_replacement_sign(tmp_path):
 
 
 def test_a_text_too_small_or_a_vocabulary_under_257_is_refused(tmp_path):
-    with pytest.raises(UserError, match="too small for 4,096 entries"):
+    with pytest.raises(UserError, match="too small for 4,096 tokens"):
         train_tokenizer(CORPUS, 4096, tmp_path / "t.json", progress=False)
-    with pytest.raises(UserError, match="256 is under 257"):
+    with pytest.raises(UserError, match="256 is less than 257"):
         train_tokenizer(CORPUS, 256, tmp_path / "t.json", progress=False)
     assert not (tmp_path / "t.json").exists()
     assert train_tokenizer(CORPUS, 257, tmp_path / "t.json", progress=False).encode("cat") != []
@@ -328,7 +328,7 @@ def test_a_comparison_of_nothing_is_refused(tmp_path):
     source = save(tmp_path / "a.txt", b" \n")
     with pytest.raises(UserError, match="no words"):
         call(compare_tokenizers.main, "gpt2", "--input", source)
-    with pytest.raises(UserError, match="give one or more tokenizers"):
+    with pytest.raises(UserError, match="No tokenizers are given"):
         call(compare_tokenizers.main, "--input", source)
     with pytest.raises(UserError, match=r"no tokenizer at .*none\.json"):
         call(compare_tokenizers.main, "--input", save(tmp_path / "b.txt", b"word"), tmp_path / "none.json")
