@@ -30,9 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
     from tokenizers import pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise UserError(
-            f"--vocab-size {vocab_size} is less than 256 bytes and one end-of-text token. Use at least 257."
-        )
+        raise UserError(f"--vocab-size {vocab_size} is less than 257: 256 bytes and the end-of-text token. Use more.")
     bpe = create_byte_level_bpe()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
