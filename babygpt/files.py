@@ -25,8 +25,8 @@ from babygpt.errors import UserError
 
 # a put is atomic in these
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
-READ_AHEAD = 1 << 20  # bytes; the default of some file systems is 50 MB, which they copy for every line
-MAX_TRANSFERS = 8  # at the same time
+READ_AHEAD = 1 << 20  # bytes; the default of some file systems is up to 50 MB, which they copy for every line
+MAX_TRANSFERS = 8  # concurrent
 TEMPORARY_SUFFIX = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # of a file that `create` has not committed
 
 
@@ -58,7 +58,7 @@ def _filesystem(url: str | Path):
 
 
 @contextmanager
-def _user_errors(path: str | Path) -> Iterator[None]:
+def _convert_errors(path: str | Path) -> Iterator[None]:
     """Turn the exceptions of a remote file system into UserErrors."""
     try:
         yield
@@ -109,7 +109,7 @@ def sha256(path: str | Path) -> str:
 
 def upload(local: str | Path, url: str | Path) -> None:
     """Copy a local file to a URL."""
-    with _user_errors(url):
+    with _convert_errors(url):
         fs, path = _filesystem(url)
         if OBJECT_STORES & ({fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)):
             fs.put_file(str(local), path)
@@ -123,14 +123,14 @@ def open_for_reading(path: str | Path) -> IO[bytes]:
     """Open a binary file that supports seek; the caller closes it."""
     if not is_remote(path):
         return open(path, "rb")
-    with _user_errors(path):
+    with _convert_errors(path):
         fs, path = _filesystem(path)
         return io.BufferedReader(fs.open(path, "rb", block_size=READ_AHEAD), READ_AHEAD)
 
 
 def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> bytes:
     """Return bytes start ... stop - 1 of a file."""
-    with _user_errors(path):
+    with _convert_errors(path):
         if is_remote(path):
             fs, path = _filesystem(path)
             return fs.cat_file(path, start=start, end=stop)
@@ -142,7 +142,7 @@ def read_bytes(path: str | Path, start: int = 0, stop: int | None = None) -> byt
 def exists(path: str | Path) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
-    with _user_errors(path):
+    with _convert_errors(path):
         fs, path = _filesystem(path)
         return fs.exists(path)
 
@@ -151,7 +151,7 @@ def size(path: str | Path) -> int:
     """Return the size of a file in bytes."""
     if not is_remote(path):
         return os.path.getsize(path)
-    with _user_errors(path):
+    with _convert_errors(path):
         fs, remote_path = _filesystem(path)
         num_bytes = fs.size(remote_path)
     if num_bytes is None:
@@ -161,7 +161,7 @@ def size(path: str | Path) -> int:
 
 def version(url: str) -> str:
     """Return a text that changes with the contents of a remote file: its size and its ETag, hash or time."""
-    with _user_errors(url):
+    with _convert_errors(url):
         fs, path = _filesystem(url)
         info = fs.info(path)
     return " ".join(str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime"))
@@ -173,7 +173,7 @@ def list_names(directory: str | Path) -> list[str]:
         if not os.path.isdir(directory):
             return []
         return sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
-    with _user_errors(directory):
+    with _convert_errors(directory):
         fs, path = _filesystem(directory)
         try:
             entries = fs.ls(path, detail=True)
@@ -184,7 +184,7 @@ def list_names(directory: str | Path) -> list[str]:
 
 def glob(pattern: str) -> list[str]:
     """Return the sorted URLs of the remote files that a pattern matches, or of a file or all files of a directory."""
-    with _user_errors(pattern):
+    with _convert_errors(pattern):
         fs, path = _filesystem(pattern)
         if fs.isfile(path):
             paths = [path]
@@ -196,7 +196,7 @@ def glob(pattern: str) -> list[str]:
 def remove(path: str | Path) -> None:
     """Delete a file, or a directory with its contents, if it exists."""
     if is_remote(path):
-        with _user_errors(path), suppress(FileNotFoundError):
+        with _convert_errors(path), suppress(FileNotFoundError):
             fs, remote_path = _filesystem(path)
             fs.rm(escape(remote_path), recursive=True)  # escaped, because rm takes a pattern
     elif os.path.isdir(path):
@@ -221,7 +221,7 @@ def download(
         path = directory / name
         if path.exists() and is_current(path):
             return
-        with create(path) as file, _user_errors(f"{url}/{name}"):
+        with create(path) as file, _convert_errors(f"{url}/{name}"):
             fs, remote_path = _filesystem(f"{url}/{name}")
             fs.get_file(remote_path, file.name)
         if not is_valid(path):

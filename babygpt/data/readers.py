@@ -4,7 +4,7 @@
 ...     for batch in read(task):
 ...         batch.texts, batch.numbers["score"]
 
-Data that cannot be read is a UserError with the file and the location in it.
+If data cannot be read, a UserError names the file and the location.
 """
 
 import codecs
@@ -30,7 +30,7 @@ COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
 
 @dataclass(frozen=True)
 class Task:
-    """The documents that one worker reads at a time; picklable."""
+    """A part of a source that one worker reads; picklable."""
 
     kind: str  # parquet, files, stream
     paths: tuple[str, ...]  # for a stream: repo, config, split, revision, index and number of shards
@@ -195,7 +195,8 @@ def _select_columns(row: dict, columns: tuple[str, ...], location: str) -> tuple
         raise UserError(f"{location}: {columns[0]!r} is {type(text).__name__}, not text. Use --text-column.")
     for column, number in zip(columns[1:], numbers, strict=True):
         if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):
-            raise UserError(f"{location}: {column!r} is not a number: {type(number).__name__} {number!r:.40}.")
+            shown = f"{type(number).__name__} {number!r:.40}"
+            raise UserError(f"{location}: {column!r} is {shown}, not a number of at most 1e300.")
     return (without_surrogates(text or "").encode(), *numbers)
 
 

@@ -38,7 +38,9 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
             f"{disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} GB free) and {memory / 1e9:,.1f} GB of memory for "
             f"{workers} workers."
         )
-    remaining = disk - sum(path.stat().st_size for path in work.local.rglob("*.bin"))  # less what an earlier run wrote
+    remaining = disk - sum(
+        path.stat().st_size for path in work.local.rglob("*.bin")
+    )  # without what an earlier run wrote
     needed = (
         f"{remaining / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free. Use another --out-dir or --max-tokens."
     )

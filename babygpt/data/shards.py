@@ -174,7 +174,7 @@ def open_dataset(directory: str | Path) -> Dataset:
             f"There is no data set at {directory}. Prepare it with `python fineweb.py` (its --help lists the sources), "
             "or use another --data.dataset."
         )
-    paths = {name: directory / name for name in files.list_names(directory) if _split_of(name)}
+    paths = {name: directory / name for name in files.list_names(directory) if _parse_split(name)}
     manifest = read_manifest(directory)
     if manifest is not None:
         listed = [shard["file"] for shard in manifest["shards"]]
@@ -188,7 +188,7 @@ def open_dataset(directory: str | Path) -> Dataset:
             )
         counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     elif (directory / "parts").exists():
-        raise UserError(f"{directory} is unfinished. Run the `python fineweb.py` command that started it again.")
+        raise UserError(f"{directory} is unfinished. Run the same `python fineweb.py` command again to finish it.")
     if (directory / "meta.pkl").exists():
         raise UserError(
             f"{directory} has a meta.pkl: its tokens are nanoGPT's characters, not GPT-2's tokens. Prepare the text "
@@ -212,7 +212,7 @@ def open_dataset(directory: str | Path) -> Dataset:
                 f"{directory / name} has {shard.dtype.name} tokens, but the vocabulary of {manifest['vocab_size']:,} "
                 f"in {MANIFEST} needs {token_dtype(manifest['vocab_size']).name}. Copy or prepare the data set again."
             )
-    splits = {split: Tokens([s for name, s in shards.items() if _split_of(name) == split]) for split in SPLITS}
+    splits = {split: Tokens([s for name, s in shards.items() if _parse_split(name) == split]) for split in SPLITS}
     if manifest is not None:
         return Dataset(
             directory, manifest, splits["train"], splits["val"], manifest["eot_id"], manifest["vocab_size"],
@@ -252,8 +252,8 @@ def _download(url: str, directory: Path) -> None:
     manifest = read_manifest(url)
     if manifest is None:  # shards of another program
         if files.list_names(f"{url}/parts"):
-            raise UserError(f"{url} is unfinished. Run the `python fineweb.py` command that started it again.")
-        versions = {name: files.version(f"{url}/{name}") for name in files.list_names(url) if _split_of(name)}
+            raise UserError(f"{url} is unfinished. Run the same `python fineweb.py` command again to finish it.")
+        versions = {name: files.version(f"{url}/{name}") for name in files.list_names(url) if _parse_split(name)}
         if not versions:
             raise UserError(f"There is no data set at {url}: it has no {MANIFEST} and no shards.")
     else:
@@ -292,7 +292,7 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def _split_of(file_name: str) -> str | None:
+def _parse_split(file_name: str) -> str | None:
     """Return the split of a shard from its file name, "train" or "val"; None for other files."""
     match = re.search(r"(?:^|_)(train|val)(_\d+)?\.(bin|npy)$", file_name)
     return match and match[1]
@@ -347,7 +347,7 @@ def verify(directory: str | Path, progress=lambda num_bytes: None) -> dict[str, 
     totals["documents"] = sum(documents for _, documents in results)
     split_tokens: dict[str | None, int] = dict.fromkeys(SPLITS, 0)
     for shard in dataset.manifest["shards"]:
-        split_tokens[_split_of(shard["file"])] += shard["tokens"]
+        split_tokens[_parse_split(shard["file"])] += shard["tokens"]
     counts = dataset.manifest["counts"]
     if split_tokens != counts["tokens"]:
         problems.append(f"{directory / MANIFEST}: the shards have {split_tokens} tokens, not {counts['tokens']}")

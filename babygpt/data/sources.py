@@ -59,7 +59,7 @@ OFFLINE_HINT = (
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that is fetched at once."""
+    """The part of a source that one `fetch` downloads."""
 
     name: str
     bytes: int  # on disk or in the hub, 0 if unknown
@@ -267,7 +267,7 @@ def find(
     name: str, input: tuple[str, ...] = (), columns: tuple[str, ...] = ("text",), config: str | None = None,
     split: str = "train",
 ) -> Source:  # fmt: skip
-    """Return the source with this name. Only the names of local files are read."""
+    """Return the source with this name. This lists local files, but does not read or download any."""
     if name == "files":
         return LocalFiles("files", columns, paths=_find_files(input))
     if input:
