@@ -2,7 +2,7 @@
 # Install the dependencies and run the checks, in three tiers. All run on the CPU and use no network except the package
 # index.
 #
-#   bash runs/test.sh                # what CI runs: linting, types, import rules, all tests
+#   bash runs/test.sh                # what CI runs: linting, spelling, types, import rules, all tests
 #   bash runs/test.sh --quick        # linting, import rules, unit tests without transformers; no Ray, no S3 server
 #   bash runs/test.sh --slow         # run by hand: comparison with lm-eval, another version of PyTorch
 #   bash runs/test.sh -k optimizer   # pytest with these arguments only
@@ -17,6 +17,7 @@ case "$*" in
         set_up_environment .venv "${quick[@]}" tests/requirements.txt
         ruff check .
         ruff format --check .
+        codespell
         lint-imports --no-logo
         mypy
         python -m pytest --numprocesses auto tests/unit
@@ -26,6 +27,7 @@ case "$*" in
         set_up_environment .venv "${quick[@]}"
         ruff check .
         ruff format --check .
+        codespell
         lint-imports --no-logo
         python -m pytest --numprocesses auto tests/unit "${no_transformers[@]}"
         ;;
