@@ -4,6 +4,7 @@ The test runs them in the order of the documents, in a directory with a small da
 flags make training small. NOT_RUN lists the commands that need something that the tests do not have.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -203,6 +204,19 @@ def test_documented_links_exist():
                 assert file.exists(), f"{name}: {target}"
                 anchors = [anchor(line) for line in file.read_text(encoding="utf-8").splitlines()] if heading else []
                 assert heading in ("", *anchors), f"{name}: {target}"
+
+
+def test_messages_of_troubleshooting_exist():
+    """The messages that docs/troubleshooting.md quotes are in the code."""
+    strings = []
+    for path in (*ROOT.glob("*.py"), *(ROOT / "babygpt").rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        strings += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    rows = re.findall(r"^\| `(.*?)` \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows
+    for message in rows:
+        for piece in re.split(r" ?\.\.\. ?| 3 | nan$", message):
+            assert any(piece in string for string in strings), message
 
 
 def anchor(line: str) -> str:
