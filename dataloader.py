@@ -32,7 +32,7 @@ import torch
 
 from babygpt.data.shards import Tokens
 from babygpt.errors import ConfigError
-from babygpt.nn.cross_entropy import IGNORED
+from babygpt.nn.cross_entropy import IGNORE_INDEX
 
 WINDOW = 20_000  # tokens on both sides of a cursor that are searched for an EOT, even if chunks are shorter
 VAL_TOKENS = 20 * 524_288  # read by a validation, as in build-nanogpt: 20 steps of 524,288
@@ -313,7 +313,7 @@ def validation_batches(
     """Yield the same rows in the same order every time: inputs and targets, (B, T) int64 each, of one rank.
 
     The rows cover the first VAL_TOKENS of the split. All batches are full, the last one with rows whose targets are
-    IGNORED. With `pin`, they are in pinned memory.
+    IGNORE_INDEX. With `pin`, they are in pinned memory.
     """
     if len(tokens) <= block_size:
         raise ConfigError(
@@ -324,7 +324,7 @@ def validation_batches(
     rows = [n for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]
     for i in range(0, len(rows), micro_batch_size):
         idx = torch.zeros((micro_batch_size, block_size), dtype=torch.int64, pin_memory=pin)
-        targets = torch.full((micro_batch_size, block_size), IGNORED, dtype=torch.int64, pin_memory=pin)
+        targets = torch.full((micro_batch_size, block_size), IGNORE_INDEX, dtype=torch.int64, pin_memory=pin)
         count = len(rows[i : i + micro_batch_size])
         batch = torch.empty((count, block_size + 1), dtype=torch.int64)
         order.read_rows(0, rows[i : i + count], batch.numpy())

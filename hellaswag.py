@@ -236,11 +236,11 @@ def check_length(examples: list[Example], block_size: int) -> None:
 
 
 def predictions(sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
-    """Return the predicted ending of each example by least loss, and by least loss per unit of length.
+    """Return the index of the ending with the least loss, and with the least loss per unit of length, of each example.
 
-    `sums`, (examples, 4), are the losses; the units are those of Example.lengths.
+    `sums`, (examples, 4), are the losses; the lengths are those in `Example.lengths`.
     """
-    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # (examples, 4), or 0
+    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # also without examples
     return sums.argmin(dim=1).tolist(), (sums / lengths).argmin(dim=1).tolist()
 
 

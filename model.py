@@ -36,7 +36,7 @@ from babygpt.nn.attention import (
     rotary_cos_sin,
     token_positions,
 )
-from babygpt.nn.cross_entropy import IGNORED, linear_cross_entropy, padded_vocab_size, softcapped
+from babygpt.nn.cross_entropy import IGNORE_INDEX, apply_softcap, linear_cross_entropy, padded_vocab_size
 from babygpt.nn.generation import SamplingParams, generate
 from babygpt.pretrained import read_pretrained
 
@@ -81,7 +81,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of each token to itself and earlier ones. A mask of None is causal (babygpt/nn/attention.py)."""
+    """Causal attention, or attention under `mask` (babygpt/nn/attention.py)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -114,7 +114,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D), in the cache's dtype
             q = q.type_as(k)
         y = attention(q, k, v, mask, scale, self.config.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads concatenated
         return self.drop(self.c_proj(y))
 
 
@@ -173,7 +173,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for name, parameter in self.named_parameters():  # the order decides the random numbers: keep it
+        for name, parameter in self.named_parameters():  # keep the order: it determines the random numbers
             self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
@@ -204,7 +204,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         loss = self.summed_loss(x.flatten(0, 1), targets.flatten())
-        return loss if reduction == "sum" else loss / (targets != IGNORED).sum()
+        return loss if reduction == "sum" else loss / (targets != IGNORE_INDEX).sum()
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
@@ -212,8 +212,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         """Return the final hidden states, (B, T, C), of token ids idx (B, T) int64.
 
-        With a cache, idx continues the cached tokens. Without one, each row starts at position 0, unless `positions`,
-        (B, T) int64, and `mask`, (B, 1, T, T) bool, true where a query may attend to a key, say otherwise.
+        With a cache, idx continues the cached tokens. Without one, each row is one text, from position 0 on. For other
+        rows, give `positions`, (B, T) int64, and `mask`, (B, 1, T, T) bool, true where a query attends to a key.
         """
         if positions is None:
             positions = token_positions(idx, cache, self.config.block_size)  # (B or 1, T)
@@ -273,8 +273,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return the FLOPs of training on one token: 854.7 M for the smallest GPT-2.
 
-        6 per weight of every matrix product, padding included (PaLM paper, appendix B: 2 forward, 4 backward), and
-        12 L T C for the two products of attention, over the whole context or window as if it were not causal.
+        6 per weight of each matrix product, including padding (PaLM paper, appendix B: 2 forward, 4 backward), and
+        12 L T C for the two products of attention, counted over the full context or window, without the causal mask.
         """
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         context = self.config.mask_rule.window or self.config.block_size
@@ -287,9 +287,9 @@ class GPT(nn.Module):
         `spec` is a run directory (its latest checkpoint), a checkpoint directory, a Hugging Face GPT-2 directory, or a
         name such as "gpt2-xl", which is downloaded once to data/. Raises UserError if there is no intact model.
         """
-        found = read_pretrained(spec)
-        model = found.build(lambda values: build_model(config_from_dict(values)))  # with its weights
-        model.tokenizer, model.source, model.step = found.tokenizer, found.source, found.step
+        pretrained = read_pretrained(spec)
+        model = pretrained.build(lambda values: build_model(config_from_dict(values)))  # with the weights
+        model.tokenizer, model.source, model.step = pretrained.tokenizer, pretrained.source, pretrained.step
         return model.to(device).eval()
 
 
@@ -357,9 +357,9 @@ class ModernAttention(CausalSelfAttention):
         self.qk_norm, self.scale = config.qk_norm, config.attention_scale
         # index of this block's table of value embeddings, negative if it has none
         from_end = layer - (config.n_layer - config.value_embeddings)
-        self.table = layer if layer < config.value_embeddings else from_end
+        self.table_index = layer if layer < config.value_embeddings else from_end
         # mixing weights: the block's own values, the value embedding
-        self.value_lambdas = nn.Parameter(torch.tensor([0.5, 0.5])) if self.table >= 0 else None
+        self.value_lambdas = nn.Parameter(torch.tensor([0.5, 0.5])) if self.table_index >= 0 else None
 
     def forward(self, x: torch.Tensor, shared: SharedInputs) -> torch.Tensor:  # type: ignore[override]
         q, k, v = self.qkv(x)
@@ -369,7 +369,7 @@ class ModernAttention(CausalSelfAttention):
             q, k = apply_rotary_emb(q, shared.cos_sin), apply_rotary_emb(k, shared.cos_sin)
         if self.value_lambdas is not None:
             B, K, T, D = v.size()
-            embedded = shared.value_embeds[self.table].view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+            embedded = shared.value_embeds[self.table_index].view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
             v = (self.value_lambdas[0] * v + self.value_lambdas[1] * embedded).type_as(v)
         return self.attend(q, k, v, shared.mask, shared.cache, self.scale)  # (B, T, C)
 
@@ -409,9 +409,9 @@ class ModernGPT(GPT):
     ln_f: nn.Module  # type: ignore[assignment]
 
     def __init__(self, config: ModernConfig):
-        nn.Module.__init__(self)  # not GPT's: the parts differ, and their order decides the random numbers
+        nn.Module.__init__(self)  # not GPT's: the modules differ, and their order determines the random numbers
         if config.document_mask and config.eot_id is None:
-            raise ValueError("document_mask needs eot_id, the token that documents start with")
+            raise ValueError("document_mask needs eot_id, the token that starts each document.")
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
@@ -476,7 +476,7 @@ class ModernGPT(GPT):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         logits, cap = self.lm_head(x), self.config.logit_softcap
-        return logits if cap is None else softcapped(logits, cap)
+        return logits if cap is None else apply_softcap(logits, cap)
 
     def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         config = self.config
@@ -484,7 +484,7 @@ class ModernGPT(GPT):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# both models
+# either model
 
 
 def build_model(config: GPTConfig) -> GPT:
@@ -492,6 +492,6 @@ def build_model(config: GPTConfig) -> GPT:
 
 
 def config_from_dict(values: dict[str, Any]) -> GPTConfig:
-    """Return a GPTConfig, or a ModernConfig if there are fields of it. Raises TypeError for an unknown field."""
+    """Return a GPTConfig, or a ModernConfig if `values` has fields of it. Raises TypeError for an unknown field."""
     classic = {field.name for field in fields(GPTConfig)}
     return GPTConfig(**values) if values.keys() <= classic else ModernConfig(**values)

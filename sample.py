@@ -25,15 +25,15 @@ def sample(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], params: SamplingParams,
     on_text: Callable[[str], None] = lambda text: None, stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:  # fmt: skip
-    """Return a continuation of each prompt, without it, up to its end-of-text token or `stop()`.
+    """Return the continuation of each prompt, up to its end-of-text token or `stop()`.
 
-    All texts are generated as one batch. `on_text` receives the first of them piece by piece. The training mode of the
-    model is restored, and PyTorch's global random state is not used.
+    All texts are generated as one batch. `on_text` receives the first continuation while it is generated. The training
+    mode of the model is restored, and PyTorch's global random state is not used.
     """
     ids = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt in prompts]
     rows: list[list[int]] = [[] for _ in prompts]
 
-    def first_row() -> Iterator[int]:
+    def tokens_of_first_text() -> Iterator[int]:
         for tokens in generate(model, ids, params, tokenizer.eot_id, stop):
             for row, token in zip(rows, tokens, strict=True):
                 if token is not None:
@@ -41,7 +41,7 @@ def sample(
             if tokens[0] is not None:
                 yield tokens[0]
 
-    for text in stream_decode(tokenizer, first_row()):
+    for text in stream_decode(tokenizer, tokens_of_first_text()):
         on_text(text)
     return [tokenizer.decode(row) for row in rows]
 
@@ -70,7 +70,7 @@ def main() -> None:
         with autocast(ranks.device, args.dtype):
             if args.prompt:
                 return print_samples(model, [p for p in args.prompt for _ in range(args.num_samples)], args)
-            while prompt := ask():
+            while prompt := read_prompt():
                 print_samples(model, [prompt] * args.num_samples, args)
 
 
@@ -87,7 +87,7 @@ def print_samples(model: GPT, prompts: list[str], params: SamplingParams) -> Non
         print(f"\n---\n\n{prompt}{text}")
 
 
-def ask() -> str:
+def read_prompt() -> str:
     try:
         return input("\nprompt> ")
     except EOFError:

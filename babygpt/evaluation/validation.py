@@ -1,4 +1,4 @@
-"""Validation: the mean loss over the same tokens each time."""
+"""Validation: the mean loss over a fixed set of tokens."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from babygpt.nn.cross_entropy import IGNORED
+from babygpt.nn.cross_entropy import IGNORE_INDEX
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
 from babygpt.training.signals import StopRequested
@@ -17,7 +17,7 @@ def mean_loss(
     model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: torch.Tensor, ranks: Ranks,
     dtype: str = "auto", stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Mean loss over the targets of all ranks' batches, in nats per token, and the same in bits per byte of their text.
+    """Return the mean loss over the targets of all ranks, in nats per token and in bits per byte of their text.
 
     `batches` are this rank's inputs and targets, (B, T) int64 each; `token_bytes`, (V,) int64, is the length of each
     token's text in UTF-8 bytes. The model takes `reduction="sum"`; its training mode is restored. If `stop()` is true
@@ -31,9 +31,9 @@ def mean_loss(
         if stop():
             break
         with autocast(ranks.device, dtype):
-            idx_, targets_ = (part.to(ranks.device, non_blocking=True) for part in (idx, targets))
+            idx_, targets_ = (tensor.to(ranks.device, non_blocking=True) for tensor in (idx, targets))
             losses.append(model(idx_, targets_, reduction="sum"))
-        counted = targets[targets != IGNORED]
+        counted = targets[targets != IGNORE_INDEX]
         count += counted.numel()
         text_bytes += token_bytes[counted].sum().item()
     model.train(was_training)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-# cuDNN, which PyTorch prefers on sm_90, is left out: it builds a plan for every new shape, as each decode step has
+# without cuDNN, which PyTorch prefers on sm_90: it builds a plan for every new shape, and each decode step has one
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-FLEX_DEVICES = ("cuda",)  # on which compiled masks use FlexAttention
+FLEX_DEVICES = ("cuda",)  # devices on which compiled code uses FlexAttention for masks
 
-# (B or 1, 1, T, S) bool, or FlexAttention's, which skips blocks of keys; None: each query attends to itself and all
-# earlier keys
+# (B or 1, 1, T, S) bool, true where a query attends to a key, or FlexAttention's mask, which skips blocks of keys.
+# None: causal
 Mask = torch.Tensor | BlockMask | None
 
 
@@ -37,9 +37,9 @@ class KVCache:
         self, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype,
         starts: torch.Tensor | None = None,
     ):  # fmt: skip
-        """`shape` is that of the keys of one layer: (B, K, block_size, D)."""
+        """`shape` is the shape of the keys of one layer: (B, K, block_size, D)."""
         batch_size, _, block_size, _ = shape
-        # one tensor per layer: a compiler updates it in place, but would copy one tensor for all layers
+        # one tensor per layer: compiled code updates it in place, but would copy a single tensor of all layers
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.documents = torch.zeros(batch_size, block_size, device=device, dtype=torch.int64)
@@ -55,7 +55,10 @@ class KVCache:
 
 
 def token_positions(idx: torch.Tensor, cache: KVCache | None, block_size: int) -> torch.Tensor:
-    """Return the positions of token ids (B, T) in their texts, (B or 1, T) int64. ValueError beyond block_size."""
+    """Return the positions of token ids (B, T) in their texts, (B or 1, T) int64.
+
+    Raises ValueError if the cached and the new tokens exceed block_size.
+    """
     T, start = idx.size(1), cache.length if cache is not None else 0
     if start + T > block_size:
         raise ValueError(f"{start + T} tokens are more than the block size of {block_size}")
@@ -71,10 +74,10 @@ def token_positions(idx: torch.Tensor, cache: KVCache | None, block_size: int) -
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What limits attention besides causality."""
+    """Limits of attention in addition to causality."""
 
-    window: int | None = None  # number of keys, its own included, that a query attends to; None: all
-    eot_id: int | None = None  # attention stays inside documents, which start with this token; None: it does not
+    window: int | None = None  # number of keys that a query attends to, including its own; None: no limit
+    eot_id: int | None = None  # no attention across documents, each of which starts with this token; None: no limit
 
     @property
     def causal_only(self) -> bool:
@@ -82,21 +85,21 @@ class MaskRule:
 
 
 def attention_mask(
-    idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None, given: torch.Tensor | None = None,
+    idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None, extra_mask: torch.Tensor | None = None,
     rule: MaskRule = MaskRule(), can_use_flex: bool = False,
 ) -> Mask:  # fmt: skip
-    """Return which of the S keys each of the T queries attends to.
+    """Return the mask of T queries and S keys: causality, `rule`, padding in the cache, and `extra_mask`.
 
-    idx is (B, T) int64, positions are (B or 1, T) int64. `given`, (B, 1, T, T) bool, is another mask that applies as
-    well. With `can_use_flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, but not with a cache or `given`.
+    idx is (B, T) int64, positions are (B or 1, T) int64, `extra_mask`, which must be causal, is (B, 1, T, T) bool. With
+    `can_use_flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, unless there is a cache or an extra mask.
     """
     padded = cache is not None and cache.starts is not None
     if rule.causal_only and not padded:
-        return given
-    documents = torch.zeros_like(idx[:1])  # (1, T): all tokens are of one document
+        return extra_mask
+    documents = torch.zeros_like(idx[:1])  # (1, T), all tokens in one document
     if rule.eot_id is not None:
         documents = (idx == rule.eot_id).cumsum(dim=1)  # (B, T)
-    if can_use_flex and cache is None and given is None and _can_compile_flex_attention(idx.device):
+    if can_use_flex and cache is None and extra_mask is None and _can_compile_flex_attention(idx.device):
         return _flex_mask(documents, rule)
 
     key_positions, key_documents = positions, documents
@@ -111,10 +114,10 @@ def attention_mask(
         cache.documents[:, start:end] = documents
         key_documents = cache.documents[:, :end]  # (B, S)
     distance = positions[:, :, None] - key_positions[:, None, :]  # (B or 1, T, S)
-    attends = (distance >= 0) & (documents[:, :, None] == key_documents[:, None, :])
+    mask = (distance >= 0) & (documents[:, :, None] == key_documents[:, None, :])
     if rule.window is not None:
-        attends = attends & (distance < rule.window)
-    return attends[:, None] if given is None else attends[:, None] & given
+        mask = mask & (distance < rule.window)
+    return mask[:, None] if extra_mask is None else mask[:, None] & extra_mask
 
 
 def _can_compile_flex_attention(device: torch.device) -> bool:
@@ -126,8 +129,8 @@ def _flex_mask(documents: torch.Tensor, rule: MaskRule) -> BlockMask:
     T = documents.size(1)
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        near = q >= k if rule.window is None else (q >= k) & (q - k < rule.window)
-        return near if rule.eot_id is None else near & (documents[b, q] == documents[b, k])
+        in_window = q >= k if rule.window is None else (q >= k) & (q - k < rule.window)
+        return in_window if rule.eot_id is None else in_window & (documents[b, q] == documents[b, k])
 
     batch_size = None if rule.eot_id is None else documents.size(0)
     return create_block_mask(mask_mod, batch_size, None, T, T, documents.device)
@@ -140,10 +143,10 @@ def _flex_mask(documents: torch.Tensor, rule: MaskRule) -> BlockMask:
 def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Compute attention without fused kernels: the reference that the tests compare `attention` with.
+    """Compute attention without fused kernels. The tests compare `attention` with it.
 
-    q is (B, H, T, D), k and v are (B, K, S, D); the T queries are the last of S. `mask`, (B or 1, 1, T, S) bool, says
-    which keys a query attends to; by default, all up to its own. Returns (B, H, T, D).
+    q is (B, H, T, D), k and v are (B, K, S, D); the queries are the last T of the S tokens. `mask`, (B or 1, 1, T, S)
+    bool, is true where a query attends to a key; None is causal. Returns (B, H, T, D).
     """
     groups = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
@@ -159,16 +162,16 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None, scale: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention with PyTorch's fused kernels. The arguments are those of `plain_attention`."""
+    """Compute attention with PyTorch's fused kernels. The arguments are those of `plain_attention`, and dropout."""
     T, S = q.size(2), k.size(2)
     grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    # several new tokens and a filled cache: is_causal would align the first query with the first key
+    # with several new tokens after cached ones, is_causal would align the first query with the first key
     if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
-    with torch.autocast(q.device.type, enabled=False), backends:  # in the dtype of the arguments
+    with torch.autocast(q.device.type, enabled=False), backends:  # keep the dtype of the arguments
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=scale, enable_gqa=grouped
         )
@@ -177,8 +180,8 @@ def attention(
 def training_backend(config: Any, rule: MaskRule, device: torch.device, bfloat16: bool, compiled: bool) -> str:
     """Return the name of the attention kernel in training: flash, efficient, math, or flex for compiled masks.
 
-    `config` has the fields of model.GPTConfig. On other devices than CPU and CUDA it is the name of the device, as
-    there is no choice.
+    `config` has the fields of model.GPTConfig. On devices other than CPU and CUDA, where there is no choice, it is the
+    name of the device.
     """
     if device.type not in ("cpu", "cuda"):
         return device.type
@@ -190,7 +193,7 @@ def training_backend(config: Any, rule: MaskRule, device: torch.device, bfloat16
     q = torch.empty(1, config.n_head, T, D, dtype=torch.bfloat16 if bfloat16 else torch.float32, device=device)
     k = q[:, : config.kv_heads]
     backends = sdpa_kernel(CUDA_BACKENDS) if q.is_cuda else nullcontext()
-    with backends:  # private API, by which scaled_dot_product_attention chooses
+    with backends:  # the private function by which scaled_dot_product_attention chooses a kernel
         choice = torch._fused_sdp_choice(
             q, k, k, mask, config.dropout, mask is None, enable_gqa=config.kv_heads != config.n_head
         )
@@ -202,9 +205,9 @@ def training_backend(config: Any, rule: MaskRule, device: torch.device, bfloat16
 
 
 def rotary_cos_sin(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines of the rotary embedding of positions (B or 1, T), (B or 1, 1, T, D / 2) each.
+    """Return the cosines and sines for rotary embeddings at positions (B or 1, T), each (B or 1, 1, T, D / 2).
 
-    Half of the frequencies go from 1 radian per token down to 1 / 1024, the others are 0 (the half-truncated RoPE of
+    Half of the frequencies fall from 1 radian per token to 1 / 1024, the others are 0 (the half-truncated RoPE of
     modded-nanogpt).
     """
     half = head_size // 4

@@ -32,7 +32,7 @@ class SamplingParams:
 
 
 class Decoder(Protocol):
-    """The interface of a model that decoding needs; model.GPT implements it."""
+    """The interface that decoding needs of a model; model.GPT implements it."""
 
     config: Any  # with block_size
     wte: nn.Embedding
@@ -51,8 +51,9 @@ def generate(
 ) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield the next token of each prompt, until all texts have ended, `max_new_tokens` are reached, or `stop()`.
 
-    A text ends with `eot_id`; its tokens are None from there on. If the context of the longest text is full, the newer
-    half of it is prefilled again, since learned positions cannot be shifted. Runs in eval mode and restores the mode.
+    A text ends with `eot_id`; that token and all later ones are yielded as None. If the context of the longest text is
+    full, its newer half is prefilled again, because learned positions cannot be shifted. The model runs in eval mode,
+    and its training mode is restored.
     """
     was_training = model.training
     model.train(False)
@@ -65,7 +66,7 @@ def generate(
         ended = [False] * len(prompts)
         for _ in range(params.max_new_tokens - 1):
             next_token = sample_token(logits, params, generator)
-            yield without_ended(next_token, ended, eot_id)
+            yield mask_ended(next_token, ended, eot_id)
             if all(ended) or stop():
                 return
             tokens = torch.cat([tokens, next_token[:, None]], dim=1)
@@ -74,7 +75,7 @@ def generate(
             else:
                 tokens, starts = keep_last(tokens, starts, max(1, T // 2))
                 cache, logits = prefill(model, tokens, starts)
-        yield without_ended(sample_token(logits, params, generator), ended, eot_id)
+        yield mask_ended(sample_token(logits, params, generator), ended, eot_id)
     finally:
         model.train(was_training)
 
@@ -90,7 +91,7 @@ def prefill(model: Decoder, tokens: torch.Tensor, starts: torch.Tensor | None) -
 
 
 def decode_step(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Return the logits after the last of tokens (B, T) int64, which follow those in the cache, (B, V)."""
+    """Return the logits (B, V) after the last of the tokens (B, T) int64, which continue the cached ones."""
     return model.logits(model.hidden(tokens, cache)[:, -1])
 
 
@@ -99,10 +100,10 @@ def compile_decode_step() -> Callable[[Decoder, torch.Tensor, KVCache], torch.Te
 
 
 def sample_token(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:
-    """Sample the next token of each row of logits (B, V), (B,) int64.
+    """Sample the next token of each row of logits (B, V). Returns (B,) int64.
 
-    `generator` is one of the CPU, so that a seed gives the same tokens on all devices. For top_p, see Holtzman et al.
-    2019 (arXiv:1904.09751).
+    `generator` is a CPU generator, so that a seed gives the same random numbers on all devices. For top_p, see Holtzman
+    et al. 2019 (arXiv:1904.09751).
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
@@ -117,22 +118,22 @@ def sample_token(logits: torch.Tensor, params: SamplingParams, generator: torch.
         more_probable = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(more_probable >= params.top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    drawn = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
-    index = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
-    index = index.clamp(max=logits.size(-1) - 1).to(logits.device)  # beyond the last if logits are NaN
+    uniform = torch.rand(logits.size(0), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
+    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    index = index.clamp(max=logits.size(-1) - 1).to(logits.device)  # out of range if logits are NaN
     return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
-def without_ended(next_token: torch.Tensor, ended: list[bool], eot_id: int | None) -> list[int | None]:
-    """Return the tokens (B,) as a list, None for ended texts; mark those in `ended` that end with this token."""
+def mask_ended(next_token: torch.Tensor, ended: list[bool], eot_id: int | None) -> list[int | None]:
+    """Return the tokens (B,) as a list, with None for ended texts. Updates `ended` for the texts that end now."""
     tokens = next_token.tolist()
     for row, token in enumerate(tokens):
         ended[row] |= token == eot_id
-    return [None if end else token for token, end in zip(tokens, ended, strict=True)]
+    return [None if has_ended else token for token, has_ended in zip(tokens, ended, strict=True)]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return prompts as one tensor (B, T) int64, padded on the left, and the index of the first token of each, (B,)."""
+    """Return the prompts as a tensor (B, T) int64, padded on the left, and the start of each, (B,) int64."""
     length = max(map(len, prompts))
     tokens = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     return tokens, torch.tensor([length - len(prompt) for prompt in prompts], device=device)
@@ -141,7 +142,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -
 def keep_last(
     tokens: torch.Tensor, starts: torch.Tensor | None, length: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the last `length` tokens of each row, and where the texts start in them; None if all start at 0."""
+    """Return the last `length` tokens of each row, and the start of each text in them, or None if all are 0."""
     if starts is not None:
         starts = (starts - max(0, tokens.size(1) - length)).clamp(min=0)
         starts = starts if starts.any() else None

@@ -27,19 +27,19 @@ SUPPORTED = {
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-TABLES = ("wte.weight", "lm_head.weight")  # with a row per vocabulary entry
+TABLES = ("wte.weight", "lm_head.weight")  # with one row per vocabulary entry
 
 
-def is_model(folder: Path) -> bool:
+def is_model(directory: Path) -> bool:
     """Return whether a directory has the files of a Hugging Face model."""
-    return all((folder / name).exists() for name in FILES)
+    return all((directory / name).exists() for name in FILES)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the fields of GPTConfig and the state dict of a directory. UserError if it is not an intact GPT-2."""
-    path = folder / WEIGHTS
+    path = directory / WEIGHTS
     try:
-        return read_config(folder / CONFIG), load_file(path)
+        return read_config(directory / CONFIG), load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is corrupted ({error}). Copy or download it again.") from None
 
@@ -49,15 +49,15 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON ({error}). Copy or download it again.") from None
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
-        found = values.get("model_type") if isinstance(values, dict) else None
-        raise UserError(f"{path} is not the configuration of a GPT-2: its model_type is {found!r}.")
+        model_type = values.get("model_type") if isinstance(values, dict) else None
+        raise UserError(f"{path} is not the configuration of a GPT-2: its model_type is {model_type!r}.")
     for name, supported in SUPPORTED.items():
         if values.get(name, supported) != supported:
             raise UserError(f"{path}: {name} is {values[name]!r}, but only {supported!r} is supported.")
     if missing := [theirs for theirs in FIELDS if not isinstance(values.get(theirs), int)]:
-        raise UserError(f"{path} lacks {', '.join(missing)}.")
+        raise UserError(f"{path} has no integer for {', '.join(missing)}. Copy or download it again.")
     config = {ours: values[theirs] for theirs, ours in FIELDS.items()}
     return config | {
         "n_kv_head": None, "dropout": 0.0, "bias": True, "tie_head": values.get("tie_word_embeddings", True)
@@ -65,15 +65,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors under the names and shapes of model.GPT, tables padded with zeros.
+    """Convert a state dict of Hugging Face to the names and shapes of model.GPT.
 
-    Rows of the tables beyond `config["vocab_size"]` are dropped. UserError if a table has fewer rows.
+    The tables keep `config["vocab_size"]` rows and are padded with zeros. UserError if a table has fewer rows.
     """
     vocab_size, tensors = config["vocab_size"], {}
     for name, tensor in theirs.items():
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config["tie_head"]):
-            continue  # a causal mask, and a second name of wte.weight
+            continue  # causal masks, and the second name of wte.weight
         if name.endswith(("wpe.weight", *TABLES, *TRANSPOSED)) and tensor.dim() != 2:
             raise UserError(
                 f"{name} has shape {tuple(tensor.shape)}, but must have two dimensions. Copy or download it again."
@@ -87,7 +87,7 @@ def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> d
 
 
 def export_tensors(ours: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model.GPT as the state dict of GPT2LMHeadModel, without the padding of the tables.
+    """Convert a state dict of model.GPT to that of GPT2LMHeadModel, without the padding of the tables.
 
     `config` has the fields of GPTConfig. UserError if the format cannot express the model.
     """

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from babygpt.nn import cross_entropy
-from babygpt.nn.cross_entropy import linear_cross_entropy, softcapped
+from babygpt.nn.cross_entropy import apply_softcap, linear_cross_entropy
 
 N, C, V, PADDED = 37, 16, 90, 128
 
@@ -79,7 +79,7 @@ def test_a_logit_that_is_not_finite_shows_in_the_loss():
 
 def test_the_softcap_is_a_scaled_tanh():
     logits = torch.linspace(-200, 200, 999)
-    torch.testing.assert_close(softcapped(logits, 15.0), 15 * torch.tanh(logits / 15), atol=1e-5, rtol=0)
+    torch.testing.assert_close(apply_softcap(logits, 15.0), 15 * torch.tanh(logits / 15), atol=1e-5, rtol=0)
 
 
 def test_the_whole_logits_are_never_there(monkeypatch):

@@ -11,7 +11,7 @@ from support.helpers import EOT, make_tokens
 
 from babygpt.data.shards import Tokens
 from babygpt.errors import ConfigError
-from babygpt.nn.cross_entropy import IGNORED
+from babygpt.nn.cross_entropy import IGNORE_INDEX
 from dataloader import (
     WINDOW,
     DataLoader,
@@ -240,9 +240,9 @@ def test_validation_tokens_do_not_depend_on_the_ranks(world_size, micro_batch_si
     for rank in range(world_size):
         for idx, targets in validation_batches(tokens, 16, micro_batch_size, rank, world_size):
             assert idx.shape == targets.shape == (micro_batch_size, 16)
-            counted = targets[:, 0] != IGNORED
+            counted = targets[:, 0] != IGNORE_INDEX
             assert torch.equal(idx[counted][:, 1:], targets[counted][:, :-1])
-            assert (targets[~counted] == IGNORED).all()
+            assert (targets[~counted] == IGNORE_INDEX).all()
             all_targets += targets[counted].flatten().tolist()
     assert validation_rows(tokens, 16) == 37
     assert sorted(all_targets) == sorted(ids[1 : 37 * 16 + 1].tolist())

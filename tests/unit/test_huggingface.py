@@ -274,7 +274,10 @@ def test_padded_vocabulary_rows_are_never_sampled(foreign, tmp_path):
 def test_corrupted_config_is_refused(foreign, tmp_path):
     """A config.json that is not JSON, or lacks a size, is a message that names the file."""
     shutil.copytree(foreign, tmp_path / "bad")
-    for text, words in (("{", "config.json is not JSON"), ('{"model_type": "gpt2"}', "config.json lacks n_positions")):
+    for text, words in (
+        ("{", "config.json is not JSON"),
+        ('{"model_type": "gpt2"}', "config.json has no integer for n_positions"),
+    ):
         (tmp_path / "bad" / "config.json").write_text(text)
         with pytest.raises(UserError, match=words):
             GPT.from_pretrained(tmp_path / "bad")

@@ -250,7 +250,7 @@ def test_with_zero_init_a_new_model_is_exactly_undecided_and_its_blocks_pass_on_
 @torch.no_grad()
 def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
     model, idx = stirred(value_embeddings=2, n_layer=5, bias=False), rows()
-    assert [block.attn.table for block in model.h] == [0, 1, -1, 0, 1]
+    assert [block.attn.table_index for block in model.h] == [0, 1, -1, 0, 1]
     for block in (*model.h[:2], *model.h[3:]):
         block.attn.value_lambdas.copy_(torch.tensor([0.0, 1.0]))
     before = model(idx)
