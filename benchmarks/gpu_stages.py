@@ -340,7 +340,7 @@ def other_work(sizes: Sizes) -> Result:
         found[f"validation, {name}, K tokens/s"] = len(batches) * sizes.rows[64] * T / ms
     training.raw_model.eval()
     if not sizes.rehearse:  # its questions and prompts are of GPT-2's vocabulary
-        examples = peers.questions(None, 1000)
+        examples = peers.make_examples(None, 1000)
         begin = time.perf_counter()
         peers.losses(training.raw_model, examples, device)
         torch.cuda.synchronize()

@@ -1,17 +1,17 @@
-"""How fast a training step, sampling and HellaSwag are: ours beside what a user would pick instead, in one run.
+"""Measure the speed of a training step, sampling and HellaSwag: BabyGPT and the common alternatives, in one run.
 
     python benchmarks/speed.py --nanogpt PATH [--stages step sample hellaswag muon] [--out results/speed/cpu.md]
     python benchmarks/speed.py --only gpt2 --against OLD --stages step    # OLD: another checkout of BabyGPT
 
---nanogpt is a checkout of nanoGPT, whose model.py is imported. Every way is a process of its own; the ways take turns.
-All weights are random. On a CPU the step is that of a small model (4 layers, 4 heads, 256 wide, T = 256, batch 8), on
-CUDA of GPT-2's smallest (T = 1,024); sampling and HellaSwag are always of GPT-2's smallest:
+--nanogpt is a checkout of nanoGPT, whose model.py is imported. Each measurement runs in a new process, and the
+implementations alternate. All weights are random. On a CPU, the step trains a small model (4 layers, 4 heads,
+n_embd = 256, T = 256, batch size 8); on CUDA, GPT-2 124M (T = 1,024). Sampling and HellaSwag always use GPT-2 124M:
 
-    step       forward, backward, clipping and AdamW; ours by train.train_step
-    sample     32 tokens of prompt, 128 new ones, for 1 and for 8 texts at once
-    hellaswag  --examples of --hellaswag FILE (questions in its format are made up without); build-nanogpt's way is one
-               example at a time, four padded rows, all logits; picks are compared
-    muon       one update by Muon of 6 layers, 384 wide, on 1, 2 and 4 ranks of gloo with a thread each (CPU)
+    step       forward, backward, gradient clipping and AdamW; ours is train.train_step
+    sample     128 new tokens after a prompt of 32 tokens, with batch sizes 1 and 8
+    hellaswag  --examples examples of --hellaswag FILE, or generated ones without it. build-nanogpt's method, applied to
+               our model, is one example at a time, four padded rows, all logits. The predictions are compared.
+    muon       one Muon update of 6 layers with n_embd = 384, on 1, 2 and 4 gloo ranks with one thread each (CPU)
 """
 
 import argparse
@@ -62,8 +62,8 @@ from train_config import Config, preset, variant  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-SMALL: dict[str, object] = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_size": 50257}
-PROMPT, NEW = 32, 128
+SMALL_MODEL: dict[str, object] = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_size": 50257}
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
 
 
 def synchronize() -> None:
@@ -71,30 +71,30 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[], object], times: int, warm_up: int) -> dict:
-    """Milliseconds of the first call and the median of later ones."""
-    spent = []
-    for _ in range(1 + warm_up + times):
-        begin = time.perf_counter()
+def time_calls(call: Callable[[], object], repeats: int, warmup: int) -> dict:
+    """Return the milliseconds of the first call and the median of the `repeats` calls after the warmup."""
+    times = []
+    for _ in range(1 + warmup + repeats):
+        start = time.perf_counter()
         call()
         synchronize()
-        spent.append((time.perf_counter() - begin) * 1e3)
-    return {"first_ms": spent[0], "ms": statistics.median(spent[1 + warm_up :] or spent)}
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"first_ms": times[0], "ms": statistics.median(times[1 + warmup :] or times)}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# a training step
+# training step
 
 
-def step_settings(name: str, dtype: str) -> Config:
+def step_config(name: str, dtype: str) -> Config:
     config = variant(preset(name), model={"vocab_size": 50257}, training={"dtype": dtype})
     if CUDA:
         return variant(config, training={"micro_batch_size": 32, "batch_tokens": 32 * 1024})
-    return variant(config, model=SMALL, training={"micro_batch_size": 8, "batch_tokens": 8 * 256})
+    return variant(config, model=SMALL_MODEL, training={"micro_batch_size": 8, "batch_tokens": 8 * 256})
 
 
 def step_ours(name: str, dtype: str, compiled: bool) -> dict:
-    config, ranks = step_settings(name, dtype), Ranks(0, 0, 1, DEVICE)
+    config, ranks = step_config(name, dtype), Ranks(0, 0, 1, DEVICE)
     training = config.training
     torch.manual_seed(0)
     raw_model = build_model(config.model).to(DEVICE)
@@ -110,24 +110,24 @@ def step_ours(name: str, dtype: str, compiled: bool) -> dict:
     def step() -> None:
         train_step(state, Batch(Position(), Position(), [rows], training.batch_tokens), next_token_loss, seed=0)
 
-    found = timed(step, 20, 3)
-    rate = training.batch_tokens / found["ms"] * 1e3
+    timing = time_calls(step, 20, 3)
+    rate = training.batch_tokens / timing["ms"] * 1e3
     peak = peak_flops(DEVICE)
-    return found | {
+    return timing | {
         "tokens_per_s": rate,
         "mfu": rate * raw_model.flops_per_token() / peak if peak and uses_bfloat16(DEVICE, dtype) else None,
     }
 
 
 def step_nanogpt(bfloat16: bool, compiled: bool) -> dict:
-    from model_of_nanogpt import GPT as Theirs
-    from model_of_nanogpt import GPTConfig as TheirConfig
+    from nanogpt_model import GPT as NanoGPT
+    from nanogpt_model import GPTConfig as NanoGPTConfig
 
-    config = step_settings("gpt2", "auto")
+    config = step_config("gpt2", "auto")
     m, (B, T) = config.model, (config.training.micro_batch_size, config.model.block_size)
     torch.manual_seed(0)
-    raw_model = Theirs(
-        TheirConfig(block_size=T, vocab_size=50304, n_layer=m.n_layer, n_head=m.n_head, n_embd=m.n_embd, bias=True)
+    raw_model = NanoGPT(
+        NanoGPTConfig(block_size=T, vocab_size=50304, n_layer=m.n_layer, n_head=m.n_head, n_embd=m.n_embd, bias=True)
     ).to(DEVICE)
     optimizer = raw_model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), DEVICE.type)
     model = torch.compile(raw_model) if compiled else raw_model
@@ -143,106 +143,113 @@ def step_nanogpt(bfloat16: bool, compiled: bool) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    found = timed(step, 20, 3)
-    return found | {"tokens_per_s": B * T / found["ms"] * 1e3, "mfu": None}
+    timing = time_calls(step, 20, 3)
+    return timing | {"tokens_per_s": B * T / timing["ms"] * 1e3, "mfu": None}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # sampling
 
 
-def gpt2() -> GPT:
+def build_gpt2() -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig()).to(DEVICE).eval()
 
 
-def prompt(texts: int) -> torch.Tensor:
-    return torch.randint(0, 50257, (texts, PROMPT), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+def make_prompts(batch_size: int) -> torch.Tensor:
+    return torch.randint(0, 50257, (batch_size, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def sampled(call: Callable[[], object], texts: int, times: int) -> dict:
-    found = timed(call, times, 0)
-    return {"first_ms": found["first_ms"], "ms": found["ms"] / NEW, "tokens_per_s": texts * NEW / found["ms"] * 1e3}
+def time_sampling(call: Callable[[], object], batch_size: int, repeats: int) -> dict:
+    """Return the milliseconds of the first call, the milliseconds per decode step and the tokens per second."""
+    timing = time_calls(call, repeats, 0)
+    rate = batch_size * NEW_TOKENS / timing["ms"] * 1e3
+    return {"first_ms": timing["first_ms"], "ms": timing["ms"] / NEW_TOKENS, "tokens_per_s": rate}
 
 
-def sample_ours(texts: int, dtype: str, compiled: bool = False) -> dict:
-    model, prompts = gpt2(), prompt(texts).tolist()
-    params = SamplingParams(NEW, top_k=50, compile=compiled)
+def sample_ours(batch_size: int, dtype: str, compiled: bool = False) -> dict:
+    model, prompts = build_gpt2(), make_prompts(batch_size).tolist()
+    params = SamplingParams(NEW_TOKENS, top_k=50, compile=compiled)
 
-    def write() -> None:
+    def sample() -> None:
         with autocast(DEVICE, dtype):
             for _ in generate(model, prompts, params):
                 pass
 
-    return sampled(write, texts, 3)
+    return time_sampling(sample, batch_size, 3)
 
 
 @torch.no_grad()
-def sample_nanogpt(texts: int, dtype: str) -> dict:
-    from model_of_nanogpt import GPT as Theirs
-    from model_of_nanogpt import GPTConfig as TheirConfig
+def sample_nanogpt(batch_size: int, dtype: str) -> dict:
+    from nanogpt_model import GPT as NanoGPT
+    from nanogpt_model import GPTConfig as NanoGPTConfig
 
-    model, idx = Theirs(TheirConfig(vocab_size=50304, bias=True)).to(DEVICE).eval(), prompt(texts)
+    model, idx = NanoGPT(NanoGPTConfig(vocab_size=50304, bias=True)).to(DEVICE).eval(), make_prompts(batch_size)
 
-    def write() -> None:
+    def sample() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            model.generate(idx, NEW, 1.0, 50)
+            model.generate(idx, NEW_TOKENS, 1.0, 50)
 
-    return sampled(write, texts, 0)  # minutes: nothing to warm up
+    return time_sampling(sample, batch_size, 0)  # takes minutes, so one call is measured, without warmup
 
 
 @torch.no_grad()
-def sample_transformers(texts: int, dtype: str) -> dict:
+def sample_transformers(batch_size: int, dtype: str) -> dict:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model: Any = GPT2LMHeadModel(GPT2Config())  # mypy rejects calls of its to() and generate()
+    model: Any = GPT2LMHeadModel(GPT2Config())  # Any: mypy rejects its to() and generate()
     model.to(DEVICE, getattr(torch, dtype)).eval()
-    idx = prompt(texts)
-    settings = {"do_sample": True, "top_k": 50, "use_cache": True, "min_new_tokens": NEW, "max_new_tokens": NEW}
+    idx = make_prompts(batch_size)
+    settings = {"do_sample": True, "top_k": 50, "use_cache": True}
+    settings |= {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
 
-    def write() -> None:
+    def sample() -> None:
         model.generate(idx, attention_mask=torch.ones_like(idx), pad_token_id=50256, **settings)
 
-    return sampled(write, texts, 3)
+    return time_sampling(sample, batch_size, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # HellaSwag
 
 
-def questions(path: str | None, count: int) -> list[Example]:
-    """The first questions of a file, or made up ones of the lengths that HellaSwag's have."""
+def make_examples(path: str | None, count: int) -> list[Example]:
+    """Load the first examples of a file, or generate examples with lengths typical of HellaSwag."""
     if path:
         return load_examples(Path(path), load_tokenizer("gpt2"), "karpathy", count)
     rng = random.Random(0)
 
-    def tokens(low: int, high: int) -> list[int]:
+    def random_tokens(low: int, high: int) -> list[int]:
         return [rng.randrange(50257) for _ in range(rng.randint(low, high))]
 
     examples = []
     for _ in range(count):
-        endings = [tokens(8, 40) for _ in range(4)]
-        examples.append(Example(tokens(20, 110), endings, 0, [len(ending) for ending in endings]))
+        endings = [random_tokens(8, 40) for _ in range(4)]
+        examples.append(Example(random_tokens(20, 110), endings, 0, [len(ending) for ending in endings]))
     return examples
 
 
-def score(call: Callable[[GPT, list[Example]], torch.Tensor], dtype: str, options: argparse.Namespace) -> dict:
-    model, examples = gpt2(), questions(options.hellaswag, options.examples)
+def time_evaluation(
+    call: Callable[[GPT, list[Example]], torch.Tensor], dtype: str, options: argparse.Namespace
+) -> dict:
+    model, examples = build_gpt2(), make_examples(options.hellaswag, options.examples)
     with torch.no_grad(), autocast(DEVICE, dtype):
         call(model, examples[:16])
         synchronize()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         sums = call(model, examples)
         synchronize()
-        ms = (time.perf_counter() - begin) * 1e3 / len(examples)
-    return {"first_ms": None, "ms": ms, "tokens_per_s": None, "picks": predictions(sums, examples)}
+        ms = (time.perf_counter() - start) * 1e3 / len(examples)
+    return {"first_ms": None, "ms": ms, "tokens_per_s": None, "predictions": predictions(sums, examples)}
 
 
 def hellaswag_ours(dtype: str, options: argparse.Namespace) -> dict:
-    return score(lambda model, examples: losses(model, examples, DEVICE, dtype, options.batch_size), dtype, options)
+    return time_evaluation(
+        lambda model, examples: losses(model, examples, DEVICE, dtype, options.batch_size), dtype, options
+    )
 
 
-def hellaswag_one_by_one(dtype: str, options: argparse.Namespace) -> dict:
+def hellaswag_build_nanogpt(dtype: str, options: argparse.Namespace) -> dict:
     def four_rows(model: GPT, examples: list[Example]) -> torch.Tensor:
         sums = []
         for example in examples:
@@ -258,185 +265,190 @@ def hellaswag_one_by_one(dtype: str, options: argparse.Namespace) -> dict:
             sums.append((token_losses.view(4, -1) * mask[:, 1:]).sum(dim=1))
         return torch.stack(sums).cpu().double()
 
-    return score(four_rows, dtype, options)
+    return time_evaluation(four_rows, dtype, options)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Muon on several ranks
+# Muon with several ranks
 
 
-def muon_rank(rank: int, world_size: int, folder: str) -> None:
+def run_muon_rank(rank: int, world_size: int, directory: str) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
     torch.manual_seed(0)
     config = replace(preset("modern").model, n_layer=6, n_head=6, n_embd=384, vocab_size=256)
     model = build_model(config)
     (optimizer, _) = muon(model, 0.04, 0.6, 0.008, 0.04)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    found = timed(optimizer.step, 5, 1)
+    timing = time_calls(optimizer.step, 5, 1)
     if rank == 0:
-        Path(folder, "found").write_text(json.dumps(found))
+        Path(directory, "timing.json").write_text(json.dumps(timing))
     if world_size > 1:
-        dist.barrier()  # all leave together: gloo aborts a rank whose peers hang up on it
+        dist.barrier()  # gloo aborts a rank if another rank closes its connections first
         dist.destroy_process_group()
         exit_now(0)
 
 
 def muon_step(world_size: int) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(muon_rank, (world_size, folder), world_size)
-        return json.loads(Path(folder, "found").read_text()) | {"tokens_per_s": None}
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(run_muon_rank, (world_size, directory), world_size)
+        return json.loads(Path(directory, "timing.json").read_text()) | {"tokens_per_s": None}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# measuring
+# measurement
 
-Way = Callable[[], dict[str, Any]]
+Benchmark = Callable[[], dict[str, Any]]
 
 
-def ways(options: argparse.Namespace) -> dict[str, dict[str, Way]]:
-    """The ways of each stage by name; the first of a stage is what the others are held against."""
-    theirs = bool(options.nanogpt)
-    both = "bfloat16" if uses_bfloat16(DEVICE, "auto") else "float32"
-    steps: dict[str, Way] = {
+def make_benchmarks(options: argparse.Namespace) -> dict[str, dict[str, Benchmark]]:
+    """Return the benchmarks of each stage by name. The speedup is relative to the first one of a stage."""
+    dtype_auto = "bfloat16" if uses_bfloat16(DEVICE, "auto") else "float32"
+    steps: dict[str, Benchmark] = {
         "nanoGPT, float32, eager": partial(step_nanogpt, False, False),
         "nanoGPT, bfloat16, eager": partial(step_nanogpt, True, False),
         "nanoGPT, bfloat16, compiled": partial(step_nanogpt, True, True),
         "gpt2, float32": partial(step_ours, "gpt2", "float32", False),
-        f"gpt2, {both}": partial(step_ours, "gpt2", "auto", False),
-        f"modern, {both}": partial(step_ours, "modern", "auto", False),
+        f"gpt2, {dtype_auto}": partial(step_ours, "gpt2", "auto", False),
+        f"modern, {dtype_auto}": partial(step_ours, "modern", "auto", False),
     }
     if CUDA:
         steps |= {
-            f"gpt2, {both}, compiled": partial(step_ours, "gpt2", "auto", True),
-            f"modern, {both}, compiled": partial(step_ours, "modern", "auto", True),
+            f"gpt2, {dtype_auto}, compiled": partial(step_ours, "gpt2", "auto", True),
+            f"modern, {dtype_auto}, compiled": partial(step_ours, "modern", "auto", True),
         }
-    samples: dict[str, Way] = {}
-    for texts in (1, 8):
-        for dtype in dict.fromkeys(("float32", both)):
+    samples: dict[str, Benchmark] = {}
+    for batch_size in (1, 8):
+        for dtype in dict.fromkeys(("float32", dtype_auto)):
             samples |= {
-                f"nanoGPT, {texts} texts, {dtype}": partial(sample_nanogpt, texts, dtype),
-                f"transformers, {texts} texts, {dtype}": partial(sample_transformers, texts, dtype),
-                f"ours, {texts} texts, {dtype}": partial(sample_ours, texts, dtype),
+                f"nanoGPT, batch size {batch_size}, {dtype}": partial(sample_nanogpt, batch_size, dtype),
+                f"transformers, batch size {batch_size}, {dtype}": partial(sample_transformers, batch_size, dtype),
+                f"ours, batch size {batch_size}, {dtype}": partial(sample_ours, batch_size, dtype),
             }
             if CUDA:
-                samples[f"ours, {texts} texts, {dtype}, compiled"] = partial(sample_ours, texts, dtype, True)
-    scores: dict[str, Way] = {}
-    for dtype in dict.fromkeys(("float32", both)):
-        scores[f"build-nanogpt's way, {dtype}"] = partial(hellaswag_one_by_one, dtype, options)
+                samples[f"ours, batch size {batch_size}, {dtype}, compiled"] = partial(
+                    sample_ours, batch_size, dtype, True
+                )
+    scores: dict[str, Benchmark] = {}
+    for dtype in dict.fromkeys(("float32", dtype_auto)):
+        scores[f"build-nanogpt's method, {dtype}"] = partial(hellaswag_build_nanogpt, dtype, options)
         scores[f"ours, {dtype}"] = partial(hellaswag_ours, dtype, options)
-    muons: dict[str, Way] = {f"{world_size} ranks": partial(muon_step, world_size) for world_size in (1, 2, 4)}
-    found = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muons}
+    muons: dict[str, Benchmark] = {f"world size {n}": partial(muon_step, n) for n in (1, 2, 4)}
+    stages = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muons}
     return {
-        stage: {name: way for name, way in of.items() if theirs or not name.startswith("nanoGPT")}
-        for stage, of in found.items()
+        stage: {name: run for name, run in runs.items() if options.nanogpt or not name.startswith("nanoGPT")}
+        for stage, runs in stages.items()
     }
 
 
 def measure(stage: str, name: str, options: argparse.Namespace, root: Path = ROOT) -> dict:
-    """Run one way in a process of its own, by the benchmarks/speed.py of the checkout `root`."""
+    """Run a benchmark in a new process, with benchmarks/speed.py of the checkout `root`."""
     command = [sys.executable, "benchmarks/speed.py", "--threads", str(options.threads)]
     command += ["--examples", str(options.examples), "--batch-size", str(options.batch_size), "--way", stage, name]
     for flag, path in (("--nanogpt", options.nanogpt), ("--hellaswag", options.hellaswag)):
         command += [flag, str(Path(path).resolve())] if path else []
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {name} failed in {root}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"error: {name} failed in {root}:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def only(stage: str, name: str, options: argparse.Namespace) -> None:
-    """What such a process does."""
+def run_benchmark(stage: str, name: str, options: argparse.Namespace) -> None:
+    """Run a benchmark in this process and print its result as JSON."""
     if options.nanogpt:
         import importlib.util
 
         path = Path(options.nanogpt) / "model.py"
-        spec = importlib.util.spec_from_file_location("model_of_nanogpt", path)
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
         if spec is None or spec.loader is None:
-            sys.exit(f"error: {path} can't be imported.")
-        sys.modules["model_of_nanogpt"] = module = importlib.util.module_from_spec(spec)
+            sys.exit(f"error: {path} cannot be imported. --nanogpt must be a checkout of nanoGPT.")
+        sys.modules["nanogpt_model"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     torch.set_num_threads(options.threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    found = ways(options)[stage][name]()
-    found["memory_mib"] = peak_memory_mib(DEVICE) - (0 if CUDA else before)  # without Python and its libraries
-    print(json.dumps(found))
+    result = make_benchmarks(options)[stage][name]()
+    result["memory_mib"] = peak_memory_mib(DEVICE) - (0 if CUDA else before)  # without Python and its libraries
+    print(json.dumps(result))
 
 
-def table(stage: str, found: dict[str, list[dict]]) -> list[str]:
-    base = next(iter(found.values()))
+def format_table(stage: str, results: dict[str, list[dict]]) -> list[str]:
+    base = next(iter(results.values()))
     lines = [
         "",
         f"## {stage}",
         "",
-        "| way | ms, median (min to max) | tokens/s | times the first | MFU | first call, s | peak memory, MiB |",
+        "| implementation | ms, median (min to max) | tokens/s | speedup | MFU | first call, s | peak memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, runs in found.items():
-        ms, times = [run["ms"] for run in runs], [a["ms"] / b["ms"] for a, b in zip(base, runs, strict=True)]
-        cell = {
+    for name, runs in results.items():
+        ms, speedups = [run["ms"] for run in runs], [a["ms"] / b["ms"] for a, b in zip(base, runs, strict=True)]
+        median = {
             key: statistics.median(run[key] for run in runs) if runs[0].get(key) is not None else None
             for key in ("tokens_per_s", "mfu", "first_ms", "memory_mib")
         }
-        rate = f"{cell['tokens_per_s']:,.0f}" if cell["tokens_per_s"] else ""
-        mfu = f"{cell['mfu']:.1%}" if cell["mfu"] else ""
-        first = f"{cell['first_ms'] / 1e3:.2f}" if cell["first_ms"] else ""
+        rate = f"{median['tokens_per_s']:,.0f}" if median["tokens_per_s"] else ""
+        mfu = f"{median['mfu']:.1%}" if median["mfu"] else ""
+        first = f"{median['first_ms'] / 1e3:.2f}" if median["first_ms"] else ""
         lines.append(
             f"| {name} | {statistics.median(ms):,.1f} ({min(ms):,.1f} to {max(ms):,.1f}) | {rate} | "
-            f"{statistics.median(times):.2f} | {mfu} | {first} | {cell['memory_mib']:,.0f} |"
+            f"{statistics.median(speedups):.2f} | {mfu} | {first} | {median['memory_mib']:,.0f} |"
         )
     if stage == "hellaswag":
-        same = [
-            f"{name}: {sum(a == b for a, b in zip(runs[0]['picks'][k], base[0]['picks'][k], strict=True)):,} of "
-            f"{len(runs[0]['picks'][k]):,} picks by {what} are those of {next(iter(found))}"
-            for name, runs in list(found.items())[1:]
-            for k, what in enumerate(("sum", "mean"))
-        ]
-        lines += ["", *(f"- {line}" for line in same)]
+        lines.append("")
+        for name, runs in list(results.items())[1:]:
+            for k, loss in enumerate(("sum", "mean")):
+                pairs = list(zip(runs[0]["predictions"][k], base[0]["predictions"][k], strict=True))
+                equal = sum(a == b for a, b in pairs)
+                lines.append(
+                    f"- {name}: {equal:,} of {len(pairs):,} predictions by {loss} equal those of {next(iter(results))}"
+                )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
-    parser.add_argument("--stages", nargs="+", default=["step", "sample", "hellaswag"])
-    parser.add_argument("--only", default="", help="of a stage only the ways whose name holds this")
-    parser.add_argument("--against", type=Path, help="another checkout of BabyGPT, measured in turns with this one")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--hellaswag", help="a file in HellaSwag's format")
-    parser.add_argument("--examples", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16 if CUDA else 4, help="packed rows at once")
-    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
+    parser.add_argument("--nanogpt", help="path of a nanoGPT checkout")
+    parser.add_argument(
+        "--stages", nargs="+", default=["step", "sample", "hellaswag"],
+        choices=["step", "sample", "hellaswag", "muon"], help="stages (default: step sample hellaswag)",
+    )  # fmt: skip
+    parser.add_argument("--only", default="", help="run only the benchmarks whose name contains this text")
+    parser.add_argument("--against", type=Path, help="path of another BabyGPT checkout to compare with")
+    parser.add_argument("--runs", type=int, default=3, help="runs per benchmark (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    parser.add_argument("--hellaswag", help="file of HellaSwag examples")
+    parser.add_argument("--examples", type=int, default=200, help="number of examples (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16 if CUDA else 4, help="packed rows per batch")
+    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
     parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         stage, name = options.way
-        return only(stage, name, options)
+        return run_benchmark(stage, name, options)
 
     hardware = torch.cuda.get_device_name() if CUDA else f"{options.threads} cores, {platform.machine()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     lines = [
-        f"{date.today()}, {hardware}, Python {platform.python_version()}, {versions}; {options.runs} runs in turns"
+        f"{date.today()}, {hardware}, Python {platform.python_version()}, {versions}; runs per row: {options.runs}, "
+        "alternating"
     ]
     for stage in options.stages:
-        chosen = [name for name in ways(options)[stage] if options.only in name]
-        if not chosen:
-            sys.exit(
-                f"error: no way of {stage} contains {options.only!r}. Use a part of: {'; '.join(ways(options)[stage])}"
-            )
-        measured = {name: (name, ROOT) for name in chosen}
-        if options.against:  # before and after, one after the other
-            sides = {f" ({options.against})": options.against, "": ROOT}
-            measured = {name + side: (name, root) for name in chosen for side, root in sides.items()}
-        found: dict[str, list[dict]] = {label: [] for label in measured}
+        all_names = list(make_benchmarks(options)[stage])
+        names = [name for name in all_names if options.only in name]
+        if not names:
+            sys.exit(f"error: --only {options.only!r} matches no benchmark of {stage}: {'; '.join(all_names)}.")
+        rows = {name: (name, ROOT) for name in names}
+        if options.against:  # alternate between the checkouts
+            checkouts = {f" ({options.against})": options.against, "": ROOT}
+            rows = {name + suffix: (name, root) for name in names for suffix, root in checkouts.items()}
+        results: dict[str, list[dict]] = {label: [] for label in rows}
         for _ in range(options.runs):
-            for label, (name, root) in measured.items():
-                found[label].append(measure(stage, name, options, root))
-                print(f"{stage}, {label}: {found[label][-1]['ms']:,.1f} ms", file=sys.stderr, flush=True)
-        lines += table(stage, found)
+            for label, (name, root) in rows.items():
+                results[label].append(measure(stage, name, options, root))
+                print(f"{stage}, {label}: {results[label][-1]['ms']:,.1f} ms", file=sys.stderr, flush=True)
+        lines += format_table(stage, results)
     write_table(lines, options.out)
 
 
