@@ -95,7 +95,7 @@ MISTAKES = [
      [("babygpt/data/shards.py", "            if len(piece) and not 0 <=", "            if False and not 0 <=")]),
     (17, "a corrupted checkpoint is loaded", "unit/test_checkpoint.py -k damaged",
      [("babygpt/training/checkpoint.py", "    if wrong:\n", "    if False:\n")]),
-    (18, "every decode step recomputes the prefix", "unit/test_sample.py -k one_tokens_work",
+    (18, "every decode step recomputes the prefix", "unit/test_sample.py -k computes_one_token",
      [("babygpt/nn/generation.py", "        if cache.length < T:", "        if False:")]),
     (19, "the cosine schedule includes the warmup steps", "unit/test_optim.py -k cosine",
      [("babygpt/training/schedule.py", "(step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)", "step / self.max_steps")]),

@@ -1,4 +1,4 @@
-"""hellaswag.py --style lm-eval against lm-evaluation-harness itself: the same log-likelihoods and the same scores."""
+"""Compare hellaswag.py --style lm-eval with lm-evaluation-harness: equal log-likelihoods and scores."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
-    """Questions like ActivityNet's and like WikiHow's, with titles, brackets, double spaces and capitals."""
+    """Questions in the style of ActivityNet and WikiHow, with titles, brackets, double spaces and capitals."""
     rows = []
     for i in range(40):
         wikihow = i % 2 == 1
@@ -42,22 +42,22 @@ def questions(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(questions, tmp_path_factory) -> Path:
-    """A small GPT-2 of Hugging Face with a vocabulary of its own."""
-    folder = tmp_path_factory.mktemp("model")
+def model_directory(questions, tmp_path_factory) -> Path:
+    """A small Hugging Face GPT-2 with its own vocabulary."""
+    directory = tmp_path_factory.mktemp("model")
     texts = [text for line in questions.read_text().splitlines() for text in json.loads(line)["endings"]]
-    train_tokenizer(texts, 300, folder / "tokenizer.json", progress=False)
+    train_tokenizer(texts, 300, directory / "tokenizer.json", progress=False)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0)  # so that the endings differ clearly
-    model.save_pretrained(folder)
-    return folder
+    model.save_pretrained(directory)
+    return directory
 
 
-def test_log_likelihoods_and_scores_equal_the_harness(folder, questions):
-    """Every ending has the harness's log-likelihood, and acc and acc_norm count the same answers."""
+def test_log_likelihoods_and_scores_equal_the_harness(model_directory, questions):
+    """Each ending has the log-likelihood that the harness computes, and acc and acc_norm are equal."""
     task = ConfigurableTask(
         config={
             "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(questions)}},
@@ -66,13 +66,17 @@ def test_log_likelihoods_and_scores_equal_the_harness(folder, questions):
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }
     )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
-    harness = HFLM(pretrained=GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer=tokenizer, batch_size=8)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(model_directory / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
+    harness = HFLM(
+        pretrained=GPT2LMHeadModel.from_pretrained(model_directory).eval(), tokenizer=tokenizer, batch_size=8
+    )
     found = evaluate(harness, {"local": task})
     samples = sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
     theirs = torch.tensor([[float(resps[0][0]) for resps in sample["resps"]] for sample in samples])
 
-    model = GPT.from_pretrained(folder)
+    model = GPT.from_pretrained(model_directory)
     examples = hellaswag.load_examples(questions, model.tokenizer, "lm-eval")
     ours = -hellaswag.losses(model, examples, CPU, "float32")
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-3)

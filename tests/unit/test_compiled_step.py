@@ -1,4 +1,4 @@
-"""What a GPU needs and a CPU can check: a step reads nothing back, compiles to one graph, keeps and moves few bytes."""
+"""Performance properties of a GPU step that a CPU can check: no synchronization, one graph, few saved bytes."""
 
 import csv
 import os
@@ -39,7 +39,7 @@ PRESETS_OF_BOTH_KINDS = pytest.mark.parametrize("preset", ["gpt2", "modern"])
 
 
 def small(name: str) -> Config:
-    """A preset with a model of two layers, in bfloat16."""
+    """Return a preset with a model of two layers, in bfloat16."""
     shape = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
     shape |= {"value_embeddings": 1} if name == "modern" else {}
     return variant(preset(name), model=shape, training={"dtype": "bfloat16", "bf16_activations": True})
@@ -48,7 +48,7 @@ def small(name: str) -> Config:
 def model_and_step(
     config: Config, device: torch.device = CPU
 ) -> tuple[GPT, Callable[[torch.nn.Module, int], torch.Tensor]]:
-    """A model, and a function that takes one step of training with it, compiled or not."""
+    """Return a model, and a function that runs one training step with it or its compiled version."""
     torch.manual_seed(0)
     with device if device != CPU else nullcontext():
         model = build_model(config.model)
@@ -67,8 +67,8 @@ def model_and_step(
 
 
 @PRESETS_OF_BOTH_KINDS
-def test_a_step_reads_nothing_back_to_the_host(preset):
-    """A tensor without data cannot be read, so any `.item()` in forward, backward, gate or optimizers is an error."""
+def test_step_reads_nothing_back_to_the_host(preset):
+    """A fake tensor cannot be read, so `.item()` in forward, backward, UpdateGuard or optimizers raises an error."""
     with FakeTensorMode():
         model, step = model_and_step(small(preset))
         for number in range(2):
@@ -76,7 +76,7 @@ def test_a_step_reads_nothing_back_to_the_host(preset):
 
 
 class NoTransfers(TorchDispatchMode):
-    """Raises at an operation between the device `meta` and the host, but for the transfer of a micro-batch."""
+    """Raise an error for operations between the device `meta` and the host, except for non-blocking transfers."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -87,11 +87,11 @@ class NoTransfers(TorchDispatchMode):
 
 
 @PRESETS_OF_BOTH_KINDS
-def test_a_step_copies_nothing_but_batches(preset, monkeypatch):
-    """Not even a number goes from the host to the device, as it does if one is assigned to an element: CUDA waits."""
+def test_step_copies_nothing_except_batches(preset, monkeypatch):
+    """Not even a number is copied, as an assignment to an element of a tensor does: CUDA would synchronize."""
     optimizers = sys.modules["torch.optim.optimizer"]  # torch.optim deletes its attribute of that name
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     model, step = model_and_step(variant(small(preset), training={"dtype": "float32"}), torch.device("meta"))
     step(model, 0)
@@ -112,19 +112,19 @@ def test_validation_reads_losses_once_at_the_end(monkeypatch):
         assert not tensor.is_floating_point(), "a loss was read"
         return item(tensor)
 
-    def no_reading(tensor: torch.Tensor) -> None:
+    def raise_error(tensor: torch.Tensor) -> None:
         raise AssertionError("a loss was read")
 
     monkeypatch.setattr(torch.Tensor, "item", item_of_integers)
     monkeypatch.setattr(torch.Tensor, "__float__", item_of_integers)
-    monkeypatch.setattr(torch.Tensor, "cpu", no_reading)
+    monkeypatch.setattr(torch.Tensor, "cpu", raise_error)
     mean_loss(model, [(batch, batch) for batch in idx], torch.ones(384, dtype=torch.int64), Ranks(0, 0, 1, CPU))
     assert calls == ["forward"] * 5 + ["read"]
 
 
 @PRESETS_OF_BOTH_KINDS
-def test_a_compiled_step_is_one_graph_and_moves_every_weight(preset):
-    """Three steps of three micro-batches compile once; the gradient norm is above zero and every parameter moves."""
+def test_compiled_step_is_one_graph_and_updates_all_weights(preset):
+    """Three steps of three micro-batches compile once, the gradient norm is positive, and every parameter changes."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(BACKEND)
     model, step = model_and_step(small(preset))
@@ -140,7 +140,7 @@ def test_a_compiled_step_is_one_graph_and_moves_every_weight(preset):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the graphs that a compiler gets, traced at full width without memory
+# the graphs that the compiler receives, traced at full width with fake tensors
 
 ROWS, T, LAYERS = 64, 1024, 2  # the micro-batch of GPT-2 124M on a large GPU
 PADDED_VOCAB = 50_304
@@ -148,12 +148,12 @@ PADDED_VOCAB = 50_304
 
 @pytest.fixture(scope="module", params=["gpt2", "modern"])
 def graphs(request) -> tuple[str, list[torch.fx.GraphModule]]:
-    """A preset and its forward and backward graph, with chunks of the loss as for CUDA."""
+    """A preset and its forward and backward graphs, with the loss chunks of CUDA."""
     torch._dynamo.reset()
     found: list[torch.fx.GraphModule] = []
     chunk_rows = cross_entropy.chunk_rows
 
-    def for_cuda(rows: int, row_bytes: int, _: str, compiled: bool) -> int:
+    def chunk_rows_of_cuda(rows: int, row_bytes: int, _: str, compiled: bool) -> int:
         return chunk_rows(rows, row_bytes, "cuda", compiled)
 
     def record(graph: torch.fx.GraphModule, _: list) -> Callable:
@@ -167,7 +167,7 @@ def graphs(request) -> tuple[str, list[torch.fx.GraphModule]]:
     shape = {"vocab_size": 50257, "n_layer": LAYERS}
     shape |= {"value_embeddings": 1} if request.param == "modern" else {}
     with (
-        mock.patch.object(cross_entropy, "chunk_rows", for_cuda),
+        mock.patch.object(cross_entropy, "chunk_rows", chunk_rows_of_cuda),
         FakeTensorMode(),
         torch.autocast("cpu", torch.bfloat16),
     ):
@@ -184,8 +184,8 @@ def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def test_activations_kept_for_backward_stay_within_budget(graphs):
-    """Bytes per token that the forward pass saves, with two layers, are at most those in results/speed."""
+def test_activations_saved_for_backward_are_within_budget(graphs):
+    """The forward pass of two layers saves at most the bytes per token in results/speed/saved-bytes.csv."""
     preset, (forward, _) = graphs
     (outputs,) = forward.graph.output_node().args
     inputs = set(forward.graph.find_nodes(op="placeholder"))
@@ -196,8 +196,8 @@ def test_activations_kept_for_backward_stay_within_budget(graphs):
     assert 0.9 * budget[preset] < saved / (ROWS * T) <= budget[preset]
 
 
-def test_the_compiled_loss_has_no_scatter_and_few_large_chunks(graphs):
-    """Logits are computed 16,384 rows at a time, a multiple of 128, and nothing is scattered into a tensor of them."""
+def test_compiled_loss_has_no_scatter_and_few_large_chunks(graphs):
+    """Logits are computed in chunks of 16,384 rows, and no scatter writes to a tensor of their size."""
     _, (forward, backward) = graphs
     logits = [node for node in forward.graph.nodes if shape_of(node)[1:] == (PADDED_VOCAB,)]
     products = [shape_of(node)[0] for node in logits if "mm" in str(node.target)]

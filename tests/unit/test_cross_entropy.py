@@ -1,4 +1,4 @@
-"""The head and its loss in one: what F.cross_entropy of the whole logits says, in a fraction of the memory."""
+"""linear_cross_entropy: equal to F.cross_entropy of the full logits, without materializing them."""
 
 from unittest import mock
 
@@ -29,7 +29,7 @@ def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: flo
 
 @pytest.fixture(params=["one chunk", "many chunks", "many slices"])
 def chunked(request, monkeypatch):
-    """Chunks of 5 rows or slices of 3, neither of which divides the rows."""
+    """Use one chunk, chunks of 5 rows, or slices of 3 rows; neither 5 nor 3 divides the number of rows."""
     if request.param != "one chunk":
         monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
     if request.param == "many slices":
@@ -39,7 +39,7 @@ def chunked(request, monkeypatch):
 
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("cap", [None, 5.0])
-def test_loss_and_gradients_are_those_of_the_whole_logits(cap):
+def test_loss_and_gradients_equal_those_of_full_logits(cap):
     x, weight, targets = inputs()
     expected = plain(x, weight, targets, cap)
     expected_gradients = torch.autograd.grad(expected * 0.25, (x, weight))
@@ -48,12 +48,12 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(cap):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
     assert (gradients[1][V:] == 0).all()
-    with torch.no_grad(), mock.patch.object(F, "softmax", side_effect=AssertionError("a gradient nobody asked for")):
+    with torch.no_grad(), mock.patch.object(F, "softmax", side_effect=AssertionError("computes an unneeded gradient")):
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets, V, cap), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
-def test_in_bfloat16_the_gradients_are_as_near_as_bfloat16_can_be(cap):
+def test_bfloat16_gradients_are_close_to_float32(cap):
     x, weight, targets = inputs()
     expected = torch.autograd.grad(plain(x, weight, targets, cap), (x, weight))
     with torch.autocast("cpu", torch.bfloat16):
@@ -62,7 +62,7 @@ def test_in_bfloat16_the_gradients_are_as_near_as_bfloat16_can_be(cap):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_targets_that_do_not_count_alone_give_no_loss_and_no_gradient():
+def test_ignored_targets_give_no_loss_and_no_gradient():
     x, weight, _ = inputs()
     found = linear_cross_entropy(x, weight, torch.full((N,), -100), V)
     gradients = torch.autograd.grad(found, (x, weight))
@@ -70,27 +70,29 @@ def test_targets_that_do_not_count_alone_give_no_loss_and_no_gradient():
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_a_logit_that_is_not_finite_shows_in_the_loss():
+def test_non_finite_input_gives_a_non_finite_loss():
     x, weight, targets = inputs()
     with torch.no_grad():
         x[20] = float("nan")
     assert not linear_cross_entropy(x, weight, targets, V).isfinite()
 
 
-def test_the_softcap_is_a_scaled_tanh():
+def test_softcap_is_a_scaled_tanh():
     logits = torch.linspace(-200, 200, 999)
     torch.testing.assert_close(apply_softcap(logits, 15.0), 15 * torch.tanh(logits / 15), atol=1e-5, rtol=0)
 
 
-def test_the_whole_logits_are_never_there(monkeypatch):
+def test_full_logits_are_never_materialized(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 5 * 4 * PADDED)
     x, weight, targets = inputs()
-    largest, empty = [], torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: largest.append(shape) or empty(self, *shape))
+    buffers, new_empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *shape: buffers.append(shape) or new_empty(self, *shape)
+    )
     products, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **out: products.append(len(out["out"])) or mm(*a, **out))
     linear_cross_entropy(x, weight, targets, V).backward()
-    assert largest == [(5, PADDED)]
+    assert buffers == [(5, PADDED)]
     assert sum(products) == N
     assert max(products) == 5
 
@@ -105,8 +107,8 @@ def test_the_whole_logits_are_never_there(monkeypatch):
         (179 * 128, 21_248),  # a prime number of tiles: the last chunk is shorter
     ],
 )
-def test_compiled_chunks_are_few_equal_and_whole_tiles(rows, expected):
-    """Compiled for CUDA, a chunk holds up to 2 GiB of logits in a multiple of 128 rows, and chunks are equal."""
+def test_compiled_chunks_are_equal_multiples_of_tiles(rows, expected):
+    """Chunks compiled for CUDA have up to 2 GiB of logits, a multiple of 128 rows, and equal sizes if possible."""
     found = cross_entropy.chunk_rows(rows, 50_304 * 2, "cuda", compiled=True)
     assert found == expected
     assert found % 128 == 0
@@ -115,12 +117,12 @@ def test_compiled_chunks_are_few_equal_and_whole_tiles(rows, expected):
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_compiled_gradients_equal_eager(cap):
-    """A compiler gets the same loss and the same gradients, which are not zero, out of the custom backward pass."""
+    """Compiled code computes the same loss and the same gradients, which are not zero."""
     torch._dynamo.reset()
     results = []
-    for run in (linear_cross_entropy, torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)):
+    for function in (linear_cross_entropy, torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)):
         x, weight, targets = inputs()
-        loss = run(x, weight, targets, V, cap)
+        loss = function(x, weight, targets, V, cap)
         results.append([loss.detach(), *torch.autograd.grad(loss, (x, weight))])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     assert results[1][1].abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2: the same logits and losses, weights in both directions, and tokenizers of its directories."""
+"""Hugging Face's GPT-2 format: equal logits and losses, import and export of weights, configurations, tokenizers."""
 
 import json
 import shutil
@@ -51,34 +51,36 @@ def ours_from(theirs: GPT2LMHeadModel) -> GPT:
 def test_logits_equal_transformers_gpt2():
     theirs, idx = reference(), torch.randint(0, 300, (3, 32))
     for parameter in theirs.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))  # biases and norms too are not what they began as
+        parameter.add_(
+            0.05 * torch.randn_like(parameter)
+        )  # also perturbs biases and norms, which are 0 and 1 initially
     torch.testing.assert_close(ours_from(theirs)(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_loss_equals_transformers_where_all_logits_are_negative():
+def test_loss_equals_transformers_if_logits_are_negative():
+    """The padding of the vocabulary has no share in the loss."""
     theirs, idx = reference(), torch.randint(0, 300, (3, 32))
     theirs.transformer.wte.weight.abs_()
     theirs.transformer.ln_f.weight.mul_(0.01)
-    theirs.transformer.ln_f.bias.fill_(-20.0)  # as in real GPT-2: far below the 0 of an empty row
+    theirs.transformer.ln_f.bias.fill_(-20.0)  # as in the real GPT-2: far below the logit 0 of a padding row
     assert theirs(idx).logits.max() < -1
     loss = ours_from(theirs)(idx[:, :-1], idx[:, 1:])
     torch.testing.assert_close(loss, theirs(idx, labels=idx).loss, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 300])
-def test_weights_come_back_from_us_to_transformers_equal_to_the_bit(vocab_size):
+def test_imported_and_exported_weights_are_bitwise_equal(vocab_size):
     theirs = reference(vocab_size)
     ours = ours_from(theirs)
-    back = export_tensors(ours.state_dict(), vars(ours.config))
+    exported = export_tensors(ours.state_dict(), vars(ours.config))
     expected = theirs.state_dict()
-    assert set(expected) - {"lm_head.weight"} == set(back) - {"lm_head.weight"}
-    assert all(torch.equal(back[name], expected[name]) for name in back)
-    again = reference(vocab_size)
-    again.load_state_dict(back)
+    assert set(expected) - {"lm_head.weight"} == set(exported) - {"lm_head.weight"}
+    assert all(torch.equal(exported[name], expected[name]) for name in exported)
+    reference(vocab_size).load_state_dict(exported)
 
 
-def test_a_hugging_face_config_tells_the_architecture(tmp_path):
+def test_config_is_read_from_hugging_face_config(tmp_path):
     reference().config.save_pretrained(tmp_path)
     assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -100,7 +102,7 @@ def test_a_hugging_face_config_tells_the_architecture(tmp_path):
     ],
 )
 def test_unsupported_hugging_face_config_is_refused(name, value, tmp_path):
-    """A field that changes what the model computes is refused, rather than ignored."""
+    """A field that changes what the model computes is refused, not ignored."""
     config = reference().config
     setattr(config, name, value)
     config.save_pretrained(tmp_path)
@@ -108,7 +110,8 @@ def test_unsupported_hugging_face_config_is_refused(name, value, tmp_path):
         read_config(tmp_path / "config.json")
 
 
-def test_weights_of_another_shape_or_with_tensors_missing_are_refused_by_name():
+def test_weights_that_do_not_match_the_config_are_refused():
+    """The message names each tensor that is missing, unexpected, or has a wrong shape."""
     state = reference().state_dict()
     with pytest.raises(UserError, match=r"wte.weight has 300 rows, fewer than the vocabulary's 301"):
         imported(state, 301)
@@ -122,7 +125,7 @@ def test_weights_of_another_shape_or_with_tensors_missing_are_refused_by_name():
 
 
 @torch.no_grad()
-def test_a_smaller_block_size_keeps_the_first_positions():
+def test_smaller_block_size_keeps_the_first_positions():
     theirs, idx = reference(), torch.randint(0, 300, (2, 16))
     found = imported(theirs.state_dict()).adapt(vars(TINY) | {"block_size": 16, "dropout": 0.1})
     ours = found.build(lambda config: GPT(GPTConfig(**config))).eval()
@@ -137,7 +140,7 @@ def test_models_that_the_format_cannot_express_are_refused(fields):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
-    """A local GPT-2 directory with a vocabulary of 300 entries of its own."""
+    """A local GPT-2 directory with its own vocabulary, of 300 entries."""
     folder = tmp_path_factory.mktemp("hf") / "foreign"
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
@@ -148,7 +151,7 @@ def foreign(tmp_path_factory) -> Path:
 
 
 def test_foreign_vocabulary_uses_its_own_tokenizer(foreign, tmp_path, capsys):
-    """hellaswag.py and sample.py read and write text by the directory's tokenizer.json, not by GPT-2's."""
+    """hellaswag.py and sample.py use the tokenizer.json of the model directory, not GPT-2's tokenizer."""
     own = load_tokenizer(foreign)
     assert GPT.from_pretrained(foreign).tokenizer.sha256 == own.sha256
     theirs = GPT2LMHeadModel.from_pretrained(foreign).eval()
@@ -190,13 +193,12 @@ def test_training_starts_from_a_hugging_face_directory(dataset, tmp_path):
     expected, _ = mean_loss(GPT.from_pretrained(tmp_path / "hf"), batches, sizes, ranks, "float32")
     found = train.GPT.from_pretrained(run)
     assert found.config.block_size == 16
-    assert read_log(run / "log.csv")[0]["val_loss"] == pytest.approx(
-        expected, abs=0.05
-    )  # train.py validates on a few more rows
+    loss = read_log(run / "log.csv")[0]["val_loss"]
+    assert loss == pytest.approx(expected, abs=0.05)  # train.py validates on a few more rows
 
 
 def test_weights_with_another_tokenizer_are_refused(dataset, tmp_path):
-    """The message is about the tokenizer: another vocab_size would not help."""
+    """The message is about the tokenizer, since another vocab_size would not help."""
     GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=32, n_embd=16, n_layer=2, n_head=2)).save_pretrained(
         tmp_path / "hf"
     )
@@ -205,8 +207,8 @@ def test_weights_with_another_tokenizer_are_refused(dataset, tmp_path):
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from=tmp_path / "hf"))
 
 
-def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
-    """A directory with GPT-2's tokenizer.json has the tokenizer that data sets name "gpt2"; a changed one has not."""
+def test_tokenizer_json_of_gpt2_is_recognized(tmp_path):
+    """A directory with GPT-2's tokenizer.json has the tokenizer that data sets call "gpt2"; a modified one does not."""
     gpt2 = load_tokenizer("gpt2")
     character = bytes_to_unicode()
     ranks = sorted(gpt2.ranks, key=gpt2.ranks.get)
@@ -233,7 +235,7 @@ def test_gpt2s_own_tokenizer_json_is_gpt2(tmp_path):
 
 
 def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
-    """Without a tokenizer.json only a vocabulary of GPT-2's size is known; one with too many entries is no match."""
+    """A vocabulary of another size than GPT-2's needs a tokenizer.json, which may not have more entries than it."""
     shutil.copytree(foreign, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
     with pytest.raises(UserError, match=r"bare has no tokenizer\.json, and its vocabulary of 300 is not GPT-2's"):
         GPT.from_pretrained(tmp_path / "bare")
@@ -244,7 +246,7 @@ def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
         GPT.from_pretrained(tmp_path / "large")
 
 
-def test_gpt2s_weights_come_from_the_hub_once(tmp_path):
+def test_gpt2_weights_are_downloaded_once(tmp_path):
     theirs = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=2))
     theirs.save_pretrained(tmp_path / "hf-gpt2")
     files = {name: tmp_path / "hf-gpt2" / name for name in ("config.json", "model.safetensors")}
@@ -255,12 +257,12 @@ def test_gpt2s_weights_come_from_the_hub_once(tmp_path):
         for _ in range(2):
             done = run_python(code, hub, tmp_path)
             assert done.stdout.count("Hello, I'm a language model,") == 2, done.stderr
-        assert len(downloads(hub)) == 2, "the second time they are there"
+        assert len(downloads(hub)) == 2, "the second run reuses the files"
     assert not (tmp_path / "out").exists()
 
 
 def test_padded_vocabulary_rows_are_never_sampled(foreign, tmp_path):
-    """Rows of the tables that the tokenizer has no token for are padding: they get no probability."""
+    """Rows of the tables beyond the tokenizer's vocabulary are padding and get no probability."""
     shutil.copytree(foreign, tmp_path / "padded")
     theirs = GPT2LMHeadModel.from_pretrained(foreign)
     theirs.resize_token_embeddings(384, mean_resizing=False)
@@ -272,12 +274,12 @@ def test_padded_vocabulary_rows_are_never_sampled(foreign, tmp_path):
 
 
 def test_corrupted_config_is_refused(foreign, tmp_path):
-    """A config.json that is not JSON, or lacks a size, is a message that names the file."""
+    """A config.json that is not JSON or has no block size gives a message that names the file."""
     shutil.copytree(foreign, tmp_path / "bad")
-    for text, words in (
+    for text, message in (
         ("{", "config.json is not JSON"),
         ('{"model_type": "gpt2"}', "config.json has no integer for n_positions"),
     ):
         (tmp_path / "bad" / "config.json").write_text(text)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             GPT.from_pretrained(tmp_path / "bad")

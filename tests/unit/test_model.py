@@ -1,4 +1,4 @@
-"""GPT-2, compared with a plain attention and published counts; the modern GPT, each switch by itself."""
+"""GPT-2: attention, loss, initialization and parameter counts. The modern GPT: each switch separately."""
 
 import math
 
@@ -20,7 +20,7 @@ def tiny(**fields: object) -> GPT:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9)])
-def test_the_fast_attention_equals_the_plain_one(kv_heads, T, S):
+def test_attention_equals_plain_attention(kv_heads, T, S):
     torch.manual_seed(0)
     q = torch.randn(2, 4, T, 8)
     k, v = torch.randn(2, kv_heads, S, 8), torch.randn(2, kv_heads, S, 8)
@@ -33,7 +33,7 @@ def test_the_fast_attention_equals_the_plain_one(kv_heads, T, S):
 
 
 @torch.no_grad()
-def test_no_token_sees_a_later_one():
+def test_logits_do_not_depend_on_later_tokens():
     model, idx = tiny(n_kv_head=2), torch.randint(0, 300, (1, 32))
     changed = idx.clone()
     changed[0, 20] = (idx[0, 20] + 1) % 300
@@ -44,14 +44,14 @@ def test_no_token_sees_a_later_one():
 
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 7, 1, 19]])
-def test_logits_with_a_cache_equal_those_without(pieces):
+def test_logits_with_cache_equal_those_without(pieces):
     model, idx = tiny(n_kv_head=2, dropout=0.1), torch.randint(0, 300, (2, 32))
     cache = model.make_cache(2, torch.float32)
     parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1)[..., :300], model(idx)[..., :300], atol=1e-5, rtol=1e-5)
 
 
-def test_padding_of_the_vocabulary_gets_no_probability_and_no_gradient():
+def test_vocabulary_padding_has_no_probability_and_no_gradient():
     model, idx = tiny(), torch.randint(0, 300, (2, 32))
     assert model.config.padded_vocab_size == model.wte.weight.size(0) == 384
     assert (model(idx)[..., 300:] == float("-inf")).all()
@@ -60,7 +60,7 @@ def test_padding_of_the_vocabulary_gets_no_probability_and_no_gradient():
     assert (model.wte.weight.grad[300:] == 0).all()
 
 
-def test_the_loss_is_the_sum_over_the_targets_that_count():
+def test_loss_counts_only_targets_that_are_not_ignored():
     model, idx = tiny(), torch.randint(0, 300, (2, 32))
     targets = torch.randint(0, 300, (2, 32))
     targets[0, 5:] = -100
@@ -73,13 +73,13 @@ def test_the_loss_is_the_sum_over_the_targets_that_count():
 
 
 @torch.no_grad()
-def test_a_new_model_believes_in_nothing():
+def test_initial_loss_is_that_of_uniform_probabilities():
     model = GPT(GPTConfig(block_size=64, vocab_size=5000, n_layer=2, n_head=4, n_embd=128))
     idx = torch.randint(0, 5000, (4, 64))
     assert abs(model(idx, torch.randint(0, 5000, (4, 64))) - math.log(5000)) < 0.1
 
 
-def test_initial_weights_have_gpt2s_deviations():
+def test_initial_weights_have_gpt2_standard_deviations():
     model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
     assert abs(model.wte.weight.std() - 0.02) < 0.001
     assert abs(model.h[3].mlp.c_fc.weight.std() - 0.02) < 0.001
@@ -98,18 +98,18 @@ def test_initial_weights_have_gpt2s_deviations():
         ({"n_layer": 48, "n_head": 25, "n_embd": 1600}, 1_557_611_200),
     ],
 )
-def test_parameters_are_counted_as_published(fields, parameters):
+def test_num_params_equals_the_published_counts(fields, parameters):
     with torch.device("meta"):
         assert GPT(GPTConfig(**fields)).num_params() == parameters
 
 
-def test_operations_a_token_follow_the_formula():
+def test_flops_per_token_follow_the_formula():
     with torch.device("meta"):
         matrices = 12 * 12 * 768**2 + 50304 * 768
         assert GPT(GPTConfig()).flops_per_token() == 6 * matrices + 12 * 12 * 1024 * 768 == 854_654_976
 
 
-def test_the_head_is_the_embedding_or_a_matrix_of_its_own():
+def test_head_is_tied_unless_tie_head_is_off():
     model = tiny()
     assert model.lm_head.weight is model.wte.weight
     untied = tiny(tie_head=False)
@@ -117,12 +117,12 @@ def test_the_head_is_the_embedding_or_a_matrix_of_its_own():
     assert untied.num_params() - model.num_params() == 300 * 32
 
 
-def test_bias_off_leaves_no_bias_and_kv_heads_shrink_the_projection():
+def test_bias_and_n_kv_head_change_the_parameters():
     assert not [name for name, _ in tiny(bias=False).named_parameters() if name.endswith("bias")]
     assert tiny(n_kv_head=1).h[0].attn.c_attn.weight.shape == (32 + 2 * 8, 32)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_is_active_only_in_training():
     model, idx = tiny(dropout=0.5), torch.randint(0, 300, (2, 32))
     assert torch.equal(model(idx), model(idx))
     model.train()
@@ -135,7 +135,7 @@ def test_more_tokens_than_the_block_size_are_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the modern GPT: each switch by itself
+# the modern GPT: each switch separately
 
 MODERN = {name: value for name, value in vars(preset("modern").model).items() if value != vars(ModernConfig())[name]}
 MODERN = {name: value for name, value in MODERN.items() if name != "vocab_size"}
@@ -143,7 +143,7 @@ MODERN = {name: value for name, value in MODERN.items() if name != "vocab_size"}
 
 @pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"bias": False, "tie_head": False, "n_kv_head": 2}])
 def test_modern_gpt_with_all_switches_off_is_gpt2(fields):
-    """Weights, logits, losses and gradients are equal to the bit, with dropout too."""
+    """Weights, logits, losses and gradients are bitwise equal, also with dropout."""
     models, found = [], []
     for build, config in ((GPT, GPTConfig), (ModernGPT, ModernConfig)):
         torch.manual_seed(0)
@@ -162,8 +162,8 @@ def test_modern_gpt_with_all_switches_off_is_gpt2(fields):
 LONG_ROWS = {"document_mask": True, "eot_id": 299, "window": 9}
 
 
-def stirred(**fields: object) -> GPT:
-    """A tiny model none of whose parameters is what it began as, so that every part of it acts."""
+def perturbed(**fields: object) -> GPT:
+    """Return a tiny model with perturbed parameters, so that no part of it is an identity or zero."""
     model = tiny(n_layer=fields.pop("n_layer", 3), **fields)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -185,7 +185,7 @@ def test_every_switch_changes_the_logits(name):
     idx[:, 7] = 299
     plain, switched = tiny(), tiny(**{name: value, "eot_id": 299})
     if name != "zero_init":
-        switched.load_state_dict(plain.state_dict(), strict=False)  # of what both have
+        switched.load_state_dict(plain.state_dict(), strict=False)  # the parameters that both have
     for part, parameter in switched.named_parameters():
         if part.endswith("_lambdas"):
             parameter.add_(0.3)
@@ -193,7 +193,8 @@ def test_every_switch_changes_the_logits(name):
 
 
 @torch.no_grad()
-def test_rope_depends_on_distances_alone_and_leaves_half_of_the_pairs_alone():
+def test_rope_depends_only_on_relative_positions():
+    """Half of the pairs are not rotated, and a model with rotary embeddings has no wpe."""
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(i: int, j: int) -> torch.Tensor:
@@ -210,17 +211,17 @@ def test_rope_depends_on_distances_alone_and_leaves_half_of_the_pairs_alone():
 
 
 @torch.no_grad()
-def test_qk_norm_makes_the_length_of_queries_and_keys_immaterial():
-    model, idx = stirred(qk_norm=True, bias=False), rows()
+def test_qk_norm_removes_the_scale_of_queries_and_keys():
+    model, idx = perturbed(qk_norm=True, bias=False), rows()
     before = model(idx)
-    model.h[0].attn.c_attn.weight[:64] *= 7  # queries and keys; values stay
+    model.h[0].attn.c_attn.weight[:64] *= 7  # queries and keys, not values
     torch.testing.assert_close(model(idx), before, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(norm(torch.randn(5, 8)).norm(dim=-1), torch.full((5,), math.sqrt(8)))
 
 
 @torch.no_grad()
 def test_relu2_is_the_square_of_relu():
-    mlp, x = stirred(relu2=True).h[0].mlp, torch.randn(4, 32)
+    mlp, x = perturbed(relu2=True).h[0].mlp, torch.randn(4, 32)
     torch.testing.assert_close(mlp(x), mlp.c_proj(mlp.c_fc(x).clamp(min=0) ** 2))
 
 
@@ -232,15 +233,16 @@ def test_rms_norms_have_no_parameters():
 
 
 @torch.no_grad()
-def test_a_normed_embedding_has_no_scale():
-    model, idx = stirred(embedding_norm=True, rope=True, tie_head=False), rows()
+def test_embedding_norm_removes_the_scale_of_embeddings():
+    model, idx = perturbed(embedding_norm=True, rope=True, tie_head=False), rows()
     before = model(idx)
     model.wte.weight.mul_(9)
     torch.testing.assert_close(model(idx), before, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_with_zero_init_a_new_model_is_exactly_undecided_and_its_blocks_pass_on_what_they_get():
+def test_zero_init_makes_blocks_identities():
+    """Without updates, the loss is that of uniform probabilities, and the blocks return their input."""
     model, idx = tiny(zero_init=True, tie_head=False, bias=False), rows()
     assert model(idx, idx) == pytest.approx(math.log(300), rel=1e-6)
     x = model.wte(idx) + model.wpe(torch.arange(32))
@@ -248,13 +250,13 @@ def test_with_zero_init_a_new_model_is_exactly_undecided_and_its_blocks_pass_on_
 
 
 @torch.no_grad()
-def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
-    model, idx = stirred(value_embeddings=2, n_layer=5, bias=False), rows()
+def test_first_and_last_blocks_share_value_embeddings():
+    model, idx = perturbed(value_embeddings=2, n_layer=5, bias=False), rows()
     assert [block.attn.table_index for block in model.h] == [0, 1, -1, 0, 1]
     for block in (*model.h[:2], *model.h[3:]):
         block.attn.value_lambdas.copy_(torch.tensor([0.0, 1.0]))
     before = model(idx)
-    model.h[0].attn.c_attn.weight[64:].normal_()  # its own values, which nobody reads any more
+    model.h[0].attn.c_attn.weight[64:].normal_()  # its own values, which have weight 0
     assert torch.equal(model(idx), before)
     model.vte[1].weight[int(idx[0, 0])] += 1.0
     assert not torch.allclose(model(idx), before)
@@ -263,35 +265,36 @@ def test_value_embeddings_are_shared_by_the_first_and_the_last_blocks():
 
 
 @torch.no_grad()
-def test_an_x0_shortcut_can_begin_anew_from_the_embedding():
-    model, idx = stirred(x0_shortcut=True), rows()
+def test_x0_shortcut_can_replace_the_residual_stream():
+    model, idx = perturbed(x0_shortcut=True), rows()
     model.h[2].x0_lambdas.copy_(torch.tensor([0.0, 1.0]))
     before = model(idx)
     model.h[0].mlp.c_fc.weight.normal_()
     model.h[1].attn.c_attn.weight.normal_()
-    assert torch.equal(model(idx), before), "the last block reads the embedding alone"
+    assert torch.equal(model(idx), before), "the input of the last block is only the embedding"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_layer", [4, 5])
-def test_a_unet_hands_outputs_over_last_to_first(n_layer):
-    model, idx = stirred(unet=True, n_layer=n_layer), rows()
+def test_unet_adds_outputs_of_early_blocks_to_late_inputs(n_layer):
+    """Block i is connected to block n_layer - 1 - i, with a learned weight."""
+    model, idx = perturbed(unet=True, n_layer=n_layer), rows()
     model.skip_lambdas.copy_(torch.tensor([0.5, -2.0]))
-    x, seen = model.wte(idx) + model.wpe(torch.arange(32)), []
+    x, outputs = model.wte(idx) + model.wpe(torch.arange(32)), []
     for i, block in enumerate(model.h):
         if i == n_layer - 2:
-            x = x + 0.5 * seen[1]
+            x = x + 0.5 * outputs[1]
         if i == n_layer - 1:
-            x = x - 2.0 * seen[0]
+            x = x - 2.0 * outputs[0]
         x = x + block.attn(block.ln_1(x), SharedInputs(None, None, x, None, []))
         x = x + block.mlp(block.ln_2(x))
-        seen.append(x)
+        outputs.append(x)
     torch.testing.assert_close(model.hidden(idx), model.ln_f(x))
 
 
 @torch.no_grad()
-def test_a_softcap_bounds_the_logits_that_are_sampled_and_scored():
-    plain, capped, idx = stirred(), stirred(logit_softcap=2.0), rows()
+def test_softcap_applies_to_logits_and_loss():
+    plain, capped, idx = perturbed(), perturbed(logit_softcap=2.0), rows()
     expected = 2 * torch.tanh(plain(idx)[..., :300] / 2)
     torch.testing.assert_close(capped(idx)[..., :300], expected, atol=1e-5, rtol=1e-5)
     assert (capped(idx)[..., 300:] == float("-inf")).all()
@@ -301,32 +304,33 @@ def test_a_softcap_bounds_the_logits_that_are_sampled_and_scored():
 
 
 @torch.no_grad()
-def test_a_document_mask_makes_documents_blind_to_each_other():
-    model = stirred(document_mask=True, eot_id=299, rope=True)
+def test_document_mask_separates_documents():
+    """The logits of a document do not depend on the one before it."""
+    model = perturbed(document_mask=True, eot_id=299, rope=True)
     first, second = rows(12), rows(20, seed=9)
     first[:, 0] = second[:, 0] = 299
-    apart = model(second)
-    torch.testing.assert_close(model(torch.cat([first, second], dim=1))[:, 12:], apart, atol=1e-4, rtol=1e-4)
-    blurred = stirred(rope=True)(torch.cat([first, second], dim=1))[:, 12:]
-    assert not torch.allclose(blurred, apart, atol=1e-3)
+    alone = model(second)
+    torch.testing.assert_close(model(torch.cat([first, second], dim=1))[:, 12:], alone, atol=1e-4, rtol=1e-4)
+    unmasked = perturbed(rope=True)(torch.cat([first, second], dim=1))[:, 12:]
+    assert not torch.allclose(unmasked, alone, atol=1e-3)
 
 
 @torch.no_grad()
-def test_a_window_reaches_so_many_tokens_back_and_no_further():
-    model, idx = stirred(window=5, n_layer=1), rows()
+def test_window_limits_attention_to_its_number_of_tokens():
+    model, idx = perturbed(window=5, n_layer=1), rows()
     changed = idx.clone()
     changed[0, 10] = (idx[0, 10] + 1) % 299
     same = (model(idx)[0, :, :300] == model(changed)[0, :, :300]).all(dim=-1)
     assert same.nonzero().flatten().tolist() == [i for i in range(32) if not 10 <= i < 15]
-    assert model.flops_per_token() < stirred(n_layer=1).flops_per_token()
+    assert model.flops_per_token() < perturbed(n_layer=1).flops_per_token()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[1] * 32, [5, 7, 1, 19]])
 @pytest.mark.parametrize("fields", [MODERN, MODERN | LONG_ROWS, LONG_ROWS], ids=["modern", "modern, long", "long"])
-def test_a_cache_changes_nothing_with_any_switch(fields, pieces):
-    model, idx = stirred(**{"n_kv_head": 2} | fields), rows()
-    idx[0, [0, 11]] = idx[1, [4, 20]] = 299  # documents begin at different places
+def test_logits_with_cache_equal_those_without_modern(fields, pieces):
+    model, idx = perturbed(**{"n_kv_head": 2} | fields), rows()
+    idx[0, [0, 11]] = idx[1, [4, 20]] = 299  # documents start at different positions
     cache = model.make_cache(2, torch.float32)
     parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1)[..., :300], model(idx)[..., :300], atol=1e-4, rtol=1e-4)
@@ -334,8 +338,8 @@ def test_a_cache_changes_nothing_with_any_switch(fields, pieces):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fields", [{}, MODERN, MODERN | LONG_ROWS], ids=["gpt2", "modern", "modern, long"])
-def test_sequences_of_different_lengths_in_one_cache_are_as_each_alone(fields):
-    model, idx = stirred(**fields), rows()
+def test_left_padded_sequences_have_the_logits_of_each_alone(fields):
+    model, idx = perturbed(**fields), rows()
     idx[:, 20] = 299
     starts = torch.tensor([0, 9])
     cache = model.make_cache(2, torch.float32, starts)
@@ -345,21 +349,21 @@ def test_sequences_of_different_lengths_in_one_cache_are_as_each_alone(fields):
     torch.testing.assert_close(together[1, 9:], model(idx[1:, 9:])[0, :, :300], atol=1e-4, rtol=1e-4)
 
 
-def test_one_block_has_nobody_to_hand_anything_to():
-    model, idx = stirred(unet=True, n_layer=1), rows()
+def test_unet_with_one_block_has_no_skip_connection():
+    model, idx = perturbed(unet=True, n_layer=1), rows()
     model(idx, idx).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_document_mask_needs_the_token_that_documents_begin_with():
+def test_document_mask_without_eot_id_is_refused():
     with pytest.raises(ValueError, match="eot_id"):
         tiny(document_mask=True)
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN, MODERN | LONG_ROWS], ids=["gpt2", "modern", "modern, long"])
-def test_a_compiler_takes_the_model_whole_and_changes_nothing(fields):
+def test_compiled_model_is_one_graph_with_equal_gradients(fields):
     torch._dynamo.reset()
-    model, idx, targets = stirred(**fields), rows(), rows(seed=4)
+    model, idx, targets = perturbed(**fields), rows(), rows(seed=4)
     gradients = []
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
         model.zero_grad()
@@ -371,17 +375,17 @@ def test_a_compiler_takes_the_model_whole_and_changes_nothing(fields):
 @pytest.mark.parametrize("fields", [
     LONG_ROWS, {"window": 150, "n_kv_head": 1, "attention_scale": 0.3}, LONG_ROWS | MODERN | {"window": None},
 ])  # fmt: skip
-def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatch):
+def test_flex_attention_equals_the_dense_mask(fields, monkeypatch):
     torch._dynamo.reset()
     idx, targets = rows(256), rows(256, seed=4)
     idx[0, [0, 128]] = idx[1, [4, 200]] = 299
-    model, results, masks = stirred(n_head=2, block_size=256, **fields), [], []
+    model, results, masks = perturbed(n_head=2, block_size=256, **fields), [], []
 
-    def seen(q, k, v, mask, *rest):
+    def recording_attention(q, k, v, mask, *rest):
         masks.append((type(mask).__name__, mask.shape[0]))
         return attention(q, k, v, mask, *rest)
 
-    monkeypatch.setattr(model_script, "attention", seen)
+    monkeypatch.setattr(model_script, "attention", recording_attention)
     for run in (model, torch.compile(model, backend="eager", fullgraph=True, dynamic=False)):
         model.zero_grad()
         loss = run(idx, targets)
@@ -389,8 +393,8 @@ def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatc
         results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
         monkeypatch.setattr("babygpt.nn.attention.FLEX_DEVICES", ("cpu",))
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # no CPU backward
-    texts = 2 if model.config.document_mask else 1  # a mask for each, or one for both
-    assert masks == [("Tensor", texts)] * 3 + [("BlockMask", texts)] * 3
+    batch_size = 2 if model.config.document_mask else 1  # one mask per row, or one for both
+    assert masks == [("Tensor", batch_size)] * 3 + [("BlockMask", batch_size)] * 3
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
@@ -398,15 +402,15 @@ def test_flex_attention_as_cuda_gets_it_equals_the_plain_mask(fields, monkeypatc
     ("fields", "compiled", "expected"),
     [
         ({}, True, "flash"),
-        ({"dropout": 0.1}, True, "math"),  # on a CPU the flash kernel has no dropout
+        ({"dropout": 0.1}, True, "math"),  # the flash kernel of the CPU does not support dropout
         ({"n_head": 2, "window": 9}, False, "flash"),
         ({"n_head": 2, "window": 9}, True, "flex"),
-        ({"n_head": 2, "window": 9, "dropout": 0.1}, True, "math"),  # FlexAttention has no dropout
-        ({"n_head": 4, "window": 9}, True, "flash"),  # nor heads of 8
+        ({"n_head": 2, "window": 9, "dropout": 0.1}, True, "math"),  # FlexAttention does not support dropout
+        ({"n_head": 4, "window": 9}, True, "flash"),  # nor a head size of 8
     ],
 )
-def test_the_attention_kernel_is_named(fields, compiled, expected, monkeypatch):
-    """The start of a run prints the kernel that training will use: PyTorch's choice, or FlexAttention's."""
+def test_attention_kernel_is_named(fields, compiled, expected, monkeypatch):
+    """The name is that of the kernel PyTorch chooses, or flex for a compiled mask."""
     monkeypatch.setattr("babygpt.nn.attention.FLEX_DEVICES", ("cpu",))
     config = config_from_dict(vars(TINY) | fields)
     assert training_backend(config, config.mask_rule, torch.device("cpu"), True, compiled) == expected

@@ -1,4 +1,4 @@
-"""Sampling: the cache changes no token, padding is never drawn, and a seed decides."""
+"""Sampling: the KV cache, batches of prompts, top-k and top-p, seeds, and the script."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def make_model(**fields: object) -> GPT:
     model = build_model(config_from_dict(config | fields))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # sharper than at the start, so that one token leads clearly
+            parameter.mul_(3.0)  # larger weights, so that one token is clearly the most probable
     return model.eval()
 
 
@@ -31,7 +31,7 @@ def greedy(max_new_tokens: int) -> SamplingParams:
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
-def test_greedy_tokens_with_a_cache_equal_those_without_over_200_tokens(kv_heads):
+def test_greedy_tokens_with_cache_equal_those_without(kv_heads):
     model = make_model(n_kv_head=kv_heads)
     tokens = torch.randint(0, 300, (2, 10))
     cached = torch.tensor(list(generate(model, tokens.tolist(), greedy(200)))).T
@@ -40,7 +40,7 @@ def test_greedy_tokens_with_a_cache_equal_those_without_over_200_tokens(kv_heads
     assert torch.equal(cached, tokens[:, 10:])
 
 
-def test_a_token_costs_one_tokens_work(monkeypatch):
+def test_decode_step_computes_one_token(monkeypatch):
     model = make_model()
     lengths = []
     hidden = model.hidden
@@ -50,7 +50,8 @@ def test_a_token_costs_one_tokens_work(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_full_context_lets_its_older_half_go_and_writing_goes_on():
+def test_full_context_drops_its_older_half():
+    """Prompts longer than the block size keep their last tokens."""
     model = make_model(block_size=16)
     context = torch.randint(0, 300, (10,)).tolist()
     for (token,) in generate(model, [context[:]], greedy(60)):
@@ -69,19 +70,19 @@ MODERN = {"rope": True, "qk_norm": True, "document_mask": True, "eot_id": 299, "
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
 @torch.no_grad()
-def test_several_prompts_at_once_get_what_each_gets_alone(fields, dataset):
+def test_batched_prompts_get_the_texts_of_each_alone(fields, dataset):
     model, tokenizer = make_model(block_size=64, **fields), load_tokenizer(dataset)
     long = "the model reads the data and writes a shard"
     while len(tokenizer.encode(long)) < 55:
         long += " of data"
     prompts = ["the", long, "a shard"]
-    assert len(tokenizer.encode(long)) < 64, "its context gets full, and theirs is moved on with it"
+    assert len(tokenizer.encode(long)) < 64, "the context becomes full while all three are generated"
     together = sample(model, tokenizer, prompts, greedy(25))
     assert together == [sample(model, tokenizer, [prompt], greedy(25))[0] for prompt in prompts]
     assert len(set(together)) == 3
 
 
-def test_padding_is_never_drawn_even_where_all_logits_are_negative():
+def test_padding_is_never_sampled_if_all_logits_are_negative():
     model = make_model(block_size=16)
     with torch.no_grad():
         model.wte.weight.abs_()
@@ -92,22 +93,23 @@ def test_padding_is_never_drawn_even_where_all_logits_are_negative():
         assert torch.tensor(list(generate(model, [[0]] * 64, params))).max() < 300
 
 
-def test_top_k_and_top_p_keep_the_likeliest():
+def test_top_k_and_top_p_keep_the_most_probable_tokens():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])).expand(2000, 5)
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(top_k=None, top_p=None, temperature=1.0):
+    def frequencies(top_k=None, top_p=None, temperature=1.0):
         params = SamplingParams(1, temperature, top_k, top_p)
         return torch.bincount(sample_token(logits, params, generator), minlength=5) / 2000
 
-    torch.testing.assert_close(drawn(), torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), atol=0.04, rtol=0)
-    torch.testing.assert_close(drawn(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=0.04, rtol=0)
-    torch.testing.assert_close(drawn(top_p=0.8), torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85, atol=0.04, rtol=0)
-    assert drawn(top_p=0.01)[1] == drawn(top_k=1)[1] == drawn(temperature=0)[1] == 1
-    assert drawn(temperature=0.2)[1] > 0.7
+    torch.testing.assert_close(frequencies(), torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), atol=0.04, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=0.04, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.8), torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85, atol=0.04, rtol=0)
+    assert frequencies(top_p=0.01)[1] == frequencies(top_k=1)[1] == frequencies(temperature=0)[1] == 1
+    assert frequencies(temperature=0.2)[1] > 0.7
 
 
-def test_a_seed_gives_the_same_texts_and_no_random_state_is_touched(dataset):
+def test_seed_determines_the_texts(dataset):
+    """The training mode and the global random state are unchanged."""
     model, tokenizer = make_model(), load_tokenizer(dataset)
     model.train()
     torch.manual_seed(5)
@@ -119,15 +121,15 @@ def test_a_seed_gives_the_same_texts_and_no_random_state_is_touched(dataset):
     assert model.training
 
 
-def test_a_text_ends_at_its_end_of_text(dataset, monkeypatch):
+def test_text_ends_at_its_end_of_text_token(dataset, monkeypatch):
     model, tokenizer = make_model(), load_tokenizer(dataset)
-    script = iter([[10, 11], [12, tokenizer.eot_id], [13, 14], [tokenizer.eot_id, 15], [16, 17]])
-    monkeypatch.setattr(generation, "sample_token", lambda *_: torch.tensor(next(script)))
+    next_tokens = iter([[10, 11], [12, tokenizer.eot_id], [13, 14], [tokenizer.eot_id, 15], [16, 17]])
+    monkeypatch.setattr(generation, "sample_token", lambda *_: torch.tensor(next(next_tokens)))
     shown = []
     texts = sample(model, tokenizer, ["the"] * 2, SamplingParams(5), shown.append)
     assert texts == [tokenizer.decode([10, 12, 13]), tokenizer.decode([11])]
     assert "".join(shown) == texts[0]
-    assert next(script) == [16, 17], "no token is sampled after all texts have ended"
+    assert next(next_tokens) == [16, 17], "no token is sampled after all texts have ended"
 
 
 @pytest.fixture
@@ -138,12 +140,12 @@ def run(dataset, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_prompt_comes_behind_an_end_of_text(dataset, monkeypatch):
-    model, tokenizer, seen = make_model(), load_tokenizer(dataset), []
+def test_end_of_text_precedes_the_prompt(dataset, monkeypatch):
+    model, tokenizer, inputs = make_model(), load_tokenizer(dataset), []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda idx, cache: (seen.append(idx.tolist()), hidden(idx, cache))[1])
+    monkeypatch.setattr(model, "hidden", lambda idx, cache: (inputs.append(idx.tolist()), hidden(idx, cache))[1])
     sample(model, tokenizer, ["the model"] * 2, SamplingParams(1))
-    assert seen == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
+    assert inputs == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
 
 
 def test_sampling_works_under_bfloat16(dataset):
@@ -163,7 +165,7 @@ def test_generate_returns_prompt_and_continuation(run):
         model.generate("the model", top_k=0)
 
 
-def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):
+def test_script_prints_all_samples_of_all_prompts(run, capsys):
     call(sample_script.main, run, "--prompt", "the model", "--num-samples", 3, "--max-new-tokens", 5)
     assert capsys.readouterr().out.count("the model") == 3
     call(sample_script.main, run, "--prompt", "the model", "a shard", "--num-samples", 2, "--max-new-tokens", 5)
@@ -171,7 +173,7 @@ def test_the_script_streams_the_first_sample_and_prints_the_others(run, capsys):
     assert (out.count("the model"), out.count("a shard")) == (2, 2)
 
 
-def test_without_a_prompt_it_asks_until_an_empty_line(run, capsys, monkeypatch):
+def test_script_asks_for_prompts_until_an_empty_line(run, capsys, monkeypatch):
     lines = iter(["the model", "a shard", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     call(sample_script.main, run, "--max-new-tokens", 5)
@@ -180,7 +182,7 @@ def test_without_a_prompt_it_asks_until_an_empty_line(run, capsys, monkeypatch):
     assert "a shard" in out
 
 
-def test_compiled_decoding_writes_the_same_and_is_not_compiled_anew_for_every_token(monkeypatch):
+def test_decode_step_compiles_once_and_gives_equal_tokens(monkeypatch):
     torch._dynamo.reset()
     model, counter = make_model(document_mask=True, eot_id=299, window=9), CompileCounter()
     prompts = torch.randint(0, 300, (2, 10)).tolist()
