@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import xxhash
+
 import fineweb
 from babygpt.data import readers
 from babygpt.data.shards import read_manifest
@@ -30,3 +32,8 @@ def start(out_dir: Path, *inputs: Path, workers=2, **streams) -> subprocess.Pope
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Return the bytes of each file below a directory, by relative path."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def hash_text(text: str) -> bytes:
+    """Return the hash by which documents are compared and validation documents are chosen."""
+    return xxhash.xxh3_128_digest(readers.without_surrogates(text).encode())

@@ -6,30 +6,22 @@ import dataclasses
 import itertools
 import json
 import os
-import random
 import re
-import resource
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import xxhash
 from support.helpers import call, save, save_jsonl
-from support.preparation import prepare, snapshot, start
+from support.preparation import hash_text, prepare, snapshot, start
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fineweb
-from babygpt.data import plan as plan_module
 from babygpt.data import resources, sources
-from babygpt.data.filters import EMPTY, KEPT
-from babygpt.data.plan import load_index, plan_shards, token_ranges
-from babygpt.data.readers import without_surrogates
+from babygpt.data.plan import plan_shards
 from babygpt.data.shards import MANIFEST, open_dataset, read_manifest, verify
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
@@ -69,7 +61,7 @@ def expected(texts: list[str], val_tokens: int, max_tokens=float("inf"), tokeniz
         if text.strip() and text not in kept and total < max_tokens:
             kept[text] = [tokenizer.eot_id, *tokenizer.encode(text)]
             total += len(kept[text])
-    for text in sorted(kept, key=digest)[: len(kept) - 1]:
+    for text in sorted(kept, key=hash_text)[: len(kept) - 1]:
         if val_total < val_tokens:
             val.add(text)
             val_total += len(kept[text])
@@ -77,10 +69,6 @@ def expected(texts: list[str], val_tokens: int, max_tokens=float("inf"), tokeniz
         "train": [ids for text, ids in kept.items() if text not in val],
         "val": [ids for text, ids in kept.items() if text in val],
     }
-
-
-def digest(text: str) -> bytes:
-    return xxhash.xxh3_128_digest(without_surrogates(text).encode())
 
 
 @pytest.fixture(scope="module")
@@ -203,92 +191,6 @@ def test_max_tokens_keeps_the_first_documents(tmp_path, max_tokens):
     assert documents(tmp_path / "1" / "d") == expected(texts, 20, max_tokens)
     assert snapshot(tmp_path / "1" / "d") == snapshot(tmp_path / "3" / "d")
     assert one["counts"]["documents"]["seen"] <= 80
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the plan compared with a simple implementation, one document and one token at a time
-
-
-def write_index(stem: Path, rows: list[tuple[str, int]]) -> str:
-    """Write the index of a part with these documents (text, number of tokens); an empty document has 0 tokens."""
-    np.savez(
-        f"{stem}.npz",
-        hash=np.frombuffer(b"".join(digest(text) for text, _ in rows), ">u8").reshape(-1, 2),
-        tokens=np.array([tokens for _, tokens in rows], np.uint32),
-        bytes=np.array([len(text) for text, _ in rows], np.uint64),
-        decision=np.array([KEPT if tokens else EMPTY for _, tokens in rows], np.uint8),
-    )
-    return str(stem)
-
-
-def simple_plan(parts, val_tokens, max_tokens):
-    """Return the documents of each split, each a list with (part, position in the part) per token, and their counts."""
-    counts, kept, total = Counter(seen=0, kept=0, empty=0, duplicate=0, filtered=0, train=0, val=0), {}, 0
-    for part, rows in enumerate(parts):
-        for row, (text, tokens) in enumerate(rows):
-            if max_tokens is not None and total >= max_tokens:
-                break
-            start = sum(tokens for _, tokens in rows[:row])
-            decision = "empty" if not tokens else "duplicate" if text in kept else "kept"
-            counts[decision] += 1
-            counts["seen"] += 1
-            if decision == "kept":
-                kept[text] = [(part, start + i) for i in range(tokens)]
-                total += tokens
-    val_size, val = min(11_000_000, total // 20) if val_tokens is None else val_tokens, set()
-    for text in sorted(kept, key=digest):
-        if sum(len(kept[name]) for name in val) < val_size and len(val) < len(kept) - 1:
-            val.add(text)
-    splits = {"train": [], "val": []}
-    for text, positions in kept.items():
-        counts["val" if text in val else "train"] += 1
-        splits["val" if text in val else "train"].append(positions)
-    return splits, counts
-
-
-def test_plan_and_token_ranges_equal_a_simple_implementation(tmp_path):
-    rng = random.Random(0)
-    for case in range(150):
-        lengths = {f"{case} {i}": rng.choice([0, 1, 1, 2, 5, 30]) for i in range(rng.choice([1, 3, 15, 40]))}
-        parts = [rng.choices(list(lengths.items()), k=rng.randint(0, 12)) for _ in range(rng.randint(1, 5))]
-        max_total = sum(lengths.values())
-        val_tokens, max_tokens = (rng.choice([None, 0, 1, rng.randint(1, max_total + 1)]) for _ in "vm")
-        stems = [write_index(tmp_path / str(i), rows) for i, rows in enumerate(parts)]
-        with mock.patch.object(plan_module, "BUCKET_ROWS", rng.choice([2, 5, 1000])):  # several buckets, or one
-            plan = plan_shards(stems, val_tokens, max_tokens or None, tmp_path / "buckets")
-        splits, counts = simple_plan(parts, val_tokens, max_tokens or None)
-        positions = {split: list(itertools.chain(*documents)) for split, documents in splits.items()}
-        assert plan.documents == counts
-        starts = {split: {document[0] for document in documents} for split, documents in splits.items()}
-        for split in ("train", "val"):
-            assert plan.tokens[split] == len(positions[split])
-            shard_size = rng.randint(1, 20)
-            for begin in range(0, len(positions[split]), shard_size):
-                end = min(begin + shard_size, len(positions[split]))
-                planned, starting = [], 0
-                for stem, in_split, first, last in plan.pieces(split, begin, end):
-                    ranges, count = token_ranges(load_index(stem)["tokens"], in_split, first, last)
-                    planned += [(stems.index(stem), i) for a, b in ranges.tolist() for i in range(a, b)]
-                    starting += count
-                    assert (ranges[1:, 0] > ranges[:-1, 1]).all()  # adjacent ranges are merged
-                assert planned == positions[split][begin:end]
-                assert starting == sum(position in starts[split] for position in positions[split][begin:end])
-
-
-def test_plan_does_not_keep_the_index_files_open(tmp_path):
-    stems = [write_index(tmp_path / str(i), [(str(i), 3)]) for i in range(200)]
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
-    try:
-        assert plan_shards(stems, 0, None, tmp_path / "buckets").documents["train"] == 200
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_validation_is_11_m_tokens_or_5_percent_if_less(tmp_path):
-    for count, val_count in ((400, 11), (100, 5)):
-        stem = write_index(tmp_path / "part", [(str(i), 1_000_000) for i in range(count)])
-        assert plan_shards([stem], None, None, tmp_path / "buckets").documents["val"] == val_count
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -453,13 +355,6 @@ def test_max_tokens_may_be_reached_before_an_empty_part(tmp_path):
     assert documents(tmp_path / "d") == expected(["the only one"], 0)
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
-def test_text_columns_of_any_string_type_are_read(tmp_path, kind):
-    texts = ["one", "two", None, "one"]
-    pq.write_table(pa.table({"text": pa.array(texts, kind)}), tmp_path / "a.parquet")
-    assert read_all(tmp_path / "a.parquet") == ["one", "two", "", "one"]
-
-
 def test_incomplete_data_set_is_not_opened(unfinished):
     with pytest.raises(UserError, match=r"fineweb\.py"):
         open_dataset(unfinished)
@@ -523,18 +418,7 @@ def test_page_cache_counts_as_available_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# input that cannot be read
-
-
-def read_all(*inputs: Path, column="text") -> list[str]:
-    return list(sources.read_documents(sources.find("files", tuple(map(str, inputs)), (column,))))
-
-
-def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path):
-    texts = ["line\u2028paragraph\u2029next\x85form\x0cfile\x1c", "carriage\rreturn", "a\nb"]
-    assert read_all(save_jsonl(tmp_path / "a.jsonl", texts, ascii=False)) == texts
-    save(tmp_path / "b.jsonl", b'\n{"text": "a"}\r\n\n  \n{"text": "b"}')
-    assert read_all(tmp_path / "b.jsonl") == ["a", "b"]
+# invalid input and arguments, and the other messages
 
 
 def test_lone_surrogate_is_encoded_as_replacement_character(tmp_path):
@@ -542,91 +426,6 @@ def test_lone_surrogate_is_encoded_as_replacement_character(tmp_path):
     prepare(tmp_path / "d", save_jsonl(tmp_path / "a.jsonl", texts), val_tokens=0)
     assert open_dataset(tmp_path / "d").train.read(0, 4).tolist() == expected(texts, 0)["train"][0][:4]
     assert GPT2.encode(texts[0]) == GPT2.encode("lone \ufffd surrogate")
-
-
-BAD_LINES = {
-    "not JSON": b'{"text": ',
-    "not UTF-8": b'{"text": "\xff"}',
-    "not an object": b'["text"]',
-    "a number": b"7",
-    "missing column": b'{"body": "b"}',
-    "not a string": b'{"text": 7}',
-    "a list of strings": b'{"text": ["b"]}',
-    "deeply nested": b"[" * 100_000,
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LINES)
-def test_invalid_line_is_reported_with_file_and_number(tmp_path, bad):
-    save(tmp_path / "a.jsonl", b'{"text": "a"}\n\n' + BAD_LINES[bad] + b"\n")
-    with pytest.raises(UserError, match=r"a\.jsonl, line 3"):
-        read_all(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array([["a"], ["b"]])])
-def test_parquet_column_that_is_not_text_is_refused_by_file(tmp_path, column):
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet.*text"):
-        read_all(tmp_path / "a.parquet")
-
-
-def test_missing_parquet_column_is_refused_with_known_columns(tmp_path):
-    pq.write_table(pa.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet has no column 'text': it has id, body"):
-        read_all(tmp_path / "a.parquet")
-
-
-def test_corrupted_parquet_file_is_refused_by_name(tmp_path):
-    texts = [f"text number {i}" for i in range(100)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
-    data = (tmp_path / "a.parquet").read_bytes()
-    not_utf8 = data.replace(b"text number 50", b"text \xff\xff\xff\xff\xff\xff 50")
-    for corrupted in (data[:-100], b"", data[:4] + b"\xff" * 60 + data[64:], not_utf8):
-        (tmp_path / "a.parquet").write_bytes(corrupted)
-        with pytest.raises(UserError, match=r"a\.parquet"):
-            read_all(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize("ending", ["gz", "xz", "zst"])
-@pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_corrupted_compressed_file_is_refused_by_name(tmp_path, kind, ending):
-    text = "".join(random.Random(0).choices("abcdefgh ", k=20_000))
-    path = save(tmp_path / f"a.{kind}.{ending}", json.dumps({"text": text}).encode())
-    data = path.read_bytes()
-    half = len(data) // 2
-    for corrupted in (data[:half], b"garbage", data[:half] + bytes(byte ^ 255 for byte in data[half:])):
-        path.write_bytes(corrupted)
-        with pytest.raises(UserError, match=path.name):
-            read_all(path)
-
-
-def test_all_members_of_a_compressed_file_are_read(tmp_path):
-    """Compressed files may be concatenated."""
-    for ending in ("gz", "xz", "zst"):
-        path = save_jsonl(tmp_path / f"a.jsonl.{ending}", ["first"])
-        path.write_bytes(path.read_bytes() + save_jsonl(tmp_path / f"b.jsonl.{ending}", ["second"]).read_bytes())
-        assert read_all(path) == ["first", "second"]
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.json", "a.parquet.gz", "a.gz"])
-def test_file_of_unknown_format_is_refused_by_name(tmp_path, name):
-    save(tmp_path / "b.txt", b"b")
-    save(tmp_path / name, b"a")
-    with pytest.raises(UserError, match=rf"unknown type, .*{name}"):
-        read_all(tmp_path)
-
-
-def test_pattern_without_a_match_is_refused_by_name(tmp_path):
-    save(tmp_path / "a.txt", b"a")
-    with pytest.raises(UserError, match=r"\*\.jsonl matches no file"):
-        read_all(tmp_path / "a.txt", tmp_path / "*.jsonl")
-
-
-def test_source_without_text_is_refused(tmp_path):
-    pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])).close()  # no row group
-    for source in (tmp_path / "rows.parquet", save(tmp_path / "empty.jsonl", b""), save(tmp_path / "a.txt", b" \n")):
-        with pytest.raises(UserError, match="no text"):
-            prepare(tmp_path / "out" / source.name, source)
 
 
 @pytest.mark.parametrize("option", ["val_tokens=-1", "shard_tokens=0", "max_tokens=0", "workers=0"])
@@ -647,15 +446,6 @@ def test_invalid_arguments_are_reported_together(tmp_path, pages):
         "  --quality model.safetensors has no effect alone. Use --quality and --min-quality together.",
     ]
     assert not (tmp_path / "d").exists()
-
-
-def test_input_may_have_names_that_are_not_utf8(tmp_path):
-    """A shell expands patterns to names in any encoding; Python decodes them with surrogates."""
-    name = os.fsencode(tmp_path) + b"/caf\xe9.txt"
-    with open(name, "wb") as file:
-        file.write(b"some text")
-    prepare(tmp_path / "d", os.fsdecode(name))
-    assert open_dataset(tmp_path / "d").manifest["counts"]["documents"]["kept"] == 1
 
 
 def test_help_shows_each_default_once(capsys):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.helpers import save, save_jsonl
+from support.preparation import prepare
 
 from babygpt.data import readers
 from babygpt.data.sources import find, read_documents, read_first_documents
@@ -183,3 +184,12 @@ def test_text_file_that_is_not_utf8_is_refused_by_name(tmp_path):
     save(tmp_path / "a.txt", "zażółć".encode("utf-16"))
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         list(read_documents(local_files(tmp_path)))
+
+
+def test_input_may_have_names_that_are_not_utf8(tmp_path):
+    """A shell expands patterns to names in any encoding; Python decodes them with surrogates."""
+    name = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(name, "wb") as file:
+        file.write(b"some text")
+    manifest = prepare(tmp_path / "d", os.fsdecode(name))
+    assert manifest["counts"]["documents"]["kept"] == 1
