@@ -1,26 +1,27 @@
-"""The code that torch.compile generates for an H200, without the GPU: bytes moved, kernels, atomics, peak memory.
+"""Analyze the code that torch.compile generates for an H200, without a GPU: memory traffic, kernels, peak memory.
 
     python -m benchmarks.fake_h200                                       # compare with the committed figures
-    python -m benchmarks.fake_h200 --write                               # replace them
-    python -m benchmarks.fake_h200 --checkout ../older --rows "gpt2, 64 rows"    # another revision's model
+    python -m benchmarks.fake_h200 --write                               # replace the committed figures
+    python -m benchmarks.fake_h200 --checkout ../older --rows "gpt2, 64 rows"    # the model of another revision
 
-It needs Linux, gcc, and a CUDA build of PyTorch, in an environment of its own (5 GB):
+This needs Linux, gcc and a CUDA build of PyTorch, in a separate environment (5 GB):
 
     python -m venv .venv-cuda && . .venv-cuda/bin/activate
     pip install 'torch==2.11.*' 'nvidia-cuda-crt==13.0.*' -r <(grep -v torch requirements.txt)
 
-A stub in place of CUDA's runtime (fake_cuda.c) reports an H200. The model is traced with tensors that have no data, and
-Inductor's code for forward and backward runs with kernels that do nothing. So these are exact for the generated code:
+A stub of the CUDA runtime (fake_cuda.c) reports an H200. The model is traced with fake tensors, and the code that
+Inductor generates for forward and backward runs with kernels that do nothing. These figures are exact for that code:
 
-- KB per token: Inductor's own count, each buffer counted once per Triton kernel that reads or writes it; matrix
-  products and attention are not counted;
-- kernels, products (by cuBLAS) and kernels with atomic additions, per micro-batch;
-- peak GB: parameters, gradients, optimizer state and all that the code keeps at the same time, without the temporaries
-  of the optimizer, the workspace of cuBLAS and the allocator's losses.
+- KB per token: memory traffic as counted by Inductor, each buffer once per Triton kernel that reads or writes it,
+  without matmuls and attention;
+- kernels (Triton), matmuls (cuBLAS) and Triton kernels with atomic additions, per micro-batch;
+- peak GB: parameters, gradients, optimizer state and all tensors that are alive at the same time, without temporary
+  tensors of the optimizer, the cuBLAS workspace and memory lost in the allocator.
 
-The prediction adds two limits, as if nothing overlapped: floating-point operations at 790 TFLOP/s and these bytes at
-4.3 TB/s, both measured on an H200 (large bfloat16 products of random data, and a copy). The command fails if KB per
-token or peak memory is more than 3 % above the committed figures.
+The prediction is the sum of the compute time at 790 TFLOP/s and the time of the memory traffic at 4.3 TB/s, without
+overlap. Both rates were measured on an H200 (a large bfloat16 matmul of random data, a copy). The fraction of matmul
+peak is the compute time divided by the predicted time. The command fails if KB per token or peak GB exceeds the
+committed figure by more than 3 %.
 """
 
 import argparse
@@ -52,40 +53,45 @@ TOLERANCE = 1.03
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the fake GPU
+# fake GPU
 
 
 def restart_with_fake_gpu() -> None:
-    """Build the stubs and replace this process by one that has them; return in that process."""
+    """Build the stubs and restart this process with them. Return immediately in the restarted process."""
     if "FAKE_H200" in os.environ:
         return
     packages = Path(sysconfig.get_paths()["purelib"])
     headers = packages / "nvidia" / "cu13" / "include"
     if not (headers / "crt" / "host_defines.h").exists():
-        sys.exit("error: this needs a CUDA build of PyTorch and nvidia-cuda-crt: see --help for the environment.")
-    folder = Path(tempfile.mkdtemp(prefix="fake-h200-"))
+        sys.exit(
+            f"error: {headers} has no crt/host_defines.h. A CUDA build of PyTorch and nvidia-cuda-crt are needed; "
+            "--help shows how to install them."
+        )
+    directory = Path(tempfile.mkdtemp(prefix="fake-h200-"))
     compile_c = ["gcc", "-w", "-shared", "-fPIC"]
     source = Path(__file__).with_name("fake_cuda.c")
-    subprocess.run([*compile_c, f"-I{headers}", str(source), "-o", str(folder / "runtime.so")], check=True)
-    # the driver: every function that PyTorch looks up, returning 0
+    subprocess.run([*compile_c, f"-I{headers}", str(source), "-o", str(directory / "runtime.so")], check=True)
+    # CUDA driver stub: every function that PyTorch looks up returns 0
     listing = subprocess.run(
         ["nm", "-D", packages / "torch" / "lib" / "libcaffe2_nvrtc.so"], capture_output=True, text=True, check=True
     ).stdout
     names = re.findall(r" U (cu[A-Z]\w+)", listing)
-    (folder / "driver.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in names))
-    driver = ["-Wl,-soname,libcuda.so.1", str(folder / "driver.c"), "-o", str(folder / "libcuda.so.1")]
+    (directory / "driver.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in names))
+    driver = ["-Wl,-soname,libcuda.so.1", str(directory / "driver.c"), "-o", str(directory / "libcuda.so.1")]
     subprocess.run([*compile_c, *driver], check=True)
-    environment = {"FAKE_H200": str(folder), "LD_PRELOAD": str(folder / "runtime.so"), "LD_LIBRARY_PATH": str(folder)}
+    environment = {
+        "FAKE_H200": str(directory), "LD_PRELOAD": str(directory / "runtime.so"), "LD_LIBRARY_PATH": str(directory),
+    }  # fmt: skip
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.fake_h200", *sys.argv[1:]], os.environ | environment)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Inductor's code
+# code generated by Inductor
 
 
 @dataclass
 class Kernel:
-    """In place of a compiled Triton kernel: what one launch moves."""
+    """Stand-in for a compiled Triton kernel; counts its launches and memory traffic."""
 
     bytes: float
     atomic: bool
@@ -98,73 +104,73 @@ class Kernel:
 
 
 class Counts:
-    """What the generated code did, and the memory that its tensors held."""
+    """Counters of the generated code: kernel launches, memory traffic, allocated memory."""
 
     def __init__(self) -> None:
-        self.kernels = self.products = self.atomics = 0
+        self.kernels = self.matmuls = self.atomics = 0
         self.bytes = self.live = self.peak = 0.0
         self.attention: set[str] = set()
-        self.seen: set[int] = set()
+        self.tracked: set[int] = set()
 
-    def hold(self, value: Any) -> Any:
-        """Count a tensor's storage until it is freed."""
+    def track(self, value: Any) -> Any:
+        """Count the storage of a tensor, or of each tensor in a sequence, until it is freed. Returns `value`."""
         import torch
 
         if isinstance(value, torch.Tensor) and value.device.type == "cuda":
             storage = value.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            if key not in self.seen:
-                self.seen.add(key)
+            if key not in self.tracked:
+                self.tracked.add(key)
                 self.live += size
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._free, key, size)
         elif isinstance(value, tuple | list):
             for part in value:
-                self.hold(part)
+                self.track(part)
         return value
 
     def _free(self, key: int, size: float) -> None:
-        self.seen.discard(key)
+        self.tracked.discard(key)
         self.live -= size
 
 
-def runnable(source: str, counts: Counts) -> Callable[[list], Any]:
-    """The `call` function of Inductor's wrapper code, with Triton kernels that only count."""
+def load_wrapper(source: str, counts: Counts) -> Callable[[list], Any]:
+    """Return the `call` function of Inductor's wrapper code, with Triton kernels that only count."""
     import torch
     from torch._inductor.async_compile import AsyncCompile
 
     def kernel(self: object, name: str, code: str, **options: object) -> Kernel:
-        found = re.search(r"'kernel_num_gb': ([\d.e+-]+)", code)
-        assert found, f"{name} does not state its bytes"
-        return Kernel(float(found.group(1)) * 1e9, "atomic_" in code.split("def triton_")[-1], counts)
+        match = re.search(r"'kernel_num_gb': ([\d.e+-]+)", code)
+        assert match, f"the code of {name} has no kernel_num_gb"
+        return Kernel(float(match.group(1)) * 1e9, "atomic_" in code.split("def triton_")[-1], counts)
 
-    def product(*arguments: object, out: Any, **options: object) -> None:
-        counts.products += 1
+    def matmul(*arguments: object, out: Any, **options: object) -> None:
+        counts.matmuls += 1
 
     counts.attention |= set(re.findall(r"_scaled_dot_product_(\w+?)_attention\.", source))
     namespace: dict[str, Any] = {"__name__": "generated"}
     with mock.patch.object(AsyncCompile, "triton", kernel), mock.patch.object(AsyncCompile, "wait"):
         exec(compile(source, "generated", "exec"), namespace)
-    nothing = lambda *a, **k: None  # noqa: E731
+    no_op = lambda *a, **k: None  # noqa: E731
     namespace |= {
-        "assert_size_stride": nothing, "assert_alignment": nothing, "get_raw_stream": nothing, "start_graph": nothing,
-        "end_graph": nothing,
-        "empty_strided_cuda": lambda size, stride, dtype: counts.hold(
+        "assert_size_stride": no_op, "assert_alignment": no_op, "get_raw_stream": no_op, "start_graph": no_op,
+        "end_graph": no_op,
+        "empty_strided_cuda": lambda size, stride, dtype: counts.track(
             torch.empty_strided(size, stride, dtype=dtype, device="cuda:0")
         ),
         "reinterpret_tensor": lambda t, size, stride, offset=0: t.as_strided(size, stride, t.storage_offset() + offset),
-        "extern_kernels": SimpleNamespace(mm=product, addmm=product, bmm=product),
+        "extern_kernels": SimpleNamespace(mm=matmul, addmm=matmul, bmm=matmul),
     }  # fmt: skip
     return namespace["call"]
 
 
-class Generated(Exception):
-    """Raised with the wrapper code in place of loading it."""
+class GeneratedCode(Exception):
+    """Carries the wrapper code out of Inductor, which would otherwise compile and load it."""
 
 
 @contextmanager
 def compiler_for_h200() -> Iterator[Callable[[Counts], Callable]]:
-    """Give a function from counts to a backend for torch.compile that generates code for the fake GPU and runs it."""
+    """Yield a function that takes Counts and returns a torch.compile backend for the fake GPU."""
     import torch
     import triton
     from torch._inductor import compile_fx, config
@@ -174,7 +180,7 @@ def compiler_for_h200() -> Iterator[Callable[[Counts], Callable]]:
     from triton.backends.compiler import GPUTarget
 
     class OnCPU(TorchDispatchMode):
-        """Folds constants on the CPU: a GPU that computes nothing would give wrong values."""
+        """Run operations on the CPU, for constant folding: the fake GPU would return wrong values."""
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             kwargs = dict(kwargs or {})
@@ -183,7 +189,7 @@ def compiler_for_h200() -> Iterator[Callable[[Counts], Callable]]:
             return operation(*args, **kwargs)
 
     def generate(self: GraphLowering) -> None:
-        raise Generated(self.codegen()[0].value)
+        raise GeneratedCode(self.codegen()[0].value)
 
     fold = UniformValueConstantFolder.run
 
@@ -199,14 +205,14 @@ def compiler_for_h200() -> Iterator[Callable[[Counts], Callable]]:
                 compile_inner(graph, inputs, **options)
             except Exception as error:
                 cause: BaseException | None = error
-                while cause is not None and not isinstance(cause, Generated):
+                while cause is not None and not isinstance(cause, GeneratedCode):
                     cause = getattr(cause, "inner_exception", None) or cause.__cause__
                 if cause is None:
                     raise
-                call = runnable(cause.args[0], counts)
+                call = load_wrapper(cause.args[0], counts)
             else:
                 raise AssertionError("Inductor generated no code")
-            call_boxed = lambda arguments: counts.hold(call(arguments))  # noqa: E731
+            call_boxed = lambda arguments: counts.track(call(arguments))  # noqa: E731
             call_boxed._boxed_call = True  # type: ignore[attr-defined]
             return call_boxed
 
@@ -226,7 +232,7 @@ def compiler_for_h200() -> Iterator[Callable[[Counts], Callable]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Forward and backward of one micro-batch of GPT-2's size."""
+    """Compile and run forward and backward of one micro-batch at the size of GPT-2 124M."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -241,7 +247,7 @@ def measure(case: Case) -> dict[str, Any]:
         model = build_model(config)
         model.bf16_activations = case.bf16_activations
         for parameter in model.parameters():
-            counts.hold(parameter.data)
+            counts.track(parameter.data)
         idx = torch.zeros(case.rows, config.block_size, dtype=torch.int64)
         compiled = torch.compile(model, backend=backend(counts), fullgraph=True, dynamic=False)
         with case.patch_loss(), torch.autocast("cuda", torch.bfloat16):
@@ -253,29 +259,29 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         "KB per token": round(counts.bytes / tokens / 1e3, 1),
         "kernels": counts.kernels,
-        "products": counts.products,
+        "matmuls": counts.matmuls,
         "with atomics": counts.atomics,
         "peak GB": round((counts.peak + 8 * parameters) / 1e9, 2),  # Adam keeps two float32 values per parameter
         "attention": " ".join(sorted(counts.attention)),
-        "K tokens/s, predicted": round(1e-3 / seconds, 1),
-        "share of the ceiling": round(model.flops_per_token() / FLOPS / seconds, 3),
+        "predicted K tokens/s": round(1e-3 / seconds, 1),
+        "fraction of matmul peak": round(model.flops_per_token() / FLOPS / seconds, 3),
     }  # fmt: skip
 
 
-def growth(rows: list[dict[str, Any]]) -> list[str]:
-    """The figures that are more than 3 % above the committed ones, one line each."""
+def find_increases(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one line per figure that is more than 3 % above the committed one."""
     with open(OUT, newline="") as file:
-        known = {row["case"]: row for row in csv.DictReader(file)}
+        committed = {row["case"]: row for row in csv.DictReader(file)}
     return [
-        f"  {row['case']}: {key} is {row[key]}, was {known[row['case']][key]}"
+        f"  {row['case']}: {key} is {row[key]}, committed: {committed[row['case']][key]}"
         for row in rows
         for key in ("KB per token", "peak GB")
-        if row["case"] in known and row[key] > TOLERANCE * float(known[row["case"]][key])
+        if row["case"] in committed and row[key] > TOLERANCE * float(committed[row["case"]][key])
     ]
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """Replace the committed figures: a CSV file to compare with, and a table to read."""
+    """Write the figures as a CSV file and, if they replace the committed ones, a Markdown table."""
     import torch
 
     with open(out, "w", newline="") as file:
@@ -283,13 +289,13 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     lines = [
-        "# Generated code for an H200, without the GPU",
+        "# Code generated for an H200, analyzed without a GPU",
         "",
         f"`python -m benchmarks.fake_h200 --write`, {date.today()}, torch {torch.__version__}, Triton "
         f"{version('triton')}.",
-        "GPT-2 124M's size, one micro-batch of rows of 1,024 tokens, forward and backward. `--help` explains the",
-        "columns. The prediction is not a measurement. The same for commit 975b3e2, before the changes that these",
-        "figures led to: fake-h200-before.csv.",
+        "Forward and backward of one micro-batch of GPT-2 124M, rows of 1,024 tokens. `--help` explains the columns.",
+        "The prediction is not a measurement. fake-h200-before.csv has the figures of commit 975b3e2, before the",
+        "optimizations that this analysis led to.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|---|" + "---:|" * (len(rows[0]) - 1),
@@ -300,12 +306,16 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose model and presets are compiled")
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="checkout whose model and presets are compiled")
     parser.add_argument(
-        "--rows", nargs="*", choices=[case.name for case in CASES], metavar="ROW", help="only these rows of the table"
+        "--rows",
+        nargs="*",
+        choices=[case.name for case in CASES],
+        metavar="ROW",
+        help="rows of the table to compute (default: all)",
     )
     parser.add_argument("--write", action="store_true", help=f"replace {OUT.relative_to(ROOT)} and its table")
-    parser.add_argument("--out", type=Path, default=OUT, help="with --write: another file")
+    parser.add_argument("--out", type=Path, default=OUT, help="with --write: write to this file instead")
     options = parser.parse_args()
     restart_with_fake_gpu()
     sys.path.insert(0, str(options.checkout.resolve()))
@@ -317,8 +327,8 @@ def main() -> None:
         print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
     if options.write:
         write(rows, options.out)
-    elif grown := growth(rows):
-        sys.exit("error: more than the committed figures allow.\n" + "\n".join(grown))
+    elif increases := find_increases(rows):
+        sys.exit("error: These figures exceed the committed ones by more than 3 %:\n" + "\n".join(increases))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Check and measure everything on a CUDA GPU, in one command that can be interrupted and repeated.
+"""Run all checks and benchmarks on a CUDA GPU. An interrupted report continues when the command is run again.
 
-    bash runs/gpu_report.sh                     # 45 minutes at most
-    bash runs/gpu_report.sh --minutes 9         # the most important stages first, what fits
-    bash runs/gpu_report.sh --rehearse          # every stage on the CPU, at tiny sizes
+    bash runs/gpu_report.sh                     # all stages, at most 45 minutes
+    bash runs/gpu_report.sh --minutes 9         # as many stages as fit, the most important first
+    bash runs/gpu_report.sh --rehearse          # all stages on the CPU, with tiny sizes
 
-Each stage is a process of its own; its result goes to out/gpu-report/<GPU>-<hash of the sources>/<stage>.json, and a
-finished stage is not run again. The report is results/gpu/<GPU>.md. Weights and tokens are random, except for the run
-with train.py, whose data is Python's standard library, or --dataset.
+Each stage runs in a new process and writes out/gpu-report/<GPU>-<hash of the sources>/<stage>.json. Finished stages are
+not repeated. The report is written to results/gpu/<GPU>.md. Weights and tokens are random, except in the run with
+train.py, which uses Python's standard library or --dataset.
 
-A share of the ceiling is the rate of floating-point operations (6 per weight and token, attention counted whole)
-divided by the rate of a large bfloat16 product on the same GPU.
+The fraction of matmul peak is the FLOP/s of a training step divided by the FLOP/s of a large bfloat16 matmul on the
+same GPU. A step counts 6 FLOPs per weight and token, plus attention without a discount for the causal mask.
 """
 
 import argparse
@@ -30,88 +30,91 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_stages as on_gpu
+from benchmarks import gpu_stages
 from benchmarks.cases import CASES, MEASURED_ONLY
 from benchmarks.gpu_stages import Result, Sizes
 
 ROOT = Path(__file__).parent.parent
 
 
-def stages(sizes: Sizes, options: argparse.Namespace) -> dict[str, tuple[int, Callable[[], Result]]]:
-    """Name to estimated seconds and function, the most important first."""
-    steps = {case.name: (130, partial(on_gpu.training_step, sizes, case)) for case in [*CASES, *MEASURED_ONLY]}
+def make_stages(sizes: Sizes, options: argparse.Namespace) -> dict[str, tuple[int, Callable[[], Result]]]:
+    """Return the estimated seconds and the function of each stage by name, the most important stages first."""
+    steps = {
+        case.name: (130, partial(gpu_stages.measure_training_step, sizes, case)) for case in [*CASES, *MEASURED_ONLY]
+    }
     first = dict(list(steps.items())[:3])
-    found: dict[str, tuple[int, Callable[[], Result]]] = {
-        "gpu": (10, partial(on_gpu.gpu, sizes)),
-        "ceilings": (30, partial(on_gpu.ceilings, sizes)),
-        "correct gpt2": (60, partial(on_gpu.correct, sizes, "gpt2")),
+    stages: dict[str, tuple[int, Callable[[], Result]]] = {
+        "gpu": (10, partial(gpu_stages.describe_gpu, sizes)),
+        "peak rates": (30, partial(gpu_stages.measure_peak_rates, sizes)),
+        "compiled and eager, gpt2": (60, partial(gpu_stages.compare_with_eager, sizes, "gpt2")),
         **first,
-        "correct modern": (60, partial(on_gpu.correct, sizes, "modern")),
-        "attention": (30, partial(on_gpu.attention_kernels, sizes)),
-        "train.py, killed and resumed": (300, partial(on_gpu.killed_and_resumed, sizes, options)),
-        "ranks": (90, partial(on_gpu.ranks_agree, sizes)),
-        "profile, gpt2": (60, partial(on_gpu.profile, sizes, CASES[1])),
-        "profile, modern": (60, partial(on_gpu.profile, sizes, CASES[2])),
-        "deterministic": (90, partial(on_gpu.deterministic, sizes)),
-        "other work": (180, partial(on_gpu.other_work, sizes)),
+        "compiled and eager, modern": (60, partial(gpu_stages.compare_with_eager, sizes, "modern")),
+        "attention": (30, partial(gpu_stages.measure_attention, sizes)),
+        "train.py, killed and resumed": (300, partial(gpu_stages.kill_and_resume, sizes, options)),
+        "ranks": (90, partial(gpu_stages.compare_ranks, sizes)),
+        "profile, gpt2": (60, partial(gpu_stages.profile_step, sizes, CASES[1])),
+        "profile, modern": (60, partial(gpu_stages.profile_step, sizes, CASES[2])),
+        "deterministic": (90, partial(gpu_stages.check_determinism, sizes)),
+        "periodic tasks": (180, partial(gpu_stages.measure_periodic_tasks, sizes)),
         **{name: stage for name, stage in steps.items() if name not in first},
     }
     if options.nanogpt:
         for kind in ("nanoGPT, bfloat16, compiled", "nanoGPT, bfloat16, eager"):
-            found[kind] = (120, partial(on_gpu.nanogpt, options, kind))
-    return found
+            stages[kind] = (120, partial(gpu_stages.measure_nanogpt, options, kind))
+    return stages
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the report
+# report
 
 
-def cell(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return ", ".join(map(cell, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(format_value, value)) if isinstance(value, list) else str(value)
 
 
-def report(results: dict[str, Result], options: argparse.Namespace) -> str:
-    """The report as Markdown, predictions next to results."""
+def format_report(results: dict[str, Result], options: argparse.Namespace) -> str:
+    """Return the report as Markdown, with predictions next to measurements."""
     with open(ROOT / "results" / "speed" / "fake-h200.csv", newline="") as file:
         predicted = {row["case"]: row for row in csv.DictReader(file)}
-    limits = results.get("ceilings", {})
-    product, copy = limits.get("large, TFLOP/s"), limits.get("copy, GB/s")
+    peaks = results.get("peak rates", {})
+    matmul_peak, copy_peak = peaks.get("large, TFLOP/s"), peaks.get("copy, GB/s")
     steps = {name: result for name, result in results.items() if "tokens/s" in result}
-    name = results.get("gpu", {}).get("name", "rehearsal on a CPU: the figures mean nothing")
+    name = results.get("gpu", {}).get("name", "Rehearsal on a CPU: the figures mean nothing")
     lines = [
         f"# {name}", "",
         f"`{' '.join(['bash runs/gpu_report.sh', *options.arguments])}`, {date.today()}, sources {options.revision}.",
-        "", "A prediction adds the time of all operations at this GPU's large product and that of the bytes of",
-        "[fake-h200](../speed/fake-h200.md) at its copy. Share: FLOP/s divided by those of the large product; the goal",
-        "is 0.60. The first step compiles, or finds the code in the cache. A step has 524,288 tokens; nanoGPT's, by",
-        "benchmarks/speed.py, has 32,768.", "",
-        "| training step | tokens/s | predicted | share of the ceiling | MFU | peak GB | predicted | first step, s |",
+        "", "The predicted time is the compute time at the measured matmul peak plus the time of the memory traffic in",
+        "[fake-h200](../speed/fake-h200.md) at the measured copy rate. The goal for the fraction of matmul peak is",
+        "0.60. The first step compiles the model or loads the code from the cache. A step has 524,288 tokens; the step",
+        "of nanoGPT, by benchmarks/speed.py, has 32,768.", "",
+        "| training step | tokens/s | predicted | fraction of matmul peak | MFU | peak GB | predicted GB "
+        "| first step, s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, step in steps.items():
-        flops, prediction, share = step.get("MFLOP per token"), "", ""
-        if product and copy and flops:
-            share = f"{step['TFLOP/s'] / product:.3f}"
+        flops, prediction, fraction = step.get("MFLOP per token"), "", ""
+        if matmul_peak and copy_peak and flops:
+            fraction = f"{step['TFLOP/s'] / matmul_peak:.3f}"
             if name in predicted:
-                prediction = cell(
-                    1 / (flops * 1e6 / (product * 1e12) + float(predicted[name]["KB per token"]) * 1e3 / (copy * 1e9))
-                )
+                compute = flops * 1e6 / (matmul_peak * 1e12)  # seconds per token
+                traffic = float(predicted[name]["KB per token"]) * 1e3 / (copy_peak * 1e9)
+                prediction = format_value(1 / (compute + traffic))
         mfu = f"{step['MFU']:.1%}" if step.get("MFU") else ""
         lines.append(
-            f"| {name} | {cell(step['tokens/s'])} | {prediction} | {share} | {mfu} | {cell(step['peak GB'])} | "
-            f"{predicted[name]['peak GB'] if name in predicted else ''} | "
-            f"{cell(step.get('first step, s', ''))} |"
+            f"| {name} | {format_value(step['tokens/s'])} | {prediction} | {fraction} | {mfu} "
+            f"| {format_value(step['peak GB'])} | {predicted[name]['peak GB'] if name in predicted else ''} | "
+            f"{format_value(step.get('first step, s', ''))} |"
         )
     for name, result in results.items():
         if name not in steps:
-            lines += ["", f"## {name}", "", *(f"- {key}: {cell(value)}" for key, value in result.items())]
+            lines += ["", f"## {name}", "", *(f"- {key}: {format_value(value)}" for key, value in result.items())]
     return "\n".join(lines) + "\n"
 
 
 def revision() -> str:
-    """The first characters of a hash over the Python sources: results of other sources are not reused."""
+    """Return a hash of the Python sources. Results of other sources are not reused."""
     digest = hashlib.sha256()
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("babygpt/**/*.py"), *ROOT.glob("benchmarks/*.py")]):
         digest.update(path.read_bytes())
@@ -119,7 +122,7 @@ def revision() -> str:
 
 
 def run_stage(command: list[str], seconds: float) -> str | None:
-    """The output of a stage; None if it failed or took longer than `seconds`, with all that it started killed."""
+    """Return the standard output of a stage, or None if it failed. After `seconds`, kill its processes and raise."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -133,40 +136,40 @@ def run_stage(command: list[str], seconds: float) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=45, help="stages that would end later are left for the next run"
+        "--minutes", type=float, default=45, help="time limit; the next run continues (default: %(default)s)"
     )
-    parser.add_argument("--nanogpt", help="a checkout of nanoGPT to measure as well")
-    parser.add_argument("--dataset", help="prepared data for the run with train.py")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
-    parser.add_argument("--folder", type=Path, help="directory for the stages' results [out/gpu-report]")
+    parser.add_argument("--nanogpt", help="path of a nanoGPT checkout to measure as well")
+    parser.add_argument("--dataset", help="prepared data set for the run with train.py")
+    parser.add_argument("--rehearse", action="store_true", help="run all stages on the CPU, with tiny sizes")
+    parser.add_argument("--folder", type=Path, help="directory of the stages' results (default: out/gpu-report)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
-    begin = time.monotonic()
+    start = time.monotonic()
     options = parser.parse_args()
     options.arguments = sys.argv[1:]
     if not options.rehearse and not torch.cuda.is_available():
-        sys.exit("error: no CUDA GPU is visible. To try the commands on a CPU: --rehearse.")
+        sys.exit("error: PyTorch finds no CUDA GPU. Use --rehearse to run the stages on the CPU.")
     name = "rehearsal" if options.rehearse else torch.cuda.get_device_name(0).replace(" ", "-").lower()
     options.revision = revision()
     options.folder = (options.folder or ROOT / "out" / "gpu-report") / f"{name}-{options.revision}"
-    chosen = stages(Sizes(options.rehearse), options)
+    stages = make_stages(Sizes(options.rehearse), options)
     if options.stage:
-        print(json.dumps(chosen[options.stage][1]()))
+        print(json.dumps(stages[options.stage][1]()))
         return
     if options.rehearse:
         shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
     failed = []
-    for stage, (seconds, _) in chosen.items():
+    for stage, (seconds, _) in stages.items():
         file = options.folder / f"{stage.replace(' ', '-').replace(',', '')}.json"
-        left = 60 * options.minutes - (time.monotonic() - begin)
-        if not file.exists() and left > seconds / 2:
+        seconds_left = 60 * options.minutes - (time.monotonic() - start)
+        if not file.exists() and seconds_left > seconds / 2:
             command = [sys.executable, "-m", "benchmarks.gpu_report", *options.arguments, "--stage", stage]
             print(f"{stage} ...", flush=True)
             try:
-                output = run_stage(command, left)
+                output = run_stage(command, seconds_left)
             except subprocess.TimeoutExpired:
-                print(f"{stage}: stopped at the time limit; run the same command to continue")
+                print(f"{stage}: stopped at the time limit. Run the same command again to continue.")
                 break
             if output is None:
                 failed.append(stage)
@@ -174,13 +177,16 @@ def main() -> None:
             file.write_text(output.splitlines()[-1])
         if file.exists():
             results[stage] = json.loads(file.read_text())
-            print(f"{stage}: " + "; ".join(f"{key} {cell(value)}" for key, value in results[stage].items()), flush=True)
+            print(
+                f"{stage}: " + "; ".join(f"{key} {format_value(value)}" for key, value in results[stage].items()),
+                flush=True,
+            )
     out = options.folder / "report.md" if options.rehearse else ROOT / "results" / "gpu" / f"{name}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report(results, options), encoding="utf-8")
-    print(f"{len(results)} of {len(chosen)} stages are in {out}")
+    out.write_text(format_report(results, options), encoding="utf-8")
+    print(f"Wrote {out}: {len(results)} of {len(stages)} stages")
     if failed:
-        sys.exit(f"error: failed stages, see above: {', '.join(failed)}")
+        sys.exit(f"error: These stages failed, see their output above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

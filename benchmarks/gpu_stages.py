@@ -1,6 +1,6 @@
-"""The stages of gpu_report.py: what is checked and measured on a GPU, each in a process of its own.
+"""Stages of gpu_report.py: checks and benchmarks on a GPU, each run in a new process.
 
-A stage is a function of `Sizes` (and of the command's options) that returns a dictionary to print. It raises
+A stage is a function of `Sizes` (and of the command-line options) that returns a dictionary for the report. It raises
 AssertionError if a check fails.
 """
 
@@ -50,7 +50,7 @@ ROOT = Path(__file__).parent.parent
 Result = dict[str, Any]
 
 
-# kinds of kernels in a profile, by the first pattern that their name matches
+# kinds of kernels in a profile; the first pattern that matches the kernel's name decides
 KERNELS = {
     "attention, %": "flash|fmha|attention|flex",
     "matrix products, %": "gemm|cutlass|cublas|nvjet|xmma|addmm|::mm|::bmm|splitk",
@@ -62,7 +62,7 @@ KERNELS = {
 
 
 class Sizes:
-    """What is measured: GPT-2 124M on a GPU, a tiny model in a rehearsal."""
+    """Sizes of the stages: GPT-2 124M on a GPU, a tiny model in a rehearsal."""
 
     def __init__(self, rehearse: bool):
         self.rehearse = rehearse
@@ -73,12 +73,12 @@ class Sizes:
         self.batch_rows = 8 if rehearse else 512
         self.steps = 2 if rehearse else 8
         self.rows = {16: 1, 32: 2, 64: 4, 128: 8} if rehearse else {n: n for n in (16, 32, 64, 128)}
-        self.side = 64 if rehearse else 8192
-        self.group = 1 if rehearse else 40  # of products that are timed together
+        self.matmul_size = 64 if rehearse else 8192
+        self.group = 1 if rehearse else 40  # matmuls that are timed together
         self.copy_bytes = 1 << 20 if rehearse else 4 << 30
 
     def config(self, name: str, rows: int, **changes: Any) -> Config:
-        """A preset at this size, with a batch of `batch_rows` in micro-batches of `rows`."""
+        """Return a preset at this size, with a batch of `batch_rows` rows in micro-batches of `rows`."""
         shape = self.model | changes
         if self.rehearse:
             shape |= {"value_embeddings": 1} if name == "modern" else {}
@@ -93,81 +93,81 @@ class Sizes:
 
 
 def median_ms(
-    call: Callable[[], object], device: torch.device, times: int = 10, warm_up: int = 3, group: int = 1
+    call: Callable[[], object], device: torch.device, repeats: int = 10, warmup: int = 3, group: int = 1
 ) -> float:
-    """Median time of a call on the device, ms; `group` calls are timed together, to hide the launch of short ones."""
-    for _ in range(warm_up * group):
+    """Return the median ms of a call on the device. `group` calls are timed together to hide their launch overhead."""
+    for _ in range(warmup * group):
         call()
-    spent = []
-    for _ in range(times):
-        begin = Mark(device)
+    times = []
+    for _ in range(repeats):
+        start = Mark(device)
         for _ in range(group):
             call()
         end = Mark(device)
         end.wait()
-        spent.append(end.ms_since(begin) / group)
-    return statistics.median(spent)
+        times.append(end.ms_since(start) / group)
+    return statistics.median(times)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # stages
 
 
-def gpu(sizes: Sizes) -> Result:
-    """Name, memory and versions."""
-    found: Result = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+def describe_gpu(sizes: Sizes) -> Result:
+    """Return the name and memory of the GPU, and versions."""
+    result: Result = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
     if not sizes.rehearse:
         properties = torch.cuda.get_device_properties(0)
-        found |= {"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
-        found |= {"multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
-    return found
+        result |= {"name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
+        result |= {"multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
+    return result
 
 
-def ceilings(sizes: Sizes) -> Result:
-    """Copy, GB/s read and written; products of random bfloat16 matrices, TFLOP/s."""
-    device, found = sizes.device, {}
+def measure_peak_rates(sizes: Sizes) -> Result:
+    """Measure the GB/s of a copy (reads plus writes) and the TFLOP/s of matmuls of random bfloat16 matrices."""
+    device, result = sizes.device, {}
     source = torch.randn(sizes.copy_bytes // 4, device=device)
     ms = median_ms(partial(torch.empty_like(source).copy_, source), device)
-    found["copy, GB/s"] = 2 * sizes.copy_bytes / ms / 1e6
+    result["copy, GB/s"] = 2 * sizes.copy_bytes / ms / 1e6
     del source
     config = sizes.config("gpt2", sizes.rows[64]).model
     rows, C, V = sizes.rows[64] * config.block_size, config.n_embd, config.padded_vocab_size
     shapes = {
-        "large": (sizes.side, sizes.side, sizes.side), "c_attn": (rows, C, 3 * C), "c_proj": (rows, C, C),
+        "large": (sizes.matmul_size,) * 3, "c_attn": (rows, C, 3 * C), "c_proj": (rows, C, C),
         "c_fc": (rows, C, 4 * C), "mlp.c_proj": (rows, 4 * C, C), "head, one chunk": (rows // 4, C, V),
         "head, its weight gradient": (V, rows // 4, C), "head, its input gradient": (rows // 4, V, C),
     }  # fmt: skip
     for name, (m, k, n) in shapes.items():
         a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         b = torch.randn(k, n, device=device, dtype=torch.bfloat16)
-        found[f"{name}, TFLOP/s"] = 2 * m * k * n / median_ms(partial(torch.mm, a, b), device, group=sizes.group) / 1e9
-    return found
+        result[f"{name}, TFLOP/s"] = 2 * m * k * n / median_ms(partial(torch.mm, a, b), device, group=sizes.group) / 1e9
+    return result
 
 
-def attend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradient: torch.Tensor) -> None:
+def run_attention(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradient: torch.Tensor) -> None:
     with sdpa_kernel(getattr(SDPBackend, backend)):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.autograd.grad(out, (q, k, v), gradient)
 
 
-def attention_kernels(sizes: Sizes) -> Result:
-    """Causal attention, forward and backward together, ms for one layer of a micro-batch, by kernel and head size."""
+def measure_attention(sizes: Sizes) -> Result:
+    """Measure the ms of causal attention, forward plus backward, for one layer and micro-batch, by kernel and heads."""
     config = sizes.config("gpt2", sizes.rows[64]).model
-    found: Result = {}
+    result: Result = {}
     for heads in (config.n_head, config.n_head // 2):
         shape = (sizes.rows[64], heads, config.block_size, config.n_embd // heads)
         q, k, v = (torch.randn(shape, device=sizes.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             name = f"{heads} heads of {shape[-1]}, {backend.split('_')[0].lower()}"
             try:
-                found[name] = median_ms(partial(attend, backend, q, k, v, torch.randn_like(q)), sizes.device)
-            except RuntimeError as error:  # this GPU or build has no such kernel
-                found[name] = f"{error}"[:60]
-    return found
+                result[name] = median_ms(partial(run_attention, backend, q, k, v, torch.randn_like(q)), sizes.device)
+            except RuntimeError as error:  # this GPU or build does not have the kernel
+                result[name] = f"{error}"[:60]
+    return result
 
 
 class Training:
-    """A model, its optimizers, and one step of training on random tokens."""
+    """A model, its optimizers and training steps on random tokens."""
 
     def __init__(self, sizes: Sizes, config: Config, compiled: bool = True, ranks: Ranks | None = None):
         torch.manual_seed(0)
@@ -178,10 +178,10 @@ class Training:
         self.raw_model.activation_checkpointing = config.training.activation_checkpointing
         self.optimizers = make_optimizers(self.raw_model, asdict(config.optimizer))
         set_learning_rates(self.optimizers, LRSchedule(100, min_lr_ratio=0.1), 10)
-        fast = sizes.compile(self.raw_model) if compiled else self.raw_model
-        self.model = self.ranks.data_parallel(fast)
+        module = sizes.compile(self.raw_model) if compiled else self.raw_model
+        self.model = self.ranks.data_parallel(module)
         if dist.is_initialized() and self.ranks.world_size == 1:
-            self.model = DistributedDataParallel(fast, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
         self.state = TrainState(
             self.model, self.optimizers, UpdateGuard(sizes.device), self.ranks, config.training.dtype,
             config.optimizer.grad_clip,
@@ -198,14 +198,14 @@ class Training:
         return train_step(self.state, batch, next_token_loss, seed=0)
 
 
-def correct(sizes: Sizes, preset: str) -> Result:
-    """Losses and gradient norms of three steps, compiled against eager, and that a step never waits for the device."""
-    found: Result = {}
+def compare_with_eager(sizes: Sizes, preset: str) -> Result:
+    """Check that compiled and eager losses and gradient norms of three steps agree, and that no step synchronizes."""
+    result: Result = {}
     config = sizes.config(preset, sizes.rows[16], **({} if sizes.rehearse else {"n_layer": 4}))
     config = variant(config, training={"batch_tokens": 2 * sizes.rows[16] * config.model.block_size})
     for name in ("eager", "compiled"):
         training = Training(sizes, config, compiled=name == "compiled")
-        statuses = [training.step()]  # this one compiles, and the optimizers make their state
+        statuses = [training.step()]  # compiles, and creates the optimizer state
         if not sizes.rehearse:
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -214,38 +214,38 @@ def correct(sizes: Sizes, preset: str) -> Result:
             if not sizes.rehearse:
                 torch.cuda.set_sync_debug_mode("default")
         unpacked = [StepStatus.unpack(status) for status in statuses]
-        found[f"{name}, losses"] = [round(status.loss.item(), 5) for status in unpacked]
-        found[f"{name}, norms"] = [round(status.grad_norm.item(), 5) for status in unpacked]
+        result[f"{name}, losses"] = [round(status.loss.item(), 5) for status in unpacked]
+        result[f"{name}, norms"] = [round(status.grad_norm.item(), 5) for status in unpacked]
     for key, tolerance in (("losses", 2e-3), ("norms", 3e-2)):
-        for a, b in zip(found[f"eager, {key}"], found[f"compiled, {key}"], strict=True):
+        for a, b in zip(result[f"eager, {key}"], result[f"compiled, {key}"], strict=True):
             if not (abs(a - b) <= tolerance * abs(a) and b > 0):
-                raise AssertionError(f"{key} differ: {found}")
-    return found | {"equal": True, "a step never waits for the device": "not checked" if sizes.rehearse else True}
+                raise AssertionError(f"Compiled and eager {key} differ: {result}")
+    return result | {"equal": True, "no synchronization in a step": "not checked" if sizes.rehearse else True}
 
 
-def deterministic(sizes: Sizes) -> Result:
-    """Whether two trainings of three steps have the same weights, to the bit, with and without the switch."""
-    found: Result = {}
-    for wanted in (False, True):
-        if wanted:
+def check_determinism(sizes: Sizes) -> Result:
+    """Check whether two runs of three steps have bitwise equal weights, with and without --general.deterministic."""
+    result: Result = {}
+    for deterministic in (False, True):
+        if deterministic:
             make_deterministic()
-        sums = []
+        checksums = []
         for _ in range(2):
             training = Training(
                 sizes, sizes.config("gpt2", sizes.rows[16], **({} if sizes.rehearse else {"n_layer": 4}))
             )
             for _ in range(3):
                 training.step()
-            sums.append(checksum(list(training.raw_model.parameters())).item())
-        found["--general.deterministic, equal" if wanted else "without, equal"] = sums[0] == sums[1]
-    if not found["--general.deterministic, equal"]:
-        raise AssertionError(f"two deterministic runs differ: {found}")
-    return found
+            checksums.append(checksum(list(training.raw_model.parameters())).item())
+        result["--general.deterministic, equal" if deterministic else "without, equal"] = checksums[0] == checksums[1]
+    if not result["--general.deterministic, equal"]:
+        raise AssertionError(f"Two deterministic runs differ: {result}")
+    return result
 
 
-def rank_of_two(rank: int, rehearse: bool, backend: str, world_size: int, folder: str) -> None:
+def run_rank(rank: int, rehearse: bool, backend: str, world_size: int, directory: str) -> None:
     sizes = Sizes(rehearse)
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
     config = sizes.config("gpt2", sizes.rows[16], **({} if rehearse else {"n_layer": 4}))
     tokens = 4 * sizes.rows[16] * config.model.block_size
     config = variant(config, training={"batch_tokens": tokens})
@@ -257,29 +257,29 @@ def rank_of_two(rank: int, rehearse: bool, backend: str, world_size: int, folder
     dist.all_reduce(ones)
     assert ones.tolist() == [world_size] * 8
     if rank == 0:
-        Path(folder, "losses.json").write_text(json.dumps(losses))
+        Path(directory, "losses.json").write_text(json.dumps(losses))
     dist.barrier()
     dist.destroy_process_group()
     exit_now(0)
 
 
-def ranks_agree(sizes: Sizes) -> Result:
-    """Loss and gradient norm of two steps: NCCL with one rank, and gloo with two ranks on the same GPU."""
-    found: Result = {}
+def compare_ranks(sizes: Sizes) -> Result:
+    """Check that one rank (NCCL) and two ranks on the same GPU (gloo) have the same losses and gradient norms."""
+    result: Result = {}
     for name, backend, world_size in (
         ("one rank", "gloo" if sizes.rehearse else "nccl", 1), ("two ranks, gloo", "gloo", 2),
     ):  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(rank_of_two, (sizes.rehearse, backend, world_size, folder), world_size)
-            found[name] = json.loads(Path(folder, "losses.json").read_text())
-    alone, together = (torch.tensor(losses) for losses in found.values())
-    if not torch.allclose(alone, together, rtol=1e-2):
-        raise AssertionError(f"ranks differ: {found}")
-    return found | {"equal": True}
+        with tempfile.TemporaryDirectory() as directory:
+            torch.multiprocessing.spawn(run_rank, (sizes.rehearse, backend, world_size, directory), world_size)
+            result[name] = json.loads(Path(directory, "losses.json").read_text())
+    one_rank, two_ranks = (torch.tensor(losses) for losses in result.values())
+    if not torch.allclose(one_rank, two_ranks, rtol=1e-2):
+        raise AssertionError(f"The losses of one and two ranks differ: {result}")
+    return result | {"equal": True}
 
 
-def training_step(sizes: Sizes, case: Case) -> Result:
-    """Steps of 524,288 tokens: tokens/s, MFU, time of the first step, peak memory."""
+def measure_training_step(sizes: Sizes, case: Case) -> Result:
+    """Measure steps of 524,288 tokens: tokens/s, MFU, time of the first step, peak memory."""
     if case.deterministic:
         make_deterministic()
     config = sizes.config(case.preset, sizes.rows[case.rows], **({} if sizes.rehearse else {"n_head": case.n_head}))
@@ -288,22 +288,22 @@ def training_step(sizes: Sizes, case: Case) -> Result:
     cudnn = mock.patch.object(attention, "CUDA_BACKENDS", [SDPBackend.CUDNN_ATTENTION])
     with case.patch_loss(), cudnn if case.cudnn else nullcontext():
         training = Training(sizes, config, case.compiled)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         training.step().tolist()
-        first = time.perf_counter() - begin
+        first_step = time.perf_counter() - start
         ms = median_ms(training.step, sizes.device, sizes.steps, 2)
     rate = config.training.batch_tokens / ms * 1e3
     flops = training.raw_model.flops_per_token()
     peak = peak_flops(sizes.device)
     return {
         "tokens/s": rate, "ms": ms, "TFLOP/s": rate * flops / 1e12, "MFU": rate * flops / peak if peak else None,
-        "first step, s": first, "MFLOP per token": flops / 1e6,
+        "first step, s": first_step, "MFLOP per token": flops / 1e6,
         "peak GB": peak_memory_mib(sizes.device) * 2**20 / 1e9,
     }  # fmt: skip
 
 
-def profile(sizes: Sizes, case: Case) -> Result:
-    """Where the time of a compiled step goes: share of each kind of kernel, and the longest kernels, %."""
+def profile_step(sizes: Sizes, case: Case) -> Result:
+    """Profile a compiled step: percentage of time per kind of kernel, and of the 15 kernels that take the most time."""
     config = sizes.config(case.preset, sizes.rows[case.rows])
     training = Training(sizes, variant(config, training={"bf16_activations": case.bf16_activations}))
     for _ in range(3):
@@ -315,18 +315,18 @@ def profile(sizes: Sizes, case: Case) -> Result:
         event.key: event.self_cpu_time_total if sizes.rehearse else event.self_device_time_total
         for event in profiler.key_averages()
     }
-    total, kinds, found = sum(times.values()), dict.fromkeys(KERNELS, 0.0), Result()
-    for name, time_of_kernel in times.items():
+    total, kinds, result = sum(times.values()), dict.fromkeys(KERNELS, 0.0), Result()
+    for name, kernel_time in times.items():
         kind = next(kind for kind, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE))
-        kinds[kind] += 100 * time_of_kernel / total
+        kinds[kind] += 100 * kernel_time / total
     for name in sorted(times, key=times.__getitem__, reverse=True)[:15]:
-        found[name[:80]] = 100 * times[name] / total
-    return {"all kernels, ms": total / 1e3} | kinds | found
+        result[name[:80]] = 100 * times[name] / total
+    return {"all kernels, ms": total / 1e3} | kinds | result
 
 
-def other_work(sizes: Sizes) -> Result:
-    """Validation, HellaSwag, sampling and saving, of gpt2."""
-    from benchmarks import speed as peers
+def measure_periodic_tasks(sizes: Sizes) -> Result:
+    """Measure validation, HellaSwag, sampling and saving with the preset gpt2."""
+    from benchmarks import speed
 
     config = sizes.config("gpt2", sizes.rows[64])
     training = Training(sizes, config)
@@ -334,83 +334,85 @@ def other_work(sizes: Sizes) -> Result:
     batches = [(torch.randint(0, 300, (sizes.rows[64], T)),) * 2 for _ in range(8)]
     batches = batches if sizes.rehearse else [(a.pin_memory(), b.pin_memory()) for a, b in batches]
     token_bytes = torch.ones(config.model.padded_vocab_size, dtype=torch.int64)
-    found: Result = {}
+    result: Result = {}
     for name, module in (("compiled", training.model), ("eager", training.raw_model)):
         ms = median_ms(lambda: mean_loss(module, batches, token_bytes, ranks), device, 3, 2)  # noqa: B023
-        found[f"validation, {name}, K tokens/s"] = len(batches) * sizes.rows[64] * T / ms
+        result[f"validation, {name}, K tokens/s"] = len(batches) * sizes.rows[64] * T / ms
     training.raw_model.eval()
-    if not sizes.rehearse:  # its questions and prompts are of GPT-2's vocabulary
-        examples = peers.make_examples(None, 1000)
-        begin = time.perf_counter()
-        peers.losses(training.raw_model, examples, device)
+    if not sizes.rehearse:  # examples and prompts use GPT-2's vocabulary
+        examples = speed.make_examples(None, 1000)
+        start = time.perf_counter()
+        speed.losses(training.raw_model, examples, device)
         torch.cuda.synchronize()
-        found["HellaSwag, all 10,042 examples, s, estimated from 1,000"] = (time.perf_counter() - begin) * 10.042
-        for texts in (1, 8):
+        result["HellaSwag, all 10,042 examples, s, estimated from 1,000"] = (time.perf_counter() - start) * 10.042
+        for batch_size in (1, 8):
             for compiled in (False, True):
-                rate = peers.sample_ours(texts, "bfloat16", compiled)["tokens_per_s"]
-                found[f"sampling, {texts} texts{', compiled' if compiled else ''}, tokens/s"] = rate
+                rate = speed.sample_ours(batch_size, "bfloat16", compiled)["tokens_per_s"]
+                result[f"sampling, batch size {batch_size}{', compiled' if compiled else ''}, tokens/s"] = rate
         with mock.patch.object(attention, "CUDA_BACKENDS", [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-            found["sampling, 1 text, cuDNN attention, tokens/s"] = peers.sample_ours(1, "bfloat16")["tokens_per_s"]
+            result["sampling, batch size 1, cuDNN attention, tokens/s"] = speed.sample_ours(1, "bfloat16")[
+                "tokens_per_s"
+            ]
     training.step()
-    with tempfile.TemporaryDirectory() as folder, checkpoint.Saver(Path(folder), 1, 0) as saver:
-        begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory, checkpoint.Saver(Path(directory), 1, 0) as saver:
+        start = time.perf_counter()
         state = optimizer_state(training.optimizers, training.raw_model)
         saver.save(1, checkpoint.model_tensors(training.raw_model), state, {"step": 1})
-        found["save, training waits, s"] = time.perf_counter() - begin
+        result["save, training waits, s"] = time.perf_counter() - start
         saver.wait()
-        found["save, in a temporary directory after, s"] = time.perf_counter() - begin
-    return found
+        result["save, complete in a temporary directory, s"] = time.perf_counter() - start
+    return result
 
 
-def dataset_of(options: argparse.Namespace, folder: Path) -> Path:
+def prepare_dataset(options: argparse.Namespace, directory: Path) -> Path:
     if options.dataset:
         return Path(options.dataset)
-    if not (folder / "data" / "dataset.json").exists():
-        tokenizer = folder / "tokenizer.json"
+    if not (directory / "data" / "dataset.json").exists():
+        tokenizer = directory / "tokenizer.json"
         vocabulary = ["-m", "tools.train_tokenizer", "stdlib", "--vocab-size", "4096", "--out", str(tokenizer)]
         data = ["fineweb.py", "stdlib", "--tokenizer", str(tokenizer), "--val-tokens", "50000"]
-        for command in (vocabulary, [*data, "--out-dir", str(folder / "data")]):
+        for command in (vocabulary, [*data, "--out-dir", str(directory / "data")]):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
-    return folder / "data"
+    return directory / "data"
 
 
-def killed_and_resumed(sizes: Sizes, options: argparse.Namespace) -> Result:
-    """train.py: the first 20 losses, a SIGKILL, and a resume, whose losses are compared with an unbroken run's."""
-    folder = options.folder.resolve()
-    dataset, found, losses = dataset_of(options, folder), {}, {}
+def kill_and_resume(sizes: Sizes, options: argparse.Namespace) -> Result:
+    """Kill a run of train.py, resume it, and compare its 20 losses with those of an uninterrupted run."""
+    directory = options.folder.resolve()
+    dataset, result, losses = prepare_dataset(options, directory), {}, {}
     for name in ("gpt2", "modern"):
-        small = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.block-size", "64"]
-        small += ["--training.batch-tokens", "1024", "--general.device", "cpu"]
-        small += ["--model.value-embeddings", "1"] if name == "modern" else []
+        tiny = ["--model.n-layer", "2", "--model.n-head", "2", "--model.n-embd", "32", "--model.block-size", "64"]
+        tiny += ["--training.batch-tokens", "1024", "--general.device", "cpu"]
+        tiny += ["--model.value-embeddings", "1"] if name == "modern" else []
         base = [
             sys.executable, "train.py", name, "--data.dataset", str(dataset), "--training.max-steps", "20",
             "--general.mode", "train", "val", "--validation.every-n-steps", "20", "--saving.every-n-steps", "5",
-            "--general.init-from", "resume", *(small if sizes.rehearse else ["--data.num-streams", "8"]),
+            "--general.init-from", "resume", *(tiny if sizes.rehearse else ["--data.num-streams", "8"]),
         ]  # fmt: skip
-        for kind in ("unbroken", "killed"):
-            out = folder / f"run-{name}-{kind}"
+        for kind in ("uninterrupted", "killed"):
+            out = directory / f"run-{name}-{kind}"
             command = [*base, "--general.out-dir", str(out)]
-            shutil.rmtree(out, ignore_errors=True)  # of a stage that was interrupted
+            shutil.rmtree(out, ignore_errors=True)  # left by an interrupted stage
             if kind == "killed":
                 process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
                 while process.poll() is None and not list(out.glob("checkpoints/step_0000001*")):
                     time.sleep(0.05)
                 process.send_signal(signal.SIGKILL)
                 if process.wait() != -signal.SIGKILL:
-                    raise AssertionError(f"{name}: the run ended before it could be killed")
+                    raise AssertionError(f"{name}: The run exited before it was killed.")
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             losses[kind] = [row["loss"] for row in read_log(out / "log.csv") if row["loss"] is not None]
-        found[f"{name}, first 20 losses"] = [round(loss, 4) for loss in losses["unbroken"]]
-        off = max(abs(a - b) / a for a, b in zip(losses["unbroken"], losses["killed"], strict=True))
-        found[f"{name}, largest relative difference after the kill"] = off
-        if off > (0 if sizes.rehearse else 1e-2):
-            raise AssertionError(f"{name}: the resumed run differs: {losses}")
-    return found
+        result[f"{name}, first 20 losses"] = [round(loss, 4) for loss in losses["uninterrupted"]]
+        difference = max(abs(a - b) / a for a, b in zip(losses["uninterrupted"], losses["killed"], strict=True))
+        result[f"{name}, largest relative difference after the kill"] = difference
+        if difference > (0 if sizes.rehearse else 1e-2):
+            raise AssertionError(f"{name}: The losses of the resumed run differ: {losses}")
+    return result
 
 
-def nanogpt(options: argparse.Namespace, kind: str) -> Result:
-    """A step of nanoGPT, by benchmarks/speed.py."""
+def measure_nanogpt(options: argparse.Namespace, kind: str) -> Result:
+    """Measure a training step of nanoGPT with benchmarks/speed.py."""
     command = [sys.executable, "benchmarks/speed.py", "--nanogpt", str(options.nanogpt), "--way", "step", kind]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {"tokens/s": found["tokens_per_s"], "ms": found["ms"], "peak GB": found["memory_mib"] * 2**20 / 1e9}
+    process = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    timing = json.loads(process.stdout.splitlines()[-1])
+    return {"tokens/s": timing["tokens_per_s"], "ms": timing["ms"], "peak GB": timing["memory_mib"] * 2**20 / 1e9}
