@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Ten minutes of two CPU cores on 2,400 FineWeb documents, with a vocabulary of 8,192 learnt from them.
+# Train on 2,400 FineWeb documents for ten minutes on two CPU cores, with a tokenizer trained on them (8,192 entries).
+#
 #   bash results/fineweb-10m/run.sh 'PATH/*.parquet'
 set -euo pipefail
 python -m tools.train_tokenizer --input "$1" --vocab-size 8192 --out data/fineweb-bpe.json
