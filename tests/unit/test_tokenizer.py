@@ -1,4 +1,4 @@
-"""tokenizer.py: GPT-2's ids exactly, any text comes back, and no page ever writes the end-of-text token."""
+"""tokenizer.py: GPT-2's ids, encoding and decoding of any text, and texts that contain the name of the EOT token."""
 
 import base64
 import inspect
@@ -34,22 +34,22 @@ fast = settings(deadline=None, derandomize=True, max_examples=150)
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory):
-    """The three kinds: GPT-2's, one trained here, and a foreign one in the manner of SentencePiece."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    foreign(sentencepiece_like()).save(str(folder / "foreign.json"))
+    """GPT-2's tokenizer, one trained here, and a foreign one similar to SentencePiece."""
+    directory = tmp_path_factory.mktemp("tokenizers")
+    make_foreign(make_sentencepiece_like()).save(str(directory / "foreign.json"))
     return {
         "gpt2": load_tokenizer("gpt2"),
-        "trained": train_tokenizer(CORPUS, 300, folder / "trained.json", progress=False),
-        "foreign": load_tokenizer(folder / "foreign.json"),
+        "trained": train_tokenizer(CORPUS, 300, directory / "trained.json", progress=False),
+        "foreign": load_tokenizer(directory / "foreign.json"),
     }
 
 
 @pytest.fixture(scope="session")
 def token_bytes(tokenizers):
-    return {kind: one.token_bytes() for kind, one in tokenizers.items()}
+    return {kind: tokenizer.token_bytes() for kind, tokenizer in tokenizers.items()}
 
 
-def sentencepiece_like() -> models.BPE:
+def make_sentencepiece_like() -> models.BPE:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -59,7 +59,7 @@ def sentencepiece_like() -> models.BPE:
     return models.BPE(model["vocab"], merges, byte_fallback=True, unk_token="<unk>")
 
 
-def foreign(model) -> Tokenizer:
+def make_foreign(model) -> Tokenizer:
     bpe = Tokenizer(model)
     bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -73,7 +73,7 @@ def foreign(model) -> Tokenizer:
 # GPT-2's ids
 
 
-def test_the_ranks_and_the_pattern_are_openai_s():
+def test_ranks_and_pattern_equal_tiktokens():
     assert GPT2Tokenizer.sha256 in inspect.getsource(openai_public.r50k_base)
     assert openai_public.r50k_pat_str == tokenizer.GPT2_PATTERN
 
@@ -89,13 +89,13 @@ PUBLISHED = {  # the model card of GPT-2 and tiktoken's own tests
 
 
 @pytest.mark.parametrize("text", PUBLISHED)
-def test_gpt2_ids_are_the_published_ones(tokenizers, text):
+def test_gpt2_ids_equal_published_ids(tokenizers, text):
     assert tokenizers["gpt2"].encode(text) == PUBLISHED[text]
 
 
-# the pattern as GPT-2's release has it; signs whose class every Unicode version agrees on
+# the pattern of GPT-2's release; characters whose class is the same in all Unicode versions
 RELEASED_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-SIGNS = [*"aestlvrdm'ABz019 \n\t\r.,!?-_<|>éž你½٣😀\u00a0\u2028\u3000", "the", "'ll"]
+CHARACTERS = [*"aestlvrdm'ABz019 \n\t\r.,!?-_<|>éž你½٣😀\u00a0\u2028\u3000", "the", "'ll"]
 
 
 @pytest.fixture(scope="session")
@@ -104,27 +104,27 @@ def ranks():
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
-def plain_gpt2(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """Byte-pair encoding in its plainest form: join the pair of lowest rank until none is left."""
+def encode_plainly(text: str, ranks: dict[bytes, int]) -> list[int]:
+    """Encode by plain byte-pair encoding: merge the pair of lowest rank until there is none."""
     ids = []
     for word in regex.findall(RELEASED_PATTERN, text):
         parts = [bytes([byte]) for byte in word.encode("utf-8")]
         while pairs := [pair for pair in itertools.pairwise(parts) if b"".join(pair) in ranks]:
             left, right = min(pairs, key=lambda pair: ranks[b"".join(pair)])
-            at = next(i for i in range(len(parts)) if parts[i : i + 2] == [left, right])
-            parts[at : at + 2] = [left + right]
+            i = next(i for i in range(len(parts)) if parts[i : i + 2] == [left, right])
+            parts[i : i + 2] = [left + right]
         ids += [ranks[part] for part in parts]
     return ids
 
 
-@given(signs=st.lists(st.sampled_from(SIGNS), max_size=40))
+@given(characters=st.lists(st.sampled_from(CHARACTERS), max_size=40))
 @fast
-def test_gpt2_ids_equal_the_plain_algorithm_s(tokenizers, ranks, signs):
-    text = "".join(signs)
-    assert tokenizers["gpt2"].encode(text) == plain_gpt2(text, ranks)
+def test_gpt2_ids_equal_plain_bpe(tokenizers, ranks, characters):
+    text = "".join(characters)
+    assert tokenizers["gpt2"].encode(text) == encode_plainly(text, ranks)
 
 
-def test_damaged_ranks_are_refused_by_name(tmp_path, monkeypatch):
+def test_corrupted_ranks_are_refused_by_name(tmp_path, monkeypatch):
     data = tokenizer.GPT2_RANKS.read_bytes()
     monkeypatch.setattr(tokenizer, "GPT2_RANKS", save(tmp_path / "ranks.tiktoken", data.replace(b" 777\n", b" 778\n")))
     with pytest.raises(UserError, match=r"ranks\.tiktoken is corrupted"):
@@ -132,44 +132,48 @@ def test_damaged_ranks_are_refused_by_name(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# text to ids and back
+# encoding and decoding
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained"])
 @given(text=any_text)
 @fast
-def test_any_text_comes_back_and_lone_surrogates_become_the_replacement_sign(tokenizers, kind, text):
+def test_any_text_survives_encode_and_decode(tokenizers, kind, text):
+    """Lone surrogates become the replacement character."""
     ids = tokenizers[kind].encode(text)
     assert tokenizers[kind].decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert tokenizers[kind].eot_id not in ids
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained", "foreign"])
-def test_a_batch_is_encoded_as_each_text_by_itself(tokenizers, kind):
+def test_batch_has_the_ids_of_each_text(tokenizers, kind):
     texts = [SAMPLE, "", "\ufeffmark", "cat"]
-    assert batch(tokenizers[kind], texts) == [tokenizers[kind].encode(text) for text in texts]
+    assert encode_batch(tokenizers[kind], texts) == [tokenizers[kind].encode(text) for text in texts]
     assert tokenizers[kind].encode_batch([]) == []
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained", "foreign"])
 @pytest.mark.parametrize("name", END_OF_TEXT_NAMES)
-def test_a_literal_end_of_text_never_becomes_the_token(tokenizers, kind, name):
+def test_literal_end_of_text_is_ordinary_text(tokenizers, kind, name):
+    """The name of the EOT token in a document never becomes the token itself."""
     for text in (name, f"the cat {name} sat", f"{name}{name}", f"x{name}\n"):
         assert tokenizers[kind].eot_id not in tokenizers[kind].encode(text)
-        assert tokenizers[kind].eot_id not in batch(tokenizers[kind], ["cat", text])[1]
+        assert tokenizers[kind].eot_id not in encode_batch(tokenizers[kind], ["cat", text])[1]
 
 
-def test_a_literal_end_of_text_that_the_file_does_not_mark_as_special_never_becomes_the_token(tmp_path):
-    content = json.loads(foreign(sentencepiece_like()).to_str())
+def test_literal_end_of_text_not_marked_special_is_text(tmp_path):
+    """The same, if tokenizer.json does not mark the token as special."""
+    content = json.loads(make_foreign(make_sentencepiece_like()).to_str())
     for token in content["added_tokens"]:
         token["special"] = False
     loaded = load_tokenizer(save(tmp_path / "t.json", json.dumps(content).encode()))
     assert loaded.eot_id not in loaded.encode("the cat </s> sat")
 
 
-def test_a_literal_end_of_text_in_the_vocabulary_of_a_unigram_model_never_becomes_the_token(tmp_path):
+def test_literal_end_of_text_of_unigram_model_is_text(tmp_path):
+    """The same, if the token is in the vocabulary of a unigram model."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((sign, -3.0) for sign in "▁</s>abct")]
-    unigram = foreign(models.Unigram(pieces, 0))
+    unigram = make_foreign(models.Unigram(pieces, 0))
     unigram.normalizer = normalizers.Lowercase()
     unigram.save(str(tmp_path / "t.json"))
     loaded = load_tokenizer(tmp_path / "t.json")
@@ -177,14 +181,15 @@ def test_a_literal_end_of_text_in_the_vocabulary_of_a_unigram_model_never_become
         assert loaded.eot_id not in loaded.encode(text)
 
 
-def test_nothing_is_added_to_or_cut_off_a_text_by_a_foreign_file(tmp_path):
-    bpe = foreign(sentencepiece_like())
+def test_foreign_tokenizer_adds_and_truncates_nothing(tmp_path):
+    """Truncation, padding and special tokens that tokenizer.json requests are disabled."""
+    bpe = make_foreign(make_sentencepiece_like())
     plain = bpe.encode("the cat sat", add_special_tokens=False).ids
     bpe.enable_truncation(2)
     bpe.enable_padding(length=50)
     bpe.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     bpe.save(str(tmp_path / "t.json"))
-    assert batch(load_tokenizer(tmp_path / "t.json"), ["the cat sat"] * 2) == [plain] * 2
+    assert encode_batch(load_tokenizer(tmp_path / "t.json"), ["the cat sat"] * 2) == [plain] * 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained"])
@@ -194,22 +199,22 @@ def test_token_bytes_sum_to_the_length_of_the_text(tokenizers, token_bytes, kind
     assert token_bytes[kind][tokenizers[kind].encode(text)].sum() == len(text.encode("utf-8"))
 
 
-def test_token_bytes_of_a_foreign_tokenizer_count_the_space_it_puts_first(tokenizers, token_bytes):
+def test_foreign_token_bytes_include_the_prepended_space(tokenizers, token_bytes):
     assert token_bytes["foreign"][tokenizers["foreign"].encode(SAMPLE)].sum() == len(f" {SAMPLE}".encode())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained", "foreign"])
-def test_every_token_has_its_bytes_and_end_of_text_has_none(tokenizers, token_bytes, kind):
+def test_end_of_text_has_no_bytes(tokenizers, token_bytes, kind):
     assert token_bytes[kind].shape == (tokenizers[kind].vocab_size,)
     assert token_bytes[kind][tokenizers[kind].eot_id] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
-# decoding as the ids come
+# streaming
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained", "foreign"])
-def test_a_stream_gives_the_text_in_pieces_and_never_a_broken_character(tokenizers, kind):
+def test_stream_yields_complete_characters(tokenizers, kind):
     ids = tokenizers[kind].encode(SAMPLE)
     pieces = list(stream_decode(tokenizers[kind], ids))
     assert "".join(pieces) == SAMPLE
@@ -217,10 +222,10 @@ def test_a_stream_gives_the_text_in_pieces_and_never_a_broken_character(tokenize
     assert len([piece for piece in pieces if piece]) > 10
 
 
-def test_a_stream_does_not_wait_for_the_ids_to_end(tokenizers):
+def test_stream_yields_text_before_the_last_id(tokenizers):
     def ids():
         yield from tokenizers["gpt2"].encode(" cat")
-        pytest.fail("asked for the next id before telling the first")
+        pytest.fail("read the next id before it yielded the first text")
 
     assert next(stream_decode(tokenizers["gpt2"], ids())) == " cat"
 
@@ -228,16 +233,17 @@ def test_a_stream_does_not_wait_for_the_ids_to_end(tokenizers):
 @pytest.mark.parametrize("kind", ["gpt2", "trained"])
 @given(data=st.data())
 @fast
-def test_a_stream_of_any_ids_gives_the_same_text_as_decoding_them_at_once(tokenizers, kind, data):
-    ids = data.draw(st.lists(st.integers(0, 299), max_size=20))  # single bytes, most of them no whole character
+def test_stream_of_any_ids_equals_decode(tokenizers, kind, data):
+    ids = data.draw(st.lists(st.integers(0, 299), max_size=20))  # single bytes, mostly not complete characters
     assert "".join(stream_decode(tokenizers[kind], ids)) == tokenizers[kind].decode(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# training, and files that are none
+# training, and invalid files
 
 
-def test_training_is_deterministic_and_gives_the_size_asked_for(tmp_path):
+def test_training_is_deterministic(tmp_path):
+    """The vocabulary has the requested size, and EOT is its last id."""
     trained = [train_tokenizer(iter(CORPUS), 320, tmp_path / name / "t.json", progress=False) for name in "ab"]
     assert trained[0].sha256 == trained[1].sha256
     assert trained[0].vocab_size == 320
@@ -246,20 +252,21 @@ def test_training_is_deterministic_and_gives_the_size_asked_for(tmp_path):
     assert trained[0].decode([319]) == "<|endoftext|>"
 
 
-def test_the_train_command_learns_from_files_of_text(tmp_path, capsys):
+def test_train_command_reads_files(tmp_path, capsys):
     source = save_jsonl(tmp_path / "a.jsonl", CORPUS)
     call(train_tokenizer_main, "--input", source, "--vocab-size", 300, "--out", tmp_path / "tokenizer.json")
     assert "300 tokens, EOT is 299" in capsys.readouterr().out
     assert load_tokenizer(tmp_path).sha256 == train_tokenizer(CORPUS, 300, tmp_path / "t.json", progress=False).sha256
 
 
-def test_training_takes_lone_surrogates_for_the_replacement_sign(tmp_path):
+def test_training_replaces_lone_surrogates(tmp_path):
     odd = train_tokenizer([*CORPUS, "\ud800 hi"], 300, tmp_path / "a.json", progress=False)
     even = train_tokenizer([*CORPUS, "\ufffd hi"], 300, tmp_path / "b.json", progress=False)
     assert odd.sha256 == even.sha256
 
 
-def test_a_text_too_small_or_a_vocabulary_under_257_is_refused(tmp_path):
+def test_impossible_vocabulary_size_is_refused(tmp_path):
+    """The text is too small for the size, or the size is less than 256 bytes and EOT."""
     with pytest.raises(UserError, match="too small for 4,096 tokens"):
         train_tokenizer(CORPUS, 4096, tmp_path / "t.json", progress=False)
     with pytest.raises(UserError, match="256 is less than 257"):
@@ -269,25 +276,25 @@ def test_a_text_too_small_or_a_vocabulary_under_257_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"hello", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
-def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, content):
+def test_file_that_is_not_a_tokenizer_is_refused_by_name(tmp_path, content):
     with pytest.raises(UserError, match=r"odd\.json is not a tokenizer"):
         load_tokenizer(save(tmp_path / "odd.json", content))
 
 
-def test_a_file_at_which_the_library_panics_is_refused_by_name(tmp_path):
+def test_file_that_makes_the_library_panic_is_refused(tmp_path):
     content = json.loads(train_tokenizer(CORPUS, 300, tmp_path / "t.json", progress=False).data)
-    content["model"]["continuing_subword_prefix"] = "x" * 50  # longer than the tokens that it would be cut from
+    content["model"]["continuing_subword_prefix"] = "x" * 50  # longer than the tokens from which it is removed
     with pytest.raises(UserError, match=r"odd\.json is not a tokenizer"):
         load_tokenizer(save(tmp_path / "odd.json", json.dumps(content).encode()))
 
 
-def test_a_missing_tokenizer_is_refused_by_name(tmp_path):
+def test_missing_tokenizer_is_refused_by_name(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match="There is no tokenizer at"):
             load_tokenizer(path)
 
 
-def test_a_tokenizer_without_an_end_of_text_token_is_refused_by_name(tmp_path):
+def test_tokenizer_without_end_of_text_is_refused_by_name(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "t.json"))
     with pytest.raises(UserError, match=r"t\.json has no end-of-text token"):
         FileTokenizer(tmp_path / "t.json")
@@ -297,20 +304,20 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused_by_name(tmp_path):
 # comparing
 
 
-def table(out: str) -> dict[str, list[str]]:
-    """The rows of a Markdown table by their first cell."""
+def read_table(out: str) -> dict[str, list[str]]:
+    """Return the rows of a Markdown table by their first cell."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_tokenizers_are_compared_by_the_tokens_they_make_of_the_same_text(tmp_path, tokenizers, capsys):
+def test_comparison_counts_tokens_of_the_same_text(tmp_path, tokenizers, capsys):
     source, own = save_jsonl(tmp_path / "a.jsonl", CORPUS), str(tokenizers["trained"].file)
     size, words = sum(len(text.encode()) for text in CORPUS), sum(len(text.split()) for text in CORPUS)
     call(compare_tokenizers.main, "gpt2", own, "--input", source)
     out = capsys.readouterr().out
     assert out.startswith(f"12 documents, {size} bytes, {words} words\n")
-    assert list(table(out)) == ["gpt2", own]
-    for kind, row in zip(("gpt2", "trained"), table(out).values(), strict=True):
+    assert list(read_table(out)) == ["gpt2", own]
+    for kind, row in zip(("gpt2", "trained"), read_table(out).values(), strict=True):
         tokens = sum(len(tokenizers[kind].encode(text)) for text in CORPUS)
         assert row[:2] == [f"{tokenizers[kind].vocab_size:,}", f"{tokens:,}"]
         assert row[2:] == [f"{size / tokens:.3f}", f"{tokens / words:.3f}"]
@@ -318,13 +325,14 @@ def test_tokenizers_are_compared_by_the_tokens_they_make_of_the_same_text(tmp_pa
     assert capsys.readouterr().out == out
 
 
-def test_a_comparison_reads_no_more_than_it_was_told_and_cuts_no_character(tmp_path, capsys):
-    source = save_jsonl(tmp_path / "a.jsonl", ["łódź ", "łódź " * 1000, "never"])  # a word is of 8 bytes
+def test_comparison_stops_at_max_bytes(tmp_path, capsys):
+    """The last character within the limit is complete."""
+    source = save_jsonl(tmp_path / "a.jsonl", ["łódź ", "łódź " * 1000, "never"])  # a word has 8 bytes
     call(compare_tokenizers.main, "gpt2", "--input", source, "--max-bytes", 8 + 14)
     assert capsys.readouterr().out.startswith("2 documents, 21 bytes, 3 words\n")
 
 
-def test_a_comparison_of_nothing_is_refused(tmp_path):
+def test_comparison_without_words_or_tokenizers_is_refused(tmp_path):
     source = save(tmp_path / "a.txt", b" \n")
     with pytest.raises(UserError, match="no words"):
         call(compare_tokenizers.main, "gpt2", "--input", source)
@@ -335,21 +343,21 @@ def test_a_comparison_of_nothing_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# whole data sets, ten times faster
+# gigatoken
 
 
-def batch(tokenizer, texts: list[str]) -> list[list[int]]:
-    """What preparing data does."""
+def encode_batch(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Encode texts as data preparation does."""
     return [ids.tolist() for ids in tokenizer.encode_batch([text.encode() for text in texts])]
 
 
 @pytest.fixture(scope="module")
 def fast_and_plain(tokenizers, tmp_path_factory):
-    """Two tokenizers of each kind that gigatoken can take, one encoding by it; `pairs` merges any two bytes."""
+    """Two tokenizers of each kind that gigatoken supports, the first of which uses it. `pairs` merges any two bytes."""
     pairs = tmp_path_factory.mktemp("pairs") / "t.json"
-    signs = pre_tokenizers.ByteLevel.alphabet()
-    model = models.BPE({sign: i for i, sign in enumerate(signs)} | {a + b: 256 + i for i, (a, b) in enumerate(
-        itertools.product(signs, signs))}, list(itertools.product(signs, signs)))  # fmt: skip
+    characters = pre_tokenizers.ByteLevel.alphabet()
+    model = models.BPE({c: i for i, c in enumerate(characters)} | {a + b: 256 + i for i, (a, b) in enumerate(
+        itertools.product(characters, characters))}, list(itertools.product(characters, characters)))  # fmt: skip
     bpe = tokenizer.create_byte_level_bpe()
     bpe.model = model
     bpe.add_special_tokens(["<|endoftext|>"])
@@ -364,40 +372,52 @@ def fast_and_plain(tokenizers, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["gpt2", "trained"])
 @given(text=st.text() | st.lists(st.sampled_from(["<|endoftext|>", " ", "\n", "'s", "x", "7", "😀", "ł"])).map("".join))
 @fast
-def test_gigatoken_encodes_any_text_as_the_tokenizer_itself(fast_and_plain, kind, text):
+def test_gigatoken_ids_equal_the_tokenizers(fast_and_plain, kind, text):
     fast, plain = fast_and_plain[kind]
     assert fast.fast_encoder is not None
-    assert batch(fast, [text]) == batch(plain, [text]) == [plain.encode(text)]
+    assert encode_batch(fast, [text]) == encode_batch(plain, [text]) == [plain.encode(text)]
 
 
-def test_every_character_is_encoded_alike_whatever_unicode_the_libraries_know(fast_and_plain):
-    """Any two bytes merge in this vocabulary, so ids differ wherever one library ends a word and the other doesn't."""
+def test_ids_do_not_depend_on_unicode_versions(fast_and_plain):
+    """Any two bytes merge in this vocabulary, so ids differ if the libraries end a word at different characters."""
     fast, plain = fast_and_plain["pairs"]
-    dull = [*range(0x3400, 0xA000), *range(0xAC00, 0xD800), *range(0x20000, 0x110000)]  # of long ranges some
-    codes = sorted(set(range(0x20000)) - set(range(0xD800, 0xE000)) - set(dull)) + dull[::97]
+    uniform = [
+        *range(0x3400, 0xA000),
+        *range(0xAC00, 0xD800),
+        *range(0x20000, 0x110000),
+    ]  # long ranges of one class: a sample
+    codes = sorted(set(range(0x20000)) - set(range(0xD800, 0xE000)) - set(uniform)) + uniform[::97]
     newer = [0x88F, 0xC5C, 0xA7CE, 0x10940, 0x16EA0, 0x187FF, 0x1E6C0, 0x2B73A, 0x323B0, 0x33479]
     texts = [f"a{chr(c)}b 1{chr(c)}2 {chr(c)}!{chr(c)}'s {chr(c)}{chr(c)}x  {chr(c)}" for c in codes + newer]
-    assert [t for t, a, b in zip(texts, batch(fast, texts), batch(plain, texts), strict=True) if a != b] == []
+    assert [
+        t for t, a, b in zip(texts, encode_batch(fast, texts), encode_batch(plain, texts), strict=True) if a != b
+    ] == []
     alone = [fast.fast_encoder.encode(text.encode()).tolist() for text in texts[-len(newer) :]]
-    assert all(a != b for a, b in zip(alone, batch(plain, texts[-len(newer) :]), strict=True))  # gigatoken's own
+    assert all(
+        a != b for a, b in zip(alone, encode_batch(plain, texts[-len(newer) :]), strict=True)
+    )  # gigatoken alone differs
 
 
-def test_gigatoken_is_not_used_where_a_sample_differs_or_it_is_not_there(tokenizers, monkeypatch):
+def test_gigatoken_is_used_only_if_a_sample_is_equal(tokenizers, monkeypatch):
+    """Nor is it used for an unsupported tokenizer, or if it is not installed."""
     gpt2, sample = load_tokenizer("gpt2"), [b"one", b"two", b"three", b"four"]
     gpt2._gigatoken = mock.Mock(
         encode=lambda text: gpt2._encode_bytes(text)[: -1 if text in (b"two", b"four") else None]
     )
-    assert gpt2.use_gigatoken(sample, 3) is None  # the wrong ones are not in the sample
+    assert gpt2.use_gigatoken(sample, 3) is None  # the texts that it encodes wrongly are not in the sample
     assert "encodes 1 of 3 sampled documents differently" in gpt2.use_gigatoken(sample, 11)
-    assert batch(gpt2, ["two"]) == [gpt2.encode("two")]
+    assert encode_batch(gpt2, ["two"]) == [gpt2.encode("two")]
     assert "not trained by tools.train_tokenizer" in tokenizers["foreign"].use_gigatoken(sample, 100)
-    assert batch(tokenizers["foreign"], [SAMPLE]) == [tokenizers["foreign"].encode(SAMPLE)]
+    assert encode_batch(tokenizers["foreign"], [SAMPLE]) == [tokenizers["foreign"].encode(SAMPLE)]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     assert "pip install gigatoken" in load_tokenizer("gpt2").use_gigatoken(sample, 100)
 
 
 @pytest.mark.parametrize("text", ["x{}y", "{}", "x{}", " {}\n.", "a b{}c  d{} e"])
-def test_a_million_blanks_are_encoded_exactly_where_tiktoken_gives_up(fast_and_plain, text):
+def test_a_million_blanks_are_encoded_exactly(fast_and_plain, text):
+    """tiktoken itself fails on such texts."""
     fast, plain = fast_and_plain["gpt2"]
     for blank in (" ", "\n", "\u3000", " \t"):
-        assert batch(plain, [text.format(*[blank * 600_000] * 2)]) == batch(fast, [text.format(*[blank * 600_000] * 2)])
+        assert encode_batch(plain, [text.format(*[blank * 600_000] * 2)]) == encode_batch(
+            fast, [text.format(*[blank * 600_000] * 2)]
+        )
