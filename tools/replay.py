@@ -5,8 +5,8 @@
 
 Each checkpoint records the settings, the fingerprint of the data, and the versions that produced it. On a CPU, with the
 same versions and number of ranks, the logged numbers, weights and optimizer state must be bitwise equal. Otherwise they
-must agree within a tolerance, and the largest difference is printed. The run directory is not modified. The exit code
-is 1 if anything differs.
+must agree within a tolerance, and the distance between the weights is printed. The run directory is not modified. The
+exit code is 1 if the verification fails.
 """
 
 import hashlib
@@ -41,87 +41,93 @@ from train import set_up, train
 from train_config import bind, from_json, resolve, variant
 
 COMPARED = ("tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm")
-# where other hardware rounds otherwise, or other ranks draw other dropout: relative to the value, and for weights to
-# how far they moved meanwhile. The norm of one gradient may be anywhere then
+# Relative tolerances, since other hardware rounds differently and other ranks draw other dropout masks. That of the
+# weights is relative to the distance they moved. The gradient norm of one step may differ by any amount.
 TOLERANCES = {"tokens": 0.0, "epoch": 0.0, "lr": 1e-12, "loss": 2e-2, "val_loss": 2e-2, "val_bpb": 2e-2}
 WEIGHT_TOLERANCE = 0.2
 
 
 @dataclass
 class Segment:
-    """What lies between two checkpoints that follow each other; the first begins with `begin` None.
+    """The steps between two consecutive checkpoints; `start` is None if they begin at the initial weights.
 
-    `pieces` are the steps and the launch of each time that the run was started or gone on with in there.
+    `launches` has the steps and the record of each launch of the run that trained a part of the segment.
     """
 
-    begin: Path | None
+    start: Path | None
     end: Path
 
     def __post_init__(self):
-        start, stop = checkpoint.step_of(self.begin) if self.begin else 0, checkpoint.step_of(self.end)
-        self.steps, launches = range(start, stop), checkpoint.read_state(self.end)["launches"]
+        first, stop = checkpoint.step_of(self.start) if self.start else 0, checkpoint.step_of(self.end)
+        self.steps, launches = range(first, stop), checkpoint.read_state(self.end)["launches"]
         ends = [*(launch["step"] for launch in launches[1:]), stop]
-        spans = [range(max(start, launch["step"]), end) for launch, end in zip(launches, ends, strict=True)]
-        self.pieces = [(span, launch) for span, launch in zip(spans, launches, strict=True) if span]
+        spans = [range(max(first, launch["step"]), end) for launch, end in zip(launches, ends, strict=True)]
+        self.launches = [(span, launch) for span, launch in zip(spans, launches, strict=True) if span]
 
     def __str__(self) -> str:
         return f"steps {self.steps.start:,} to {self.steps.stop:,}"
 
 
-def segments(run: Path) -> list[Segment]:
-    """Those that can be trained again. UserError where there is none or a checkpoint is damaged."""
-    found = checkpoint.checkpoints(run)
-    for path in found:
+def find_segments(run: Path) -> list[Segment]:
+    """Return the segments that can be trained again. UserError if there are none or a checkpoint is corrupted."""
+    checkpoints = checkpoint.checkpoints(run)
+    for path in checkpoints:
         checkpoint.verify(path)
         if not checkpoint.read_state(path).get("launches"):
-            raise UserError(f"{path} was made before runs kept what an audit needs.")
-    pairs: list[tuple[Path | None, Path]] = [*pairwise(found)]
-    if found and checkpoint.read_state(found[0])["launches"][0]["config"]["general"]["init_from"] == "scratch":
-        pairs.insert(0, (None, found[0]))
+            raise UserError(f"{path} has no record of the launches of its run, so it cannot be verified.")
+    pairs: list[tuple[Path | None, Path]] = [*pairwise(checkpoints)]
+    if checkpoints and _initial_weights(checkpoints[0]) == "scratch":
+        pairs.insert(0, (None, checkpoints[0]))
     if not pairs:
         raise UserError(
-            f"{run} has no two checkpoints, and none from scratch: nothing can be trained again. A run keeps them all "
-            "with --saving.keep 0, or every so many with --saving.keep-every."
+            f"{run} has neither two checkpoints nor one that started from scratch, so no step can be trained again. "
+            "Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
         )
     try:
         return [Segment(*pair) for pair in pairs]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoints of {run} don't tell how they were made ({error!r:.100}).") from None
+        raise UserError(f"The checkpoints of {run} have an invalid record of its launches: {error!r:.100}.") from None
 
 
-def complaints_about_the_record(run: Path) -> Iterator[str]:
-    """What is wrong with log.csv and config.json without training anything again."""
+def _initial_weights(path: Path) -> str:
+    return checkpoint.read_state(path)["launches"][0]["config"]["general"]["init_from"]
+
+
+def check_records(run: Path) -> Iterator[str]:
+    """Yield the inconsistencies between log.csv, config.json and the checkpoints, which show without training."""
     states = [checkpoint.read_state(path) for path in checkpoint.checkpoints(run)]
     newest = states[-1]
     for state in states:
         if state["launches"] != newest["launches"][: len(state["launches"])]:
-            yield f"step {state['step']:,} was launched otherwise than the last checkpoint says"
+            yield f"step {state['step']:,}: its launches are not those that the last checkpoint records"
     steps = [row["step"] for row in read_log(run / "log.csv")]
     if steps != list(range(len(steps))):
-        at = next(i for i, step in enumerate(steps) if step != i)
-        yield f"log.csv: row {at} is of step {steps[at]}; each step must stand once, in order"
+        row = next(i for i, step in enumerate(steps) if step != i)
+        yield f"log.csv: row {row} has step {steps[row]}, but every step must occur once, in order"
     if len(steps) < newest["step"]:
-        yield f"log.csv ends with step {steps[-1] if steps else 0}, the checkpoints with {newest['step']}"
-    told, sections = read_config(run / "config.json"), ("data", "model", "training", "optimizer")
-    kept = [launch["config"] for launch in newest["launches"]]
-    if any(all(told.get(section) == config[section] for section in sections) for config in kept):
-        return  # an earlier launch's, where the last was killed between its checkpoint and this file
+        yield f"log.csv ends at step {steps[-1] if steps else 0}, but the last checkpoint is at step {newest['step']}"
+    current, sections = read_config(run / "config.json"), ("data", "model", "training", "optimizer")
+    recorded = [launch["config"] for launch in newest["launches"]]
+    if any(all(current.get(section) == config[section] for section in sections) for config in recorded):
+        return  # that of an earlier launch if the last one was killed before it wrote this file
     for section in sections:
-        for name, value in kept[-1][section].items():
-            if told.get(section, {}).get(name) != value:
-                yield f"config.json: {section}.{name} is not the {value} that the last checkpoint was made with"
+        for name, value in recorded[-1][section].items():
+            if (found := current.get(section, {}).get(name)) != value:
+                yield f"config.json: {section}.{name} is {found}, but {value} in the last checkpoint"
 
 
-def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
-    """Trains a segment again in `folder`, each piece with its own settings; returns the run's folder, and how many
-    questions of HellaSwag it was asked."""
-    out = folder / "run"
+def replay(segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
+    """Train a segment again in `directory`, with the settings of each launch.
+
+    Returns the run directory of the replay, and the number of HellaSwag examples.
+    """
+    out = directory / "run"
     if ranks.is_main:
         (out / "checkpoints").mkdir(parents=True)
-        if segment.begin:
-            (out / "checkpoints" / segment.begin.name).symlink_to(segment.begin.resolve())
+        if segment.start:
+            (out / "checkpoints" / segment.start.name).symlink_to(segment.start.resolve())
     ranks.barrier()
-    for steps, launch in segment.pieces:
+    for steps, launch in segment.launches:
         config = variant(
             from_json(launch["config"]),
             general={
@@ -139,64 +145,61 @@ def replay(segment: Segment, folder: Path, ranks: Ranks) -> tuple[Path, int]:
     return out, len(run.examples)
 
 
-def complaints_about_a_segment(
-    run: Path, segment: Segment, replayed: Path, questions: int, exact: bool
-) -> Iterator[str]:
-    """Where log or checkpoint are not what training again gives."""
+def compare(run: Path, segment: Segment, replayed: Path, num_examples: int, exact: bool) -> Iterator[str]:
+    """Yield the differences of log and checkpoint between a segment of a run and its replay."""
     rows = {row["step"]: row for row in read_log(run / "log.csv")}
-    again = {row["step"]: row for row in read_log(replayed / "log.csv")}
-    one, other = checkpoint.load(segment.end), checkpoint.load(replayed / "checkpoints" / segment.end.name)
-    there, here = one.state, other.state
-    is_last = segment.steps.stop == there["launches"][-1]["config"]["training"]["max_steps"]
+    replayed_rows = {row["step"]: row for row in read_log(replayed / "log.csv")}
+    original, again = checkpoint.load(segment.end), checkpoint.load(replayed / "checkpoints" / segment.end.name)
+    is_last = segment.steps.stop == original.state["launches"][-1]["config"]["training"]["max_steps"]
     if rows and (rows.get(segment.steps.stop, {}).get("loss") is not None or max(rows) > segment.steps.stop):
-        is_last = False  # the run was gone on with beyond it, and that row begun anew
+        is_last = False  # the run was continued beyond this step, which rewrote its row
     for step in [*segment.steps, *([segment.steps.stop] if is_last else [])]:
         for name in COMPARED:
-            told, found = rows.get(step, {}).get(name), again[step][name]
-            if told != found and (exact or not _close(name, told, found, questions)):
-                yield f"log.csv, step {step}: {name} is {told}, and {found} when trained again"
-                return  # what follows from it differs too
+            logged, value = rows.get(step, {}).get(name), replayed_rows[step][name]
+            if logged != value and (exact or not _close(name, logged, value, num_examples)):
+                yield f"log.csv, step {step}: {name} is {logged}, but {value} in the replay"
+                return  # later values differ as a consequence
     for name in ("step", "tokens", "position", "losses", "data", "model", "tokenizer"):
-        if there[name] != here[name] and (exact or name != "losses"):
-            yield f"{segment.end.name}: {name} is {there[name]}, and {here[name]} when trained again"
-    if _names(one) != _names(other):
-        yield f"{segment.end.name}: it holds other tensors than when trained again"
+        if original.state[name] != again.state[name] and (exact or name != "losses"):
+            yield f"{segment.end.name}: {name} is {original.state[name]}, but {again.state[name]} in the replay"
+    if _names(original) != _names(again):
+        yield f"{segment.end.name}: its tensors have other names than in the replay"
         return
     if exact:
-        for name, tensor in one.model.items():
-            if not torch.equal(tensor, other.model[name]):
-                yield f"{segment.end.name}: the weights {name} differ by {(tensor - other.model[name]).abs().max():.3g}"
-        for name, state in one.optimizer.items():
-            if not all(torch.equal(value, other.optimizer[name][key]) for key, value in state.items()):
-                yield f"{segment.end.name}: the optimizer's {name} differs"
-    elif (far := distance(segment, one, other)) > WEIGHT_TOLERANCE:
-        yield f"{segment.end.name}: the weights are {far:.2g} of their way from where training again leads"
+        for name, tensor in original.model.items():
+            if not torch.equal(tensor, again.model[name]):
+                yield f"{segment.end.name}: the weights {name} differ by {(tensor - again.model[name]).abs().max():.3g}"
+        for name, state in original.optimizer.items():
+            if not all(torch.equal(value, again.optimizer[name][key]) for key, value in state.items()):
+                yield f"{segment.end.name}: the optimizer state of {name} differs"
+    elif (distance := weight_distance(segment, original, again)) > WEIGHT_TOLERANCE:
+        yield f"{segment.end.name}: the weights differ by {distance:.2g} of the distance they moved"
 
 
-def _names(end: checkpoint.Checkpoint) -> tuple[list, list]:
-    return sorted(end.model), sorted((name, sorted(state)) for name, state in end.optimizer.items())
+def _names(saved: checkpoint.Checkpoint) -> tuple[list, list]:
+    return sorted(saved.model), sorted((name, sorted(state)) for name, state in saved.optimizer.items())
 
 
-def _close(name: str, told: float | None, found: float | None, questions: int) -> bool:
-    if told is None or found is None:
+def _close(name: str, logged: float | None, replayed: float | None, num_examples: int) -> bool:
+    if logged is None or replayed is None:
         return False
-    if name == "hellaswag":  # three standard errors of a coin
-        return abs(told - found) <= 1.5 / math.sqrt(questions)
-    return name == "grad_norm" or math.isclose(told, found, rel_tol=TOLERANCES[name])
+    if name == "hellaswag":  # three standard errors of an accuracy of 0.5
+        return abs(logged - replayed) <= 1.5 / math.sqrt(num_examples)
+    return name == "grad_norm" or math.isclose(logged, replayed, rel_tol=TOLERANCES[name])
 
 
-def distance(segment: Segment, one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> float:
-    """Between two ends of a segment, relative to how far the weights moved in it."""
-    if segment.begin is None:
-        moved = one.model
+def weight_distance(segment: Segment, original: checkpoint.Checkpoint, again: checkpoint.Checkpoint) -> float:
+    """Return the distance between the weights of two checkpoints, relative to the distance moved in the segment."""
+    if segment.start is None:
+        moved = original.model
     else:
-        begin = checkpoint.load(segment.begin).model
-        moved = {name: tensor - begin[name] for name, tensor in one.model.items()}
-    apart = [tensor - other.model[name] for name, tensor in one.model.items()]
-    return _length(apart) / max(_length(list(moved.values())), 1e-12)
+        start = checkpoint.load(segment.start).model
+        moved = {name: tensor - start[name] for name, tensor in original.model.items()}
+    difference = [tensor - again.model[name] for name, tensor in original.model.items()]
+    return _norm(difference) / max(_norm(list(moved.values())), 1e-12)
 
 
-def _length(tensors: list[torch.Tensor]) -> float:
+def _norm(tensors: list[torch.Tensor]) -> float:
     return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
 
 
@@ -210,42 +213,46 @@ def silent_console() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def audit(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
-    """Prints what it finds; whether the run is what it says."""
-    found = segments(run)
-    chosen = random.Random(seed).sample(found, min(samples, len(found)))
-    complaints = list(complaints_about_the_record(run))
-    for complaint in complaints:
-        console.info(complaint)
-    now = provenance(ranks)
-    # ranks of a node have a parent in common
-    whose = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"audit-{whose}-{os.getppid()}"
+def verify_run(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
+    """Train some segments of a run again and print the results. Returns whether all of them agree with the run."""
+    segments = find_segments(run)
+    chosen = random.Random(seed).sample(segments, min(samples, len(segments)))
+    problems = list(check_records(run))
+    for problem in problems:
+        console.info(problem)
+    current = provenance(ranks)
+    # the same directory on all ranks of a node, which have one parent process
+    run_id = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    directory = Path(tempfile.gettempdir()) / f"replay-{run_id}-{os.getppid()}"
     if ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of an audit that was killed
+        shutil.rmtree(directory, ignore_errors=True)  # left by a killed replay
     for segment in sorted(chosen, key=lambda segment: segment.steps.start):
-        made = [launch["provenance"] for _, launch in segment.pieces]
-        changed = {name: value for then in made for name, value in then.items() if now[name] != value}
+        recorded = [launch["provenance"] for _, launch in segment.launches]
+        changed = {name: value for before in recorded for name, value in before.items() if current[name] != value}
         for name, value in changed.items():
-            console.info(f"{segment}: {name} was {value}, is {now[name]}")
+            console.info(f"{segment}: {name} was {value}, is now {current[name]}")
         exact = ranks.device.type == "cpu" and not changed.keys() - {"commit"}
         try:
             with silent_console():
-                again, questions = replay(segment, folder, ranks)
+                replayed, num_examples = replay(segment, directory, ranks)
             if ranks.is_main:
-                wrong = list(complaints_about_a_segment(run, segment, again, questions, exact))
-                ends = [checkpoint.load(path) for path in (segment.end, again / "checkpoints" / segment.end.name)]
-                verdict = "equal to the bit" if exact else f"{distance(segment, *ends):.2g} of their way apart"
-                console.info(
-                    f"{segment}: " + ("\n  ".join(["NOT what training again gives", *wrong]) if wrong else verdict)
-                )
-                complaints += wrong
+                differing = list(compare(run, segment, replayed, num_examples, exact))
+                ends = [checkpoint.load(path) for path in (segment.end, replayed / "checkpoints" / segment.end.name)]
+                if differing:
+                    result = "\n  ".join(["NOT reproduced", *differing])
+                elif exact:
+                    result = "reproduced, bitwise equal"
+                else:
+                    distance = weight_distance(segment, *ends)
+                    result = f"reproduced, weights differ by {distance:.2g} of the distance they moved"
+                console.info(f"{segment}: {result}")
+                problems += differing
             ranks.barrier()
         finally:
             if ranks.is_main:
-                shutil.rmtree(folder, ignore_errors=True)
-    count = ranks.sum([len(complaints)])[0]  # of rank 0, which alone compares
-    console.info(f"{run} " + ("is NOT what it says" if count else "is what it says") + f", by {len(chosen)} samples")
+                shutil.rmtree(directory, ignore_errors=True)
+    count = ranks.sum([len(problems)])[0]  # only rank 0 compares
+    console.info(f"{run}: verification {'FAILED' if count else 'passed'}, {len(chosen)} segments trained again")
     return not count
 
 
@@ -254,7 +261,7 @@ class ReplayArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     run: RunArgument  # run directory (out/NAME) with its checkpoints
-    samples: Positive = 5  # number of checkpoint pairs to train again, chosen at random
+    samples: Positive = 5  # number of segments between two checkpoints to train again, chosen at random
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0  # seed of the random choice
     device: Literal["auto", "cuda", "cpu"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
 
@@ -262,9 +269,9 @@ class ReplayArgs:
 def main() -> None:
     args = parse_arguments(ReplayArgs, "python -m tools.replay", __doc__)
     if not (args.run / "log.csv").exists():
-        raise UserError(f"there is no run at {args.run}.")
+        raise UserError(f"There is no run at {args.run}: it has no log.csv. Use a directory that train.py wrote.")
     with process_group(args.device) as ranks:
-        if not audit(args.run, args.samples, args.seed, ranks):
+        if not verify_run(args.run, args.samples, args.seed, ranks):
             sys.exit(1)
 
 
