@@ -110,7 +110,7 @@ def train_step(
         norm = clip_grad_norm_(parameters, state.grad_clip)
     else:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nonfinite = ~loss_sum.isfinite() | ranks.take_bad_gradient()  # on this rank, for the message
+    nonfinite = ~loss_sum.isfinite() | ranks.pop_nonfinite_grad()  # on this rank, for the message
     weights = checksum(parameters) if compare else None
     local = StepStatus.of_rank(ranks.rank, ranks.world_size, loss_sum / batch.num_targets, nonfinite, stop, weights)
     status = StepStatus.unpack(ranks.all_reduce(local.pack()))  # sums over ranks, with a slot per rank for the flags
@@ -383,7 +383,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
     )  # fmt: skip
     for step in range(start.step, max_steps + 1):  # after the last update, only the tasks
         last_step = step == max_steps
-        ranks.doing = f"the tasks before step {step}"
+        ranks.phase = f"the tasks before step {step}"
         signals.nothing_to_save = step == start.step  # until the first update, a signal exits immediately
         due = schedule.due(step)
         if due or last_step or monitor.stop_requested or step == until:
@@ -400,7 +400,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         if last_step or stopping:
             break
 
-        ranks.doing = f"step {step}"
+        ranks.phase = f"step {step}"
         batch = next(loader)
         if batch.start.epoch > position.epoch:
             unread = len(run.dataset.train) - position.n * run.order.block_size

@@ -34,7 +34,7 @@ from babygpt.errors import exit_now
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn import attention
 from babygpt.training import checkpoint
-from babygpt.training.device import Mark, make_deterministic, peak_flops, peak_memory_mib
+from babygpt.training.device import DeviceEvent, make_deterministic, peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, UpdateGuard, checksum
 from babygpt.training.log import read_log
@@ -100,11 +100,11 @@ def median_ms(
         call()
     times = []
     for _ in range(repeats):
-        start = Mark(device)
+        start = DeviceEvent(device)
         for _ in range(group):
             call()
-        end = Mark(device)
-        end.wait()
+        end = DeviceEvent(device)
+        end.synchronize()
         times.append(end.ms_since(start) / group)
     return statistics.median(times)
 

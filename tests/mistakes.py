@@ -86,7 +86,7 @@ MISTAKES = [
     (15, "MFU uses the peak FLOPS of an A100 on every GPU", "unit/test_distributed.py -k peak",
      [("babygpt/training/device.py", "return PEAK_FLOPS[max(known, key=len)] if known else None", "return 312e12")]),
     (15, "throughput includes validation", "unit/test_train.py -k throughput",
-     [("babygpt/training/monitor.py", "            self.in_flight = None\n        self.begin = None\n", "            self.in_flight = None\n")]),
+     [("babygpt/training/monitor.py", "            self.in_flight = None\n        self.next_start = None\n", "            self.in_flight = None\n")]),
     (16, "all ranks download at the same time", "unit/test_distributed.py -k fetches",
      [("babygpt/training/distributed.py", "            if my_turn and not called:", "            if not called:")]),
     (17, "a truncated shard is opened without an error", "unit/test_shards.py",

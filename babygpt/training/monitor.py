@@ -1,11 +1,11 @@
-"""The status of each step, read one step late, so that the host does not wait for the device."""
+"""Read the status of each step one step late, so that the host does not wait for the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from babygpt.training.device import Mark
+from babygpt.training.device import DeviceEvent
 from babygpt.training.guard import StepStatus
 from babygpt.training.log import Row
 
@@ -15,48 +15,48 @@ class InFlightStep:
     """A step that the device may still be computing."""
 
     row: Row
-    status: torch.Tensor  # on the host, valid after `end`
-    begin: Mark
-    end: Mark
+    status: torch.Tensor  # packed, on the host; valid once the device has reached `end`
+    start: DeviceEvent
+    end: DeviceEvent
 
 
 class StepMonitor:
     """Reads the status of a step while the device computes the next one.
 
-    `read(row, status, ms)` is called for each step in order, with its row of the log, its status on the host and its
-    duration in ms. It returns whether it took so long that the next step must not be timed from the end of this one.
+    For each step in order, the monitor calls `record(row, status, ms)` with its row of the log, its status on the host
+    and its duration. `record` returns True if it did slow work, which must not count as time of the next step.
     """
 
-    def __init__(self, device: torch.device, read: Callable[[Row, StepStatus, float], bool]):
-        self.device, self.read = device, read
-        self.stop_requested = False  # on any rank, as far as statuses have been read
+    def __init__(self, device: torch.device, record: Callable[[Row, StepStatus, float], bool]):
+        self.device, self.record = device, record
+        self.stop_requested = False  # by any rank, according to the statuses read so far
         self.in_flight: InFlightStep | None = None
-        self.begin: Mark | None = None  # of the next step; None after other work
+        self.next_start: DeviceEvent | None = None  # the end of the previous step; None after work between the steps
 
     def start(self) -> None:
-        """Mark the beginning of a step, before it is launched."""
-        self.begin = self.begin or Mark(self.device)
+        """Record when a step starts; call this before launching it."""
+        self.next_start = self.next_start or DeviceEvent(self.device)
 
     def push(self, row: Row, status: torch.Tensor) -> None:
-        """Record a launched step, and read the status of the previous one."""
-        assert self.begin is not None, "start() comes before a step"
+        """Take the status of a launched step, and read that of the previous one."""
+        assert self.next_start is not None, "call start() before each step"
         status = status.to("cpu", non_blocking=self.device.type == "cuda")
-        end = Mark(self.device)  # after the copy: once it is reached, the status can be read
-        previous, self.in_flight = self.in_flight, InFlightStep(row, status, self.begin, end)
-        self.begin = end
+        end = DeviceEvent(self.device)  # after the copy, so the status is complete once the device has reached it
+        previous, self.in_flight = self.in_flight, InFlightStep(row, status, self.next_start, end)
+        self.next_start = end
         if previous is not None:
             self._read(previous)
 
     def flush(self) -> None:
-        """Read the step in flight, if there is one. The weights have had its update then."""
+        """Wait for the in-flight step, if there is one, and read its status."""
         if self.in_flight is not None:
             self._read(self.in_flight)
             self.in_flight = None
-        self.begin = None
+        self.next_start = None
 
     def _read(self, step: InFlightStep) -> None:
-        step.end.wait()
+        step.end.synchronize()
         status = StepStatus.unpack(step.status)
         self.stop_requested |= status.stop_requested.item() > 0
-        if self.read(step.row, status, step.end.ms_since(step.begin)):
-            self.begin = None
+        if self.record(step.row, status, step.end.ms_since(step.start)):
+            self.next_start = None

@@ -144,7 +144,7 @@ def test_short_link_failure_delays_and_a_long_one_stops_the_run(hosts, slow_sing
             assert_all_succeed(processes, log)
         else:
             assert all(process.wait(90) != 0 for process in processes)
-            assert "Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
+            assert "Another rank exited, or did not respond for 0.2 minutes, during step" in log.read_text()
             assert_all_succeed([host.start(static(i), arguments, log) for i, host in enumerate(hosts)], log)
         assert_bitwise_equal(run, slow_single_host_run)
 
@@ -157,7 +157,7 @@ def test_resume_after_a_killed_host_is_bitwise_equal(rendezvous, hosts, slow_sin
     wait_for_step(tmp_path / "run", 3)
     hosts[1].kill()
     assert first.wait(120) != 0
-    assert "error: Another rank exited, or did not respond for 0.2 minutes, in step" in log.read_text()
+    assert "error: Another rank exited, or did not respond for 0.2 minutes, during step" in log.read_text()
     assert_all_succeed([host.start(rendezvous(i), arguments, log) for i, host in enumerate(hosts)], log)
     assert_bitwise_equal(tmp_path / "run", slow_single_host_run)
     assert len(read_log(tmp_path / "run" / "log.csv")) == STEPS + 1

@@ -380,7 +380,7 @@ def test_nonfinite_value_on_one_rank_stops_all_ranks(kind, rank, step, dataset, 
     done = torchrun(2, *flags(dataset, tmp_path / "run", **NO_TASKS), fault=f"{kind} {rank} {step}", check=False)
     assert_user_error(done)
     loss = r"nan" if kind == "nan_weight" else r"\d\.\d+"
-    message = f"error: Step {step}: the loss is {loss}, the gradient norm nan, first on rank {rank}\\."
+    message = f"error: Step {step}: the loss is {loss} and the gradient norm is nan \\(non-finite on rank {rank}\\)\\."
     assert re.search(message, done.stderr)
     assert checkpoint.step_of(latest(tmp_path / "run")) == step
     assert [row["step"] for row in read_log(tmp_path / "run" / "log.csv")] == list(range(step))
@@ -402,7 +402,7 @@ def test_other_ranks_exit_and_name_the_step_of_a_lost_rank(kind, dataset, tmp_pa
     first, second = start_ranks(arguments, (0, 1), fault=f"{kind} 1 5")
     assert first.wait(60) == 2
     stderr = first.stderr.read()
-    assert "error: Another rank exited, or did not respond for 0.1 minutes, in step 5;" in stderr
+    assert "error: Another rank exited, or did not respond for 0.1 minutes, during step 5;" in stderr
     assert has_no_traceback(stderr)
     assert second.wait(60) == (-signal.SIGKILL if kind == "sigkill" else 2)
     assert checkpoint.step_of(latest(tmp_path / "run")) in (4, 5)
@@ -413,7 +413,7 @@ def test_rank_times_out_if_the_other_never_starts(rank, dataset, tmp_path):
     (process,) = start_ranks(flags(dataset, tmp_path / "run", general__timeout_minutes=0.05), (rank,))
     assert process.wait(60) == 2
     stderr = process.stderr.read()
-    assert "Another rank exited, or did not respond for 0.05 minutes, in the start;" in stderr
+    assert "Another rank exited, or did not respond for 0.05 minutes, during startup;" in stderr
     assert has_no_traceback(stderr)
     assert not (tmp_path / "run").exists()
 
@@ -458,7 +458,7 @@ def test_run_resumes_with_another_number_of_ranks(dataset, tmp_path):
 
 def test_out_of_memory_message_suggests_settings(dataset, tmp_path):
     done = torchrun(2, *flags(dataset, tmp_path / "run", **NO_TASKS), fault="out_of_memory 1 2", check=False)
-    message = "error (rank 1): Out of memory in step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Use"
+    message = "error (rank 1): Out of memory during step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Use"
     assert message in done.stderr
     assert "--training.micro-batch-size 2: " in done.stderr
     assert has_no_traceback(done.stderr)

@@ -12,7 +12,14 @@ import torch
 import torch._inductor.config
 
 from babygpt.errors import ConfigError, UserError
-from babygpt.training.device import TESTED_TORCH, Mark, autocast, choose_device, peak_flops, untested_torch_warning
+from babygpt.training.device import (
+    TESTED_TORCH,
+    DeviceEvent,
+    autocast,
+    choose_device,
+    peak_flops,
+    untested_torch_warning,
+)
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.guard import checksum
 from babygpt.training.signals import StopSignals
@@ -96,7 +103,7 @@ def test_the_peak_is_the_devices_own_or_unknown(name, peak, monkeypatch):
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank in range(3):  # all ranks find it, so that the one that speaks does too
-        with pytest.raises(ConfigError, match="3 processes need as many CUDA devices, and 2 are seen"):
+        with pytest.raises(ConfigError, match="3 processes on this node need 3 CUDA devices, but PyTorch finds 2"):
             choose_device("cuda", rank, local_ranks=3)
     assert choose_device("cuda", 1, local_ranks=2) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -137,8 +144,8 @@ def test_where_one_rank_fails_to_fetch_all_end_and_it_says_why(monkeypatch):
 
 
 def test_marks_measure_time():
-    first, second = Mark(CPU), Mark(CPU)
-    second.wait()
+    first, second = DeviceEvent(CPU), DeviceEvent(CPU)
+    second.synchronize()
     assert 0 <= second.ms_since(first) < 100
 
 

@@ -229,7 +229,7 @@ def test_nonfinite_step_is_not_applied_logged_or_saved(dataset, tmp_path, monkey
     arguments = flags(
         dataset, tmp_path / "run", validation__every_n_steps=0, saving__every_n_steps=7, sampling__every_n_steps=0
     )
-    with pytest.raises(UserError, match=r"Step 5: the loss is .*, the gradient norm nan"):
+    with pytest.raises(UserError, match=r"Step 5: the loss is .* and the gradient norm is nan"):
         call(train.main, *arguments)
     assert not any(unchanged[4]), "a finite step changes all weights"
     assert all(unchanged[5]), "the non-finite step changes none"
