@@ -1,6 +1,6 @@
-"""Run the commands of two checkouts on one machine and compare their results bit by bit.
+"""Run the same commands in two checkouts and check that their results are bitwise equal.
 
-    python benchmarks/equivalence.py main .                         # OLD and NEW: paths of checkouts or git revisions
+    python benchmarks/equivalence.py main .                         # OLD and NEW: checkouts or git revisions
     python benchmarks/equivalence.py main . --points data,train     # only these points
     python benchmarks/equivalence.py main . --keep out/equivalence  # keep the files
 
@@ -13,7 +13,7 @@ Each command runs on the CPU, with one thread per process. The points are
 - hellaswag: the loss of each ending of 50 generated examples in both styles, in float32 and bfloat16;
 - sample: 64 greedy and 64 sampled tokens for each of two prompts, as the text that sample.py prints.
 
-A checkout reads only its own data sets and runs, so a difference in those appears in later points too. Differing
+A checkout reads only its own data sets and runs, so a difference in one point can reappear in later points. Differing
 values are printed as OLD / NEW. A relative difference is the largest absolute difference divided by the largest
 absolute value of OLD. Files with paths or timing (NAMES_ONLY) must exist in both, but their content is not compared.
 The exit code is 0 if all points are equal, 1 if not, 2 if a command fails.
@@ -41,9 +41,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 POINTS = ("data", "train", "hellaswag", "sample")
-MEASUREMENTS = {"step_ms", "tokens_per_s", "mfu", "memory_mib"}  # columns of log.csv, not compared
-NAMES_ONLY = {"config.json", "state.json", "manifest.json", "plot.png"}  # their content is not compared
-RENAMES = {  # of parameters in OLD and NEW: regular expression to replacement
+MEASUREMENTS = {"step_ms", "tokens_per_s", "mfu", "memory_mib"}  # columns of log.csv that are not compared
+NAMES_ONLY = {"config.json", "state.json", "manifest.json", "plot.png"}  # files whose content is not compared
+RENAMES = {  # parameter names: regular expression and replacement, for OLD and NEW
     r"\bv_mix$": "value_lambdas",
     r"\bx_mix$": "x0_lambdas",
     r"\bskip_mix$": "skip_lambdas",
@@ -64,7 +64,7 @@ SAMPLE_FLAGS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The commands that differ between checkouts."""
+    """Commands that differ between checkouts."""
 
     train_tokenizer: tuple[str, ...]
     load_model: str  # Python code that loads the run directory sys.argv[1] as `model` and `tokenizer`
@@ -80,7 +80,7 @@ loaded = load_model(sys.argv[1], torch.device("cpu"))
 model, tokenizer = loaded.model, load_tokenizer(loaded.tokenizer)
 """,
 )
-PACKAGE = Layout(  # of checkouts with the package babygpt/
+PACKAGE = Layout(  # checkouts with the package babygpt/
     ("-m", "tools.train_tokenizer"),
     """
 import sys, torch
@@ -107,7 +107,7 @@ pathlib.Path(out).write_text(json.dumps(rows))
 
 @dataclass(frozen=True)
 class Checkout:
-    """A checkout, the directory with the inputs of both checkouts, and the directory for its own output."""
+    """A checkout, the directory of the shared inputs and the directory for its output."""
 
     path: Path
     inputs: Path
@@ -123,19 +123,19 @@ class Checkout:
 
 
 def execute(command: list[str], directory: Path) -> bytes:
-    """Return the standard output of a command. If it fails, print the tail of its standard error and exit with 2."""
+    """Return the standard output of a command. If it fails, print the end of its standard error and exit with 2."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode:
-        print(f"error: exit code {done.returncode} in {directory}: {shlex.join(command)}", file=sys.stderr)
-        print(done.stderr.decode(errors="replace")[-4000:], file=sys.stderr)
+    process = subprocess.run(command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+    if process.returncode:
+        print(f"error: exit code {process.returncode} in {directory}: {shlex.join(command)}", file=sys.stderr)
+        print(process.stderr.decode(errors="replace")[-4000:], file=sys.stderr)
         raise SystemExit(2)
-    return done.stdout
+    return process.stdout
 
 
 @contextmanager
 def checked_out(spec: str, worktree: Path) -> Iterator[Path]:
-    """Yield the path of a checkout: `spec` if it is a directory, else a temporary worktree of that revision."""
+    """Yield the path of a checkout: `spec` if it is a directory, or a temporary worktree of that revision."""
     if Path(spec).is_dir():
         yield Path(spec).resolve()
         return
@@ -199,7 +199,7 @@ def sample(checkout: Checkout, preset: str, temperature: float) -> Path:
 
 
 def write_texts(path: Path) -> None:
-    """Write the beginnings of some files of the standard library, and edge cases."""
+    """Write the first 700 characters of 48 files of the standard library, and edge cases."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:48]
     texts = [file.read_text(encoding="utf-8")[:700] for file in files]
     texts[8:8] = ["Zażółć gęślą jaźń. 日本語 🙂 e\u0301", "A literal <|endoftext|> is ordinary text.", "", texts[0]]
@@ -207,7 +207,7 @@ def write_texts(path: Path) -> None:
 
 
 def write_examples(path: Path) -> None:
-    """Write HellaSwag examples of different lengths, half of them like ActivityNet's and half like WikiHow's."""
+    """Write HellaSwag examples of different lengths, half in the style of ActivityNet and half in that of WikiHow."""
     choice = random.Random(0).choice
     people, verbs = ("A man", "the woman", "Two children", "she"), ("opens", "sees", "is in", "paints", "moves")
     things = ("the door", "a red ball", "rice", "cars in front of the house", "3 eggs", "a café")
@@ -232,7 +232,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# comparisons: a line per difference, none if both are equal
+# comparisons: functions return one line per difference
 
 
 def compare(old: Path, new: Path) -> list[str]:
@@ -274,7 +274,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 
 def compare_logs(old: list[dict[str, str]], new: list[dict[str, str]]) -> list[str]:
-    """The first difference, and the largest differences of both losses."""
+    """Return the first difference and the largest differences of both losses."""
     if len(old) != len(new) or old[0].keys() != new[0].keys():
         return [f"{len(old)} / {len(new)} rows", *compare_names(old[0], new[0])]
     rows = list(zip(old, new, strict=True))
@@ -294,7 +294,7 @@ def difference_size(old: torch.Tensor, new: torch.Tensor) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Weights, optimizer tensors or losses by name."""
+    """Read weights, optimizer tensors or losses, by name."""
     if path.suffix == ".safetensors":
         return {rename(name): tensor for name, tensor in load_file(path).items()}
     if path.suffix == ".pt":
@@ -311,7 +311,7 @@ def rename(name: str) -> str:
 
 
 def compare_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> list[str]:
-    """Names, shapes and dtypes, then the number of differing tensors and the largest difference."""
+    """Compare names, shapes and dtypes, then count the differing tensors and find the largest difference."""
     lines = compare_names(old, new)
     pairs = {name: (old[name], new[name]) for name in old if name in new}
     for name, (o, n) in list(pairs.items()):
@@ -321,22 +321,24 @@ def compare_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) 
     sizes = {name: (o.double() - n.double()).abs().max() for name, (o, n) in pairs.items() if not same_bits(o, n)}
     if sizes:
         name = max(sizes, key=lambda name: sizes[name].item())
-        lines.append(f"{len(sizes)} of {len(old)} tensors differ, {name} most: {difference_size(*pairs[name])}")
+        lines.append(
+            f"{len(sizes)} of {len(old)} tensors differ, the largest in {name}: {difference_size(*pairs[name])}"
+        )
     return lines
 
 
 def same_bits(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether all bits are equal, unlike torch.equal also for NaN and the sign of zero."""
+    """Return whether all bits are equal, including NaN and the sign of zero, unlike torch.equal."""
     old_bytes, new_bytes = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (old, new))
     return torch.equal(old_bytes, new_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the points
+# points
 
 
 def results(point: str, checkouts: list[Checkout]) -> Iterator[tuple[str, list[Path]]]:
-    """Run the commands of a point: what is compared, and where each checkout wrote it."""
+    """Run the commands of a point and yield a description and the output path in each checkout."""
     if point == "data":
         yield "trained tokenizer", [train_tokenizer(checkout) for checkout in checkouts]
         for tokenizer in ("gpt2", "trained"):
@@ -354,14 +356,16 @@ def results(point: str, checkouts: list[Checkout]) -> Iterator[tuple[str, list[P
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", metavar="OLD", help="a path of a checkout or a git revision")
-    parser.add_argument("new", metavar="NEW", help="the other checkout")
-    parser.add_argument("--points", default=",".join(POINTS), help="comma-separated [%(default)s]")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the files in this directory, new or empty")
+    parser.add_argument("old", metavar="OLD", help="path of a checkout, or a git revision")
+    parser.add_argument("new", metavar="NEW", help="checkout to compare with OLD, as a path or revision")
+    parser.add_argument("--points", default=",".join(POINTS), help="comma-separated points (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the files in this directory, which must be new or empty"
+    )
     options = parser.parse_args()
     options.points = options.points.split(",")
     if unknown := [point for point in options.points if point not in POINTS]:
-        parser.error(f"--points {unknown[0]} is not a point. Use some of {','.join(POINTS)}.")
+        parser.error(f"--points {unknown[0]} is not a point. Choose from {','.join(POINTS)}.")
     if options.keep and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep} is not empty. Use a new directory.")
     return options
@@ -370,19 +374,19 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     options, equal, total = parse_arguments(), 0, 0
     with ExitStack() as stack:
-        folder = (options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
-        (folder / "inputs").mkdir(parents=True)
-        write_texts(folder / "inputs" / "texts.jsonl")
-        write_examples(folder / "inputs" / "hellaswag.jsonl")
+        directory = (options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
+        (directory / "inputs").mkdir(parents=True)
+        write_texts(directory / "inputs" / "texts.jsonl")
+        write_examples(directory / "inputs" / "hellaswag.jsonl")
         checkouts = []
         for side in ("old", "new"):
-            path = stack.enter_context(checked_out(getattr(options, side), folder / f"checkout-{side}"))
-            (folder / side).mkdir()
-            checkouts.append(Checkout(path, folder / "inputs", folder / side))
+            path = stack.enter_context(checked_out(getattr(options, side), directory / f"checkout-{side}"))
+            (directory / side).mkdir()
+            checkouts.append(Checkout(path, directory / "inputs", directory / side))
         for point in options.points:
-            for what, paths in results(point, checkouts):
+            for name, paths in results(point, checkouts):
                 differences = compare(*paths)
-                print("\n  ".join([f"{what}: {'different' if differences else 'equal'}", *differences]), flush=True)
+                print("\n  ".join([f"{name}: {'different' if differences else 'equal'}", *differences]), flush=True)
                 total, equal = total + 1, equal + (not differences)
     print(f"{equal} of {total} points are equal")
     return 0 if equal == total else 1
