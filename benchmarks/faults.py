@@ -119,7 +119,7 @@ def kill_saves(directory: Path, count: int, rng: random.Random) -> list[Row]:
         reader, writer = os.pipe()
 
         def save_steps(first: int = step, writer: int = writer) -> None:
-            for step in range(first, first + 1000):  # saves `first` again if it exists
+            for step in range(first + 1, first + 1000):
                 save_step(run, step)
                 os.write(writer, step.to_bytes(8, "little"))
 
@@ -143,18 +143,20 @@ def kill_saves(directory: Path, count: int, rng: random.Random) -> list[Row]:
 
 
 def exit_before_calls(directory: Path) -> list[Row]:
-    """Exit before each system call of a save, for a new step and for a step that has a checkpoint."""
+    """Exit before each system call of a save, for a new step and for a step whose checkpoint is corrupted."""
     rows = []
-    for again in (False, True):
+    for replace in (False, True):
         num_calls, completed, lost = 0, False, 0
         while not completed:
-            run, num_calls = directory / f"{again}-{num_calls}", num_calls + 1
+            run, num_calls = directory / f"{replace}-{num_calls}", num_calls + 1
             for step in (1, 2):
                 save_step(run, step)
-            completed = completes_before_call(num_calls, partial(save_step, run, 2 if again else 3))
+            if replace:
+                (run / "checkpoints" / "step_00000002" / checkpoint.MODEL).write_bytes(b"")
+            completed = completes_before_call(num_calls, partial(save_step, run, 2 if replace else 3))
             latest = checkpoint.latest(run)
-            lost += latest is None or not is_intact(latest) or checkpoint.step_of(latest) < 2
-        fault = "exit before each system call of a save" + " of an existing step" * again
+            lost += latest is None or not is_intact(latest) or checkpoint.step_of(latest) < (1 if replace else 2)
+        fault = "exit before each system call of a save" + " that replaces a corrupted checkpoint" * replace
         rows.append((fault, f"{num_calls - 1}", f"{lost} checkpoints lost"))
     return rows
 
