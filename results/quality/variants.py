@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
-from tools.train_quality_filter import BLOCK, HASH_SEED, HELD_OUT, frequencies
+from tools.train_quality_filter import BATCH_DOCUMENTS, HASH_SEED, HELD_OUT, compute_frequencies
 
 SCALES = {  # scale of a feature from n documents, the number with the feature, its mean square and its mean
     "none": lambda n, count, square, mean: np.ones(len(count)),
@@ -37,8 +37,8 @@ def read(path: str, tokenizer: Tokenizer) -> csr_matrix:
     texts = sorted(texts, key=lambda text: xxh3_128_digest(text, HASH_SEED)[::-1])
     tokenizer.use_gigatoken(texts, 100_000)
     ids = tokenizer.encode_batch(texts)
-    blocks = [frequencies(ids[i : i + BLOCK], tokenizer.vocab_size) for i in range(0, len(ids), BLOCK)]
-    return vstack(blocks, format="csr")
+    batches = [ids[i : i + BATCH_DOCUMENTS] for i in range(0, len(ids), BATCH_DOCUMENTS)]
+    return vstack([compute_frequencies(batch, tokenizer.vocab_size) for batch in batches], format="csr")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""quality.py: the score is what it says, and is learnt from nothing but the documents that are not held out."""
+"""quality.py and tools.train_quality_filter: scores, training on all documents but the held-out ones, and errors."""
 
 import itertools
 import json
@@ -19,14 +19,14 @@ from babygpt.data.sources import find
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
 from tools import train_quality_filter
-from tools.train_quality_filter import frequencies, learn, measure
+from tools.train_quality_filter import compute_frequencies, compute_metrics, train_classifier
 from tools.train_tokenizer import train_tokenizer
 
-VOCABULARY = 500
+VOCAB_SIZE = 500
 
 
-def made_up(kind: str, count: int, seed: int = 0) -> list[str]:
-    """Documents of words that both kinds have and a few that are the kind's."""
+def make_texts(kind: str, count: int, seed: int = 0) -> list[str]:
+    """Return texts of words that both classes use and a few that only one class uses."""
     rng = random.Random(f"{kind} {seed}")
     words = "the of and in to is was that for with on as by at from it an be this are or".split()  # noqa: SIM905
     own = {"good": ["theorem", "century", "species"], "other": ["click", "subscribe", "cheap"]}[kind]
@@ -34,41 +34,42 @@ def made_up(kind: str, count: int, seed: int = 0) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sides(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("sides")
-    return {kind: save_jsonl(folder / f"{kind}.jsonl", made_up(kind, 60)) for kind in ("good", "other")}
+def inputs(tmp_path_factory) -> dict[str, Path]:
+    """Files of good and other texts."""
+    directory = tmp_path_factory.mktemp("inputs")
+    return {kind: save_jsonl(directory / f"{kind}.jsonl", make_texts(kind, 60)) for kind in ("good", "other")}
 
 
-def train(sides: dict[str, Path], out: Path, *options) -> QualityModel:
-    call(train_quality_filter.main, "--good", sides["good"], "--other", sides["other"], "--out", out, *options)
+def train(inputs: dict[str, Path], out: Path, *options) -> QualityModel:
+    call(train_quality_filter.main, "--good", inputs["good"], "--other", inputs["other"], "--out", out, *options)
     return QualityModel.load(out)
 
 
 @pytest.fixture(scope="module")
-def learnt(sides, tmp_path_factory) -> QualityModel:
-    return train(sides, tmp_path_factory.mktemp("model") / "m.safetensors")
+def trained_model(inputs, tmp_path_factory) -> QualityModel:
+    return train(inputs, tmp_path_factory.mktemp("model") / "m.safetensors")
 
 
 @pytest.fixture(scope="module")
-def made() -> QualityModel:
+def random_model() -> QualityModel:
     """A model of random weights."""
     rng = np.random.default_rng(0)
-    tokens = rng.normal(size=VOCABULARY).astype(np.float32)
+    tokens = rng.normal(size=VOCAB_SIZE).astype(np.float32)
     pairs = rng.normal(size=1 << BIGRAM_BITS).astype(np.float32)
     return QualityModel(Path("m"), tokens, pairs, 0.3, "gpt2", "0" * 64, {}, "")
 
 
-def ids(sizes: list[int], seed: int = 0) -> list[np.ndarray]:
+def make_ids(sizes: list[int], seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, VOCABULARY, size).astype(np.uint32) for size in sizes]
+    return [rng.integers(0, VOCAB_SIZE, size).astype(np.uint32) for size in sizes]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the score
+# scores
 
 
-def plainly(model: QualityModel, document: list[int]) -> float:
-    """The score in its plainest form: a document, a token at a time."""
+def reference_score(model: QualityModel, document: list[int]) -> float:
+    """Return the score of a document, computed one token at a time."""
     total = sum(float(model.token_weights[token]) for token in document)
     for left, right in itertools.pairwise(document):
         bucket = (left * 0x9E3779B1 + right * 0x85EBCA6B) % 2**32 // 2 ** (32 - BIGRAM_BITS)
@@ -77,219 +78,228 @@ def plainly(model: QualityModel, document: list[int]) -> float:
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [0, 0, 5, 0, 1, 300, 2, 0], [7] * 40, [20_000, 3]])
-def test_a_score_is_that_of_the_plain_sum_over_tokens_and_pairs(made, sizes):
-    documents = ids(sizes)
-    scores = made.score(documents)
+def test_score_equals_the_reference(random_model, sizes):
+    documents = make_ids(sizes)
+    scores = random_model.score(documents)
     assert (scores.dtype, scores.shape) == (np.float32, (len(sizes),))
-    np.testing.assert_allclose(scores, [plainly(made, d.tolist()) for d in documents], rtol=0, atol=1e-5)
+    expected = [reference_score(random_model, document.tolist()) for document in documents]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
-def test_a_document_scores_the_same_to_the_bit_whatever_stands_beside_it(made):
-    documents = ids([3, 0, 900, 1, 0, 17])
-    alone = np.concatenate([made.score([document]) for document in documents])
-    assert made.score(documents).tolist() == alone.tolist()
-    assert made.score(documents[::-1]).tolist() == alone[::-1].tolist()
+def test_score_does_not_depend_on_other_documents(random_model):
+    """A document has bitwise the same score alone and in a batch of any order."""
+    documents = make_ids([3, 0, 900, 1, 0, 17])
+    alone = np.concatenate([random_model.score([document]) for document in documents])
+    assert random_model.score(documents).tolist() == alone.tolist()
+    assert random_model.score(documents[::-1]).tolist() == alone[::-1].tolist()
 
 
-def test_any_weights_give_a_score_from_0_to_1(made):
+def test_extreme_weights_score_0_or_1(random_model):
     for bias in (-1e4, 1e4):
         with np.errstate(all="raise", under="ignore"):
-            assert replace(made, bias=bias).score(ids([3])).tolist() == [float(bias > 0)]
+            assert replace(random_model, bias=bias).score(make_ids([3])).tolist() == [float(bias > 0)]
 
 
-def test_a_token_outside_the_vocabulary_is_no_score(made):
+def test_token_outside_the_vocabulary_raises_index_error(random_model):
     with pytest.raises(IndexError):
-        made.score([np.array([VOCABULARY], np.uint32)])
+        random_model.score([np.array([VOCAB_SIZE], np.uint32)])
 
 
-def test_pairs_spread_over_all_buckets_and_know_their_order():
+def test_bigram_hash_is_uniform_and_depends_on_order():
     left, right = (grid.ravel().astype(np.uint32) for grid in np.meshgrid(range(1024), range(1024)))
-    buckets = hash_bigrams(np.stack([left, right], axis=1).ravel())[::2]  # of the pairs, not of what lies between them
-    counts = np.bincount(buckets, minlength=1 << BIGRAM_BITS)  # 2^20 pairs of neighbouring ids, the hardest case
+    buckets = hash_bigrams(np.stack([left, right], axis=1).ravel())[::2]  # of the pairs, not of those between them
+    counts = np.bincount(buckets, minlength=1 << BIGRAM_BITS)  # 2^20 bigrams of consecutive ids, the hardest case
     assert len(counts) == 1 << BIGRAM_BITS
-    assert np.count_nonzero(counts) > 0.97 * len(counts)  # of random numbers 1 - exp(-4) = 0.982
-    assert counts.max() <= 20  # 4 on the average
+    assert np.count_nonzero(counts) > 0.97 * len(counts)  # for random numbers 1 - exp(-4) = 0.982
+    assert counts.max() <= 20  # the mean is 4
     assert hash_bigrams(np.array([1, 2], np.uint32)) != hash_bigrams(np.array([2, 1], np.uint32))
 
 
-def test_what_is_learnt_from_is_what_is_scored(made):
-    documents = ids([30, 1, 200])
-    rows = frequencies(documents, VOCABULARY)
-    logits = rows @ np.concatenate([made.token_weights, made.bigram_weights]) + made.bias
-    np.testing.assert_allclose(made.score(documents), 1 / (1 + np.exp(-logits)), rtol=1e-5)
+def test_training_features_agree_with_the_score(random_model):
+    """The features that training uses, times the weights of a model, give its scores."""
+    documents = make_ids([30, 1, 200])
+    rows = compute_frequencies(documents, VOCAB_SIZE)
+    logits = rows @ np.concatenate([random_model.token_weights, random_model.bigram_weights]) + random_model.bias
+    np.testing.assert_allclose(random_model.score(documents), 1 / (1 + np.exp(-logits)), rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# learning
+# training
 
 
-def test_documents_it_has_never_seen_are_told_apart(learnt):
-    encoder = load_tokenizer("gpt2")
+def test_unseen_documents_are_classified(trained_model):
+    tokenizer = load_tokenizer("gpt2")
     good, other = (
-        learnt.score(encoder.encode_batch([text.encode() for text in made_up(kind, 40, seed=1)]))
+        trained_model.score(tokenizer.encode_batch([text.encode() for text in make_texts(kind, 40, seed=1)]))
         for kind in ("good", "other")
     )
     assert np.mean(good > 0.5) > 0.9
     assert np.mean(other < 0.5) > 0.9
-    assert learnt.score(encoder.encode_batch([b"the theorem of the century"])) > 0.9
+    assert trained_model.score(tokenizer.encode_batch([b"the theorem of the century"])) > 0.9
 
 
-def of_weights(weights: dict[str, np.ndarray]) -> QualityModel:
+def make_model(weights: dict[str, np.ndarray]) -> QualityModel:
     return QualityModel(Path("m"), weights["tokens"], weights["pairs"], float(weights["bias"][0]), "", "", {}, "")
 
 
-def test_the_order_of_words_counts():
-    one, two = np.array([1, 2, 3] * 5, np.uint32), np.array([3, 2, 1] * 5, np.uint32)
-    good, other = of_weights(learn([one] * 20, [two] * 20, 10)).score([one, two])
+def test_word_order_is_a_feature():
+    forward, backward = np.array([1, 2, 3] * 5, np.uint32), np.array([3, 2, 1] * 5, np.uint32)
+    model = make_model(train_classifier([forward] * 20, [backward] * 20, 10))
+    good, other = model.score([forward, backward])
     assert good > 0.9 > 0.1 > other
 
 
-def test_scores_are_the_chances_of_being_good_were_both_sides_equally_many():
-    """The likeliest weights are those for which no feature says more: on the balance it stands as often in good text
-    as the scores expect."""
+def test_scores_are_probabilities_for_balanced_classes():
+    """At the maximum of the likelihood, each feature has the same weighted mean in the good documents as the scores
+    predict, if both classes have the same total weight."""
     rng = np.random.default_rng(0)
     good = [rng.choice(2, 20, p=[0.2, 0.8]).astype(np.uint32) for _ in range(300)]
     other = [rng.choice(2, 20, p=[0.3, 0.7]).astype(np.uint32) for _ in range(3000)]
-    model = of_weights(learn(good, other, 2))
-    of_good, of_other = model.score(good), model.score(other)
-    assert of_good.mean() + of_other.mean() == pytest.approx(1, abs=0.01)
-    missed = np.mean([(1 - score) * d.mean() for score, d in zip(of_good, good, strict=True)])
-    wrong = np.mean([score * d.mean() for score, d in zip(of_other, other, strict=True)])
+    model = make_model(train_classifier(good, other, 2))
+    good_scores, other_scores = model.score(good), model.score(other)
+    assert good_scores.mean() + other_scores.mean() == pytest.approx(1, abs=0.01)
+    missed = np.mean([(1 - score) * d.mean() for score, d in zip(good_scores, good, strict=True)])
+    wrong = np.mean([score * d.mean() for score, d in zip(other_scores, other, strict=True)])
     assert missed == pytest.approx(wrong, abs=0.003)
-    assert of_good.mean() > of_other.mean() + 0.1
+    assert good_scores.mean() > other_scores.mean() + 0.1
 
 
-def test_learning_again_from_files_in_another_order_gives_the_same_bytes(sides, learnt, tmp_path):
+def test_model_does_not_depend_on_the_order_of_documents(inputs, trained_model, tmp_path):
+    """Shuffled documents, in several files and with duplicates, give the same bytes."""
     rng = random.Random(1)
-    mixed = {}
-    for kind, path in sides.items():
+    shuffled = {}
+    for kind, path in inputs.items():
         lines = path.read_bytes().splitlines(keepends=True)
         rng.shuffle(lines)
         save(tmp_path / kind / "a.jsonl", b"".join(lines[:25]))
         save(tmp_path / kind / "b.jsonl.gz", b"".join(lines[25:] + lines[20:30]))  # some twice
-        mixed[kind] = tmp_path / kind
-    assert train(mixed, tmp_path / "m").sha256 == learnt.sha256
+        shuffled[kind] = tmp_path / kind
+    assert train(shuffled, tmp_path / "m").sha256 == trained_model.sha256
     fewer = ("--max-documents", 40)
-    assert train(mixed, tmp_path / "m", *fewer).sha256 == train(sides, tmp_path / "m", *fewer).sha256 != learnt.sha256
+    models = [train(files, tmp_path / "m", *fewer) for files in (shuffled, inputs)]
+    assert models[0].sha256 == models[1].sha256 != trained_model.sha256
 
 
-def test_a_sample_comes_from_the_whole_source_and_not_from_its_beginning(sides):
-    texts = made_up("good", 60)
-    source = find("files", (str(sides["good"]),))
-    places = [texts.index(text.decode()) for text in train_quality_filter._sample(source, 20).values()]
-    assert len(places) == 20
-    assert sum(place < 20 for place in places) < 15
+def test_sample_covers_the_complete_source(inputs):
+    """--max-documents samples by hash, not from the start of the source."""
+    texts = make_texts("good", 60)
+    source = find("files", (str(inputs["good"]),))
+    indices = [texts.index(text.decode()) for text in train_quality_filter.sample_documents(source, 20).values()]
+    assert len(indices) == 20
+    assert sum(index < 20 for index in indices) < 15
 
 
-def test_held_out_documents_are_never_learnt_from(sides, learnt, tmp_path, monkeypatch):
-    learning, scored = {}, []
+def test_held_out_documents_are_not_trained_on(inputs, trained_model, tmp_path, monkeypatch):
+    training, scored = {}, []
 
-    def watched_learn(good, other, vocab_size):
-        learning.update(good=good, other=other)
-        return learn(good, other, vocab_size)
+    def recording_train_classifier(good, other, vocab_size):
+        training.update(good=good, other=other)
+        return train_classifier(good, other, vocab_size)
 
-    def watched_score(model, documents):
+    def recording_score(model, documents):
         scored.append(documents)
         return score(model, documents)
 
     score = QualityModel.score
-    monkeypatch.setattr(train_quality_filter, "learn", watched_learn)
-    monkeypatch.setattr(QualityModel, "score", watched_score)
-    assert train(sides, tmp_path / "m").sha256 == learnt.sha256
+    monkeypatch.setattr(train_quality_filter, "train_classifier", recording_train_classifier)
+    monkeypatch.setattr(QualityModel, "score", recording_score)
+    assert train(inputs, tmp_path / "m").sha256 == trained_model.sha256
     held_out = dict(zip(("good", "other"), scored, strict=True))
     for kind in ("good", "other"):
-        inside, outside = ({tuple(d.tolist()) for d in found[kind]} for found in (learning, held_out))
-        assert (len(inside), len(outside)) == (54, 6)
-        assert not inside & outside
+        trained_on, tested_on = ({tuple(d.tolist()) for d in documents[kind]} for documents in (training, held_out))
+        assert (len(trained_on), len(tested_on)) == (54, 6)
+        assert not trained_on & tested_on
 
 
-def test_the_figures_in_the_file_are_those_of_the_held_out_documents_and_are_printed(sides, learnt, capsys, tmp_path):
-    train(sides, tmp_path / "m")
+def test_metrics_are_stored_and_printed(inputs, trained_model, capsys, tmp_path):
+    train(inputs, tmp_path / "m")
     out = capsys.readouterr().out
-    figures = learnt.metrics
-    assert figures["learnt_from"] == {"good": 54, "other": 54}
-    assert f"AUC {figures['auc']:.5f}" in out
-    assert [row["quality"] for row in figures["thresholds"]] == [i / 10 for i in range(1, 10)]
-    tops = figures["heaviest_tokens"]
-    assert any("theorem" in token for token in tops["good"])
-    assert " click" in tops["other"]
+    metrics = trained_model.metrics
+    assert metrics["learnt_from"] == {"good": 54, "other": 54}
+    assert f"AUC {metrics['auc']:.5f}" in out
+    assert [row["quality"] for row in metrics["thresholds"]] == [i / 10 for i in range(1, 10)]
+    top_tokens = metrics["heaviest_tokens"]
+    assert any("theorem" in token for token in top_tokens["good"])
+    assert " click" in top_tokens["other"]
     assert repr(" click") in out
 
 
-def test_precision_is_that_of_equally_many_documents():
-    figures = measure(np.float32([0.95, 0.55, 0.15]), np.float32([0.35, 0.05, 0.05, 0.05, 0.05, 0.05]))
-    rows = {row["quality"]: row for row in figures["thresholds"]}
+def test_precision_is_that_of_balanced_classes():
+    metrics = compute_metrics(np.float32([0.95, 0.55, 0.15]), np.float32([0.35, 0.05, 0.05, 0.05, 0.05, 0.05]))
+    rows = {row["quality"]: row for row in metrics["thresholds"]}
     assert rows[0.1]["good_kept"] == 1
     assert rows[0.1]["other_kept"] == pytest.approx(1 / 6)
     assert rows[0.1]["precision"] == pytest.approx(6 / 7)
     assert rows[0.6] == {"quality": 0.6, "precision": 1, "good_kept": pytest.approx(1 / 3), "other_kept": 0}
-    assert figures["auc"] == pytest.approx(17 / 18)
-    assert measure(np.float32([0.05]), np.float32([0.05]))["thresholds"][0]["precision"] is None
+    assert metrics["auc"] == pytest.approx(17 / 18)
+    assert compute_metrics(np.float32([0.05]), np.float32([0.05]))["thresholds"][0]["precision"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------
-# what is refused
+# errors
 
 
-def test_documents_on_both_sides_teach_nothing(sides, tmp_path):
-    both = made_up("good", 5, seed=7)
-    mixed = {k: save_jsonl(tmp_path / f"{k}.jsonl", [*made_up(k, 60), *both]) for k in ("good", "other")}
-    model = train(mixed, tmp_path / "m")
+def test_documents_of_both_classes_are_dropped(inputs, tmp_path):
+    shared = make_texts("good", 5, seed=7)
+    overlapping = {k: save_jsonl(tmp_path / f"{k}.jsonl", [*make_texts(k, 60), *shared]) for k in ("good", "other")}
+    model = train(overlapping, tmp_path / "m")
     assert model.metrics["on_both_sides"] == 5
-    assert np.array_equal(model.bigram_weights, train(sides, tmp_path / "n").bigram_weights)
+    assert np.array_equal(model.bigram_weights, train(inputs, tmp_path / "n").bigram_weights)
 
 
-def test_a_file_on_both_sides_is_refused_by_name(sides, tmp_path):
-    (tmp_path / "link.jsonl").symlink_to(sides["good"])
-    with pytest.raises(UserError, match=r"both name .*good\.jsonl"):
-        train({"good": sides["good"].parent, "other": tmp_path / "link.jsonl"}, tmp_path / "m")
+def test_file_of_both_classes_is_a_user_error(inputs, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(inputs["good"])
+    with pytest.raises(UserError, match=r"both contain .*good\.jsonl"):
+        train({"good": inputs["good"].parent, "other": tmp_path / "link.jsonl"}, tmp_path / "m")
 
 
-def test_too_few_documents_are_refused(sides, tmp_path):
-    few = save_jsonl(tmp_path / "few.jsonl", [*made_up("good", 19), "", "  "])
-    with pytest.raises(UserError, match="--good has 19 documents, at least 20"):
-        train(sides | {"good": few}, tmp_path / "m")
-    copy = save(tmp_path / "copy.jsonl", sides["good"].read_bytes())
-    with pytest.raises(UserError, match="--good has 0 documents that are not on the other side too"):
-        train({"good": sides["good"], "other": copy}, tmp_path / "m")
+def test_too_few_documents_are_a_user_error(inputs, tmp_path):
+    few = save_jsonl(tmp_path / "few.jsonl", [*make_texts("good", 19), "", "  "])
+    with pytest.raises(UserError, match="--good has 19 documents, but at least 20"):
+        train(inputs | {"good": few}, tmp_path / "m")
+    copy = save(tmp_path / "copy.jsonl", inputs["good"].read_bytes())
+    with pytest.raises(UserError, match="--good has 0 documents that the other class does not have"):
+        train({"good": inputs["good"], "other": copy}, tmp_path / "m")
     with pytest.raises(UserError, match="--max-documents 19 is out of range"):
-        train(sides, tmp_path / "m", "--max-documents", 19)
+        train(inputs, tmp_path / "m", "--max-documents", 19)
     assert not (tmp_path / "m").exists()
 
 
-def test_a_mistake_in_the_paths_names_the_flag(sides, tmp_path):
+def test_wrong_path_is_a_user_error_with_its_flag(inputs, tmp_path):
     with pytest.raises(UserError, match=r"--other .*none\.txt matches no file"):
-        train(sides | {"other": tmp_path / "none.txt"}, tmp_path / "m")
+        train(inputs | {"other": tmp_path / "none.txt"}, tmp_path / "m")
 
 
-def test_a_model_of_another_tokenizer_is_refused_and_both_are_named(sides, learnt, tmp_path):
-    trained = train_tokenizer(made_up("good", 60), 300, tmp_path / "own.json", progress=False)
-    check_tokenizer(learnt, load_tokenizer("gpt2"))
-    with pytest.raises(UserError, match=rf"of gpt2 \(sha256 306cd27f03c1\).*own\.json \(sha256 {trained.sha256[:12]}"):
-        check_tokenizer(learnt, trained)
-    own = train(sides, tmp_path / "m", "--tokenizer", tmp_path / "own.json")
-    assert own.token_weights.shape == (300,)
-    check_tokenizer(own, trained)
+def test_model_of_another_tokenizer_is_a_user_error(inputs, trained_model, tmp_path):
+    """The message names both tokenizers."""
+    tokenizer = train_tokenizer(make_texts("good", 60), 300, tmp_path / "own.json", progress=False)
+    check_tokenizer(trained_model, load_tokenizer("gpt2"))
+    names = rf"of gpt2 \(sha256 306cd27f03c1\).*own\.json \(sha256 {tokenizer.sha256[:12]}"
+    with pytest.raises(UserError, match=names):
+        check_tokenizer(trained_model, tokenizer)
+    model = train(inputs, tmp_path / "m", "--tokenizer", tmp_path / "own.json")
+    assert model.token_weights.shape == (300,)
+    check_tokenizer(model, tokenizer)
     with pytest.raises(UserError, match=r"of tokenizer\.json .* the tokenizer is .*more\.json"):
-        check_tokenizer(own, train_tokenizer(made_up("good", 60), 310, tmp_path / "more.json", progress=False))
+        check_tokenizer(model, train_tokenizer(make_texts("good", 60), 310, tmp_path / "more.json", progress=False))
     with pytest.raises(UserError, match="--tokenizer gpt2"):
-        check_tokenizer(own, load_tokenizer("gpt2"))
+        check_tokenizer(model, load_tokenizer("gpt2"))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100])
-def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
+def test_other_file_is_a_user_error(tmp_path, content):
     with pytest.raises(UserError, match=r"odd is not a quality model.*tools\.train_quality_filter"):
         QualityModel.load(save(tmp_path / "odd", content))
 
 
-def test_other_weights_and_missing_files_are_refused_by_name(learnt, tmp_path):
-    for about in (None, {"quality": "{}"}, {"quality": "[]"}, {"quality": json.dumps({"format": 2})}):
-        save_file(load_file(learnt.path), tmp_path / "odd", about)
+def test_other_weights_and_missing_files_are_user_errors(trained_model, tmp_path):
+    for metadata in (None, {"quality": "{}"}, {"quality": "[]"}, {"quality": json.dumps({"format": 2})}):
+        save_file(load_file(trained_model.path), tmp_path / "odd", metadata)
         with pytest.raises(UserError, match="odd is not a quality model"):
             QualityModel.load(tmp_path / "odd")
-    with safe_open(learnt.path, "numpy") as file:
-        about = json.loads(file.metadata()["quality"])
-    save_file(load_file(learnt.path), tmp_path / "odd", {"quality": json.dumps(about | {"format": 2})})
+    with safe_open(trained_model.path, "numpy") as file:
+        metadata = json.loads(file.metadata()["quality"])
+    save_file(load_file(trained_model.path), tmp_path / "odd", {"quality": json.dumps(metadata | {"format": 2})})
     with pytest.raises(UserError, match="its format is 2"):
         QualityModel.load(tmp_path / "odd")
     save_file({"wte.weight": np.zeros(3, np.float32)}, tmp_path / "odd", {"quality": json.dumps({"format": 1})})
@@ -300,8 +310,8 @@ def test_other_weights_and_missing_files_are_refused_by_name(learnt, tmp_path):
             QualityModel.load(path)
 
 
-def test_a_damaged_model_is_refused(learnt, tmp_path):
-    data = bytearray(learnt.path.read_bytes())
+def test_corrupted_model_is_a_user_error(trained_model, tmp_path):
+    data = bytearray(trained_model.path.read_bytes())
     data[-5] ^= 1
     with pytest.raises(UserError, match="the sha256 of its weights is wrong"):
         QualityModel.load(save(tmp_path / "m", bytes(data)))
@@ -309,7 +319,8 @@ def test_a_damaged_model_is_refused(learnt, tmp_path):
         QualityModel.load(save(tmp_path / "m", bytes(data[:-100])))
 
 
-def test_a_model_goes_to_another_process_whole(learnt):
-    there, documents = pickle.loads(pickle.dumps(learnt)), ids([5, 50])
-    assert there.sha256 == learnt.sha256
-    assert there.score(documents).tolist() == learnt.score(documents).tolist()
+def test_model_can_be_pickled(trained_model):
+    """Worker processes receive the model by pickling."""
+    loaded, documents = pickle.loads(pickle.dumps(trained_model)), make_ids([5, 50])
+    assert loaded.sha256 == trained_model.sha256
+    assert loaded.score(documents).tolist() == trained_model.score(documents).tolist()
