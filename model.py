@@ -252,7 +252,7 @@ class GPT(nn.Module):
     def generate(self, prompt: str, **params: Any) -> str:
         """Return `prompt` and a continuation. Needs a `tokenizer`; keyword arguments are those of SamplingParams."""
         sampling = SamplingParams(**params)
-        if problems := violations(sampling, name=str):
+        if problems := violations(sampling, format_name=str):
             raise ValueError("; ".join(problems))
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]  # every document starts with EOT
         steps = generate(self, [tokens], sampling, self.tokenizer.eot_id)

@@ -93,13 +93,14 @@ class Training:
 class Optimizer:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, Adam for all other parameters
-    max_lr: Rate = 6e-4  # peak learning rate; 6e-4: GPT-3 paper, table 2.1, 125 M parameters; with muon, of matrices
+    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, and Adam for the rest
+    # peak learning rate; 6e-4 is that of the GPT-3 paper (table 2.1) for 125 M parameters; with muon: of the matrices
+    max_lr: Rate = 6e-4
     min_lr_ratio: Fraction = 0.1  # learning rate at the last step, as a fraction of the peak
     warmup_steps: Steps = 715  # steps of linear warmup; 715 are 375 M tokens, as in the GPT-3 paper
     # final fraction of the steps, in which a constant learning rate decays linearly; None: cosine decay over all steps
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
-    weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon, of the matrices of the blocks only
+    weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: only of the matrices
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate for the mean of gradients
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate for the mean of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
@@ -321,26 +322,26 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
         used := modern_flags & {word.split("=")[0].replace("_", "-") for word in rest}
     ):
         raise ConfigError(
-            f"{', '.join(sorted(used))}: the preset {name} has no such switch, its model is a classic GPT-2. Use the "
-            "preset modern: python train.py modern ..."
+            f"{', '.join(sorted(used))}: the preset {name} is a classic GPT-2 and does not have these settings. Use "
+            "the preset modern: python train.py modern ..."
         )
     listed = tyro.conf.arg(metavar="[PRESET]", help=", ".join(PRESETS), help_behavior_hint="(default: gpt2)")
 
     def command(
-        preset: Annotated[tyro.conf.Positional[str], listed] = name,
+        preset: Annotated[tyro.conf.Positional[str | None], listed] = None,
         config: Annotated[Config, tyro.conf.arg(name="")] = defaults,
-    ) -> tuple[str, Config]:
+    ) -> tuple[str | None, Config]:
         return preset, config
 
-    given, config = parse_command_line(
+    misplaced, config = parse_command_line(
         command,
         "train.py",
         f"Train, validate, evaluate and sample a GPT. The defaults are those of the preset {name}.",
         args=rest,
         console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",  # one rank per node prints errors
     )
-    if given != name:
-        raise ConfigError(f"Unrecognized argument {given!r}. A preset comes first: train.py PRESET [OPTIONS].")
+    if misplaced is not None:
+        raise ConfigError(f"Unrecognized argument {misplaced!r}. A preset comes first: train.py PRESET [OPTIONS].")
     return name, config
 
 

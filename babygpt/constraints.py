@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: the annotations of a field declare its type, its range, and its place in --help.
+"""Command lines from dataclasses: annotations of fields declare types, ranges, and the names of values in --help.
 
 >>> @dataclass
 ... class Training:
@@ -34,19 +34,21 @@ Parsed = TypeVar("Parsed")
 def metavar(name: str, none: str = "none") -> Any:
     """Return an annotation for --help: the name of the argument's value, and the text for a default of None or ()."""
 
-    def default_text(default: str) -> str:
-        words = shlex.split(default)  # tyro quotes it for the shell
-        if default in ("", "None"):
-            return f"(default: {none})"
-        if default.isdecimal():
-            return f"(default: {int(default):,})"
-        return f"(default: {' '.join(words)})" if " ".join(words) == default else f'(default: "{" ".join(words)}")'
+    def format_default(default: str) -> str:
+        text = " ".join(shlex.split(default))  # tyro quotes it for the shell
+        if text in ("", "None"):
+            text = none
+        elif text.isdecimal():
+            text = f"{int(text):,}"
+        elif text != default:
+            text = f'"{text}"'
+        return f"(default: {text})"
 
-    return tyro.conf.arg(metavar=name, help_behavior_hint=default_text)
+    return tyro.conf.arg(metavar=name, help_behavior_hint=format_default)
 
 
 def required(name: str) -> Any:
-    """Return the annotation of an argument with one or several values that is required, although it has a default."""
+    """Return an annotation for --help: an argument that the command requires, but that tyro considers optional."""
     return tyro.conf.arg(metavar=name, help_behavior_hint="(required)")
 
 
@@ -59,7 +61,7 @@ Name = Annotated[str, metavar("NAME")]
 ModelArgument = Annotated[Positional[str], metavar("MODEL")]
 RunArgument = Annotated[Positional[Path], metavar("RUN")]
 
-# how to check a value against the bound, and the phrase for messages
+# the comparison of a value with the bound, and the phrase for messages
 LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Ge: (operator.ge, "at least {:,}"),
     Gt: (operator.gt, "more than {:,}"),
@@ -74,20 +76,20 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def violations(values: Any, prefix: str = "", name: Callable[[str], str] = flag) -> list[str]:
+def violations(values: Any, prefix: str = "", format_name: Callable[[str], str] = flag) -> list[str]:
     """Return one sentence for each field whose value violates its annotation, including those of nested dataclasses.
 
-    `name` turns the name of a field into that in the sentence.
+    The sentence calls a field `format_name(name)`.
     """
-    found = []
+    sentences = []
     hints = get_type_hints(type(values), include_extras=True)
     for field in fields(values):
         value = getattr(values, field.name)
         if is_dataclass(value):
-            found += violations(value, f"{prefix}{field.name}.", name)
+            sentences += violations(value, f"{prefix}{field.name}.", format_name)
         elif problem := _problem(value, hints[field.name]):
-            found.append(f"{name(prefix + field.name)} {_shown(value)} {problem}")
-    return found
+            sentences.append(f"{format_name(prefix + field.name)} {_format(value)} {problem}")
+    return sentences
 
 
 def summary(problems: list[str], heading: str) -> str:
@@ -121,14 +123,16 @@ def parse_command_line(interface: Callable[..., Parsed], prog: str, description:
         captured.seek(0)
         usage, _, arguments = captured.read().partition("\n\n")
         if usage:  # only one rank per node prints
-            if " [OPTIONS]" in usage:
-                usage = usage.replace(" [OPTIONS]", "") + " [OPTIONS]"  # after the positional arguments
             width = shutil.get_terminal_size().columns
-            usage = re.sub(
-                r"\[[^]]*\]", lambda group: group[0].replace(" ", "\0"), usage
-            )  # keep [--out PATH] on a line
-            usage = _wrap(usage, width, indent=len("usage: ")).replace("\0", " ")
-            print(usage, _wrap_description(description or "", width), arguments, sep="\n\n", end="")
+            print(_wrap_usage(usage, width), _wrap_description(description or "", width), arguments, sep="\n\n", end="")
+
+
+def _wrap_usage(usage: str, width: int) -> str:
+    """Wrap the usage line between its groups, such as [--out PATH], with [OPTIONS] after the positional arguments."""
+    if " [OPTIONS]" in usage:
+        usage = usage.replace(" [OPTIONS]", "") + " [OPTIONS]"
+    usage = re.sub(r"\[[^]]*\]", lambda group: group[0].replace(" ", "\0"), usage)
+    return _wrap(usage, width, indent=len("usage: ")).replace("\0", " ")
 
 
 def _wrap_description(text: str, width: int) -> str:
@@ -146,7 +150,7 @@ def _wrap(text: str, width: int, indent: int) -> str:
     return textwrap.fill(joined, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, Integral) and not isinstance(value, bool) else f"{value!r:.50}"
 
 
@@ -157,13 +161,13 @@ def _problem(value: Any, hint: Any) -> str | None:
     if _is_unwritable(value):
         return "contains a null character or is not valid UTF-8. Use other characters."
     limits = [(*LIMITS[type(limit)], *astuple(limit)) for limit in _limits(hint)]  # check, phrase, bound
-    if value is None or all(holds(value, bound) for holds, _, bound in limits):
+    if value is None or all(satisfies(value, bound) for satisfies, _, bound in limits):
         return None
     return f"is out of range. Use {' and '.join(phrase.format(bound) for _, phrase, bound in limits)}."
 
 
 def _is_unwritable(value: Any) -> bool:
-    """Return whether config.json cannot hold a text or path. The files of a tuple may have names that are not UTF-8."""
+    """Return whether config.json cannot contain a text or path. File names in a tuple need not be UTF-8."""
     if isinstance(value, tuple):
         return any("\0" in str(item) for item in value)
     text = str(value) if isinstance(value, str | Path) else ""

@@ -6,6 +6,9 @@ import re
 import pytest
 from support.helpers import call
 
+from babygpt.errors import ConfigError
+from train_config import parse
+
 COMMANDS = {
     "fineweb": "fineweb.py [-h] [SOURCE] [OPTIONS]",
     "fineweb verify": "fineweb.py verify [-h] DIRECTORY",
@@ -59,3 +62,9 @@ def test_help_keeps_examples_as_written(capsys, monkeypatch):
     examples = [line for line in docstring.splitlines() if line.startswith("    python")]
     assert examples
     assert "\n".join([docstring.splitlines()[0], "", *examples, "", ""]) in text
+
+
+@pytest.mark.parametrize("arguments", [["demo", "demo"], ["--training.max-steps", "5", "demo"]])
+def test_preset_after_the_first_argument_is_a_user_error(arguments):
+    with pytest.raises(ConfigError, match=r"Unrecognized argument 'demo'\. A preset comes first"):
+        parse(arguments)

@@ -407,7 +407,7 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
         ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
         ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not the 299"),
         ({"preset": "modern", "model__value_embeddings": 2}, "--model.value-embeddings 2 is more than half of n_layer"),
-        ({"model__rope": []}, "--model.rope: the preset gpt2 has no such switch"),
+        ({"model__rope": []}, "--model.rope: the preset gpt2 is a classic GPT-2"),
         (
             {"model__block_size": 512, "training__batch_tokens": 2048},
             "validation tokens, but one row takes",
