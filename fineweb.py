@@ -109,11 +109,11 @@ def prepare(args: PrepareArgs) -> None:
     source = find(args.source, args.input, (args.text_column, *filters.columns), args.config, args.split)
     quality = None if args.quality is None else QualityModel.load(args.quality)
     setup = Setup(load_tokenizer(args.tokenizer), filters, quality)
-    with Workspace(args.directory, args.settings(setup), source) as work:  # lock, compare with an earlier run
+    with Workspace(args.directory, args.settings(setup), source) as work:  # lock, compare settings
         if work.manifest:
             print(f"{work.directory} is already complete.")
         else:
-            with worker_pool(args, setup, work) as pool:
+            with create_worker_pool(args, setup, work) as pool:
                 work.begin()
                 parts = tokenize(source, work, pool, args.max_tokens)
                 plan = plan_shards(parts, args.val_tokens, args.max_tokens, work.scratch / "buckets")
@@ -123,8 +123,8 @@ def prepare(args: PrepareArgs) -> None:
     report(work)
 
 
-def worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> AbstractContextManager[Pool]:
-    """Check disk and memory, and return a pool of local processes; or return the pool of a Ray cluster."""
+def create_worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> AbstractContextManager[Pool]:
+    """Return the pool of a Ray cluster, or check disk and memory and return a pool of local processes."""
     if args.engine == "ray":
         return ray_workers(args.address, setup)
     return local_workers(check_resources(work, setup.tokenizer.vocab_size, args.workers), setup)

@@ -2,8 +2,8 @@
 
 The plan reads only the indexes of the tokenize stage. An index (`parts/N.npz`) has one row per document: xxh3-128 of
 its text as two uint64, tokens including EOT, bytes of UTF-8, and the decision of the filters. Duplicates and validation
-documents are found by hash, one bucket of hashes at a time. Everything else is done part by part, so that memory holds
-two bytes per document and one bucket.
+documents are found by hash, one bucket of hashes at a time. Everything else is done part by part, so the plan needs
+memory for two bytes per document and one bucket.
 """
 
 import io
@@ -20,11 +20,11 @@ from babygpt.data.filters import DUPLICATE, EMPTY, FILTERED, KEPT
 from babygpt.errors import UserError
 
 VALIDATION = 255  # a decision, next to those of filters.py
-CODES = {"val": VALIDATION, "train": KEPT}  # decision on the documents of a split
+SPLIT_DECISIONS = {"val": VALIDATION, "train": KEPT}  # split -> decision on its documents
 DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a training run reads the first 20 x 524,288
 BUCKET_ROWS = 1 << 22  # documents sorted at once, in about 400 MB
 ROW = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u4")])
-Piece = tuple[str, np.ndarray, int, int]  # tokens of a part, see `Plan.pieces`
+Piece = tuple[str, np.ndarray, int, int]  # (stem, in_split, start, stop), see `Plan.pieces`
 
 
 def load_index(stem: str, names: tuple[str, ...] = ("hash", "tokens", "bytes", "decision")) -> dict[str, np.ndarray]:
@@ -37,10 +37,10 @@ def load_index(stem: str, names: tuple[str, ...] = ("hash", "tokens", "bytes", "
 
 
 class Buckets:
-    """The kept documents, sorted by hash, in memory or in files. Marks duplicates in `decisions` (documents,) uint8."""
+    """The kept documents, sorted by hash, in memory or in files. Duplicates are marked in `decisions`, (documents,)."""
 
     def __init__(self, decisions: np.ndarray, directory: Path):
-        self.bits = max(0, (len(decisions) - 1) // BUCKET_ROWS).bit_length()  # the first bits of a hash are its bucket
+        self.bits = max(0, (len(decisions) - 1) // BUCKET_ROWS).bit_length()  # the bucket is the first bits of the hash
         self.decisions, self.directory = decisions, directory
         self.buffer, self.num_buffered = [np.empty(0, ROW)], 0
 
@@ -64,7 +64,7 @@ class Buckets:
                 piece.tofile(file)
 
     def drop_duplicates(self, rows: np.ndarray) -> np.ndarray:
-        """Sort rows by hash and position; drop and mark all but the first of each hash."""
+        """Sort rows by hash and document; keep the first row of each hash and mark the others as duplicates."""
         rows = rows[np.lexsort((rows["document"], rows["low"], rows["high"]))]
         is_duplicate = np.zeros(len(rows), bool)
         is_duplicate[1:] = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
@@ -81,12 +81,12 @@ class Buckets:
 
 @dataclass
 class Plan:
-    """The decision on every document, and where the tokens of every part go."""
+    """The decision on every document, and the position of every part in each split."""
 
     stems: list[str]  # of the parts, in source order
     decisions: np.ndarray  # (documents,) uint8
-    first_document: np.ndarray  # (parts + 1,), each part's first document
-    first_token: dict[str, np.ndarray]  # split -> (parts + 1,), the position of each part's first token in the split
+    first_document: np.ndarray  # (parts + 1,), number of each part's first document, then of all documents
+    first_token: dict[str, np.ndarray]  # split -> (parts + 1,), position of each part's first token, then the length
     documents: dict[str, int]  # decision -> documents
     filtered_by: dict[str, int]  # filter -> documents
     text_bytes: dict[str, int]  # split -> bytes of UTF-8
@@ -95,54 +95,57 @@ class Plan:
     def tokens(self) -> dict[str, int]:
         return {split: int(first[-1]) for split, first in self.first_token.items()}
 
-    def pieces(self, split: str, begin: int, end: int) -> list[Piece]:
-        """Return (stem, in_split, start, stop) of the parts that hold tokens begin ... end - 1 of a split, in order.
+    def pieces(self, split: str, start: int, stop: int) -> list[Piece]:
+        """Return the pieces of parts that contain tokens start ... stop - 1 of a split, in order.
 
-        `in_split`, (documents of the part,) bool, selects documents; their tokens start ... stop - 1 are those.
+        A piece is (stem, in_split, start, stop): of the documents that `in_split`, (documents of the part,) bool,
+        selects, it contains tokens start ... stop - 1.
         """
         first, pieces = self.first_token[split], []
-        for i in range(int(np.searchsorted(first, begin, "right")) - 1, int(np.searchsorted(first, end, "left"))):
-            in_split = self.decisions[self.first_document[i] : self.first_document[i + 1]] == CODES[split]
-            start, stop = max(begin, int(first[i])), min(end, int(first[i + 1]))
-            if start < stop:
-                pieces.append((self.stems[i], in_split, start - int(first[i]), stop - int(first[i])))
+        for i in range(int(np.searchsorted(first, start, "right")) - 1, int(np.searchsorted(first, stop, "left"))):
+            in_split = self.decisions[self.first_document[i] : self.first_document[i + 1]] == SPLIT_DECISIONS[split]
+            piece_start, piece_stop = max(start, int(first[i])), min(stop, int(first[i + 1]))
+            if piece_start < piece_stop:
+                pieces.append((self.stems[i], in_split, piece_start - int(first[i]), piece_stop - int(first[i])))
         return pieces
 
     def report(self, val_tokens: int | None) -> None:
         """Print the number of documents by decision; UserError if no document is kept."""
         if self.documents["kept"] == 0 and self.documents["filtered"]:
-            raise UserError("the source has no text that passes the filters. Use lower thresholds (--min-...).")
+            raise UserError("The source has no text that passes the filters. Use lower thresholds (--min-...).")
         if self.documents["kept"] == 0:
-            raise UserError("the source has no text. Use another source or --text-column.")
+            raise UserError("The source has no text. Use another source or --text-column.")
         if val_tokens and self.tokens["val"] > 2 * val_tokens:
-            found = f"{self.tokens['val']:,} validation tokens instead of {val_tokens:,}"
-            print(f"warning: {found}: documents are not split, and some are large.")
+            print(
+                f"warning: the validation split has {self.tokens['val']:,} tokens instead of {val_tokens:,}, because "
+                "documents are not split and some are large."
+            )
         print("documents: " + ", ".join(f"{count:,} {name}" for name, count in self.documents.items()))
 
 
 def plan_shards(stems: list[str], val_tokens: int | None, max_tokens: int | None, scratch: Path) -> Plan:
     """Drop duplicates, apply `max_tokens`, choose validation documents, and place every document.
 
-    Of equal documents the first in source order is kept. The smallest hashes are for validation: whole documents until
-    they have `val_tokens` tokens (None: 5 % of all, at most 11 M), but one document is always left for training.
+    The first of equal documents in source order is kept. The validation documents are those with the smallest hashes,
+    until they have `val_tokens` tokens (None: 5 % of all, at most 11 M). At least one document remains for training.
     """
     decisions = [load_index(stem, ("decision",))["decision"] for stem in stems]
     first_document = np.cumsum([0, *map(len, decisions)])
-    files.remove(scratch)  # of a killed run
+    files.remove(scratch)  # a killed run may have left files
     scratch.mkdir(parents=True)
     buckets = Buckets(np.concatenate([np.empty(0, np.uint8), *decisions]), scratch)
-    for stem, begin in zip(stems, first_document.tolist(), strict=False):
-        buckets.add(load_index(stem), begin)
+    for stem, first in zip(stems, first_document.tolist(), strict=False):
+        buckets.add(load_index(stem), first)
     for _ in buckets:
-        pass  # marks the duplicates
-    seen, kept, tokens = apply_max_tokens(stems, buckets.decisions, max_tokens or math.inf)
-    wanted = min(DEFAULT_VAL_TOKENS, tokens // 20) if val_tokens is None else val_tokens
-    choose_validation(buckets, buckets.decisions[:seen], kept, wanted)
-    return place(stems, buckets.decisions[:seen], np.minimum(first_document, seen))
+        pass  # the iteration marks the duplicates
+    num_seen, num_kept, num_tokens = apply_max_tokens(stems, buckets.decisions, max_tokens or math.inf)
+    val_tokens = min(DEFAULT_VAL_TOKENS, num_tokens // 20) if val_tokens is None else val_tokens
+    choose_validation(buckets, buckets.decisions[:num_seen], num_kept, val_tokens)
+    return place_documents(stems, buckets.decisions[:num_seen], np.minimum(first_document, num_seen))
 
 
 def apply_max_tokens(stems: list[str], decisions: np.ndarray, max_tokens: float) -> tuple[int, int, int]:
-    """Count all documents, kept documents and kept tokens up to the document that reaches `max_tokens`."""
+    """Return the number of documents, kept documents and kept tokens up to the document that reaches `max_tokens`."""
     seen = kept = total = 0
     for stem in stems:
         tokens = load_index(stem, ("tokens",))["tokens"]
@@ -155,31 +158,33 @@ def apply_max_tokens(stems: list[str], decisions: np.ndarray, max_tokens: float)
     return seen, kept, total
 
 
-def choose_validation(buckets: Buckets, decisions: np.ndarray, kept: int, wanted: int) -> None:
-    """Mark documents by smallest hash in `decisions` until they have `wanted` tokens; leave one of `kept` documents."""
+def choose_validation(buckets: Buckets, decisions: np.ndarray, num_kept: int, val_tokens: int) -> None:
+    """Mark documents by smallest hash in `decisions`, until they have `val_tokens` tokens or all but one are marked."""
     for rows in buckets:
         rows = rows[rows["document"] < len(decisions)]
         rows = rows[decisions[rows["document"]] == KEPT]
-        enough = int(np.searchsorted(np.cumsum(rows["tokens"], dtype=np.int64), wanted)) + 1 if wanted > 0 else 0
-        chosen = rows[: min(enough, kept - 1)]
+        totals = np.cumsum(rows["tokens"], dtype=np.int64)
+        num_needed = int(np.searchsorted(totals, val_tokens)) + 1 if val_tokens > 0 else 0
+        chosen = rows[: min(num_needed, num_kept - 1)]
         decisions[chosen["document"]] = VALIDATION
-        wanted, kept = wanted - int(chosen["tokens"].sum(dtype=np.int64)), kept - len(chosen)
-        if wanted <= 0:
+        num_kept, val_tokens = num_kept - len(chosen), val_tokens - int(chosen["tokens"].sum(dtype=np.int64))
+        if val_tokens <= 0:
             break
 
 
-def place(stems: list[str], decisions: np.ndarray, first_document: np.ndarray) -> Plan:
-    """Compute where each part's tokens go and count documents by decision."""
-    first_token = {split: np.zeros(len(stems) + 1, np.int64) for split in CODES}
-    text_bytes, counts = dict.fromkeys(CODES, 0), np.zeros(256, np.int64)
+def place_documents(stems: list[str], decisions: np.ndarray, first_document: np.ndarray) -> Plan:
+    """Compute the position of each part in each split, and count documents by decision."""
+    first_token = {split: np.zeros(len(stems) + 1, np.int64) for split in SPLIT_DECISIONS}
+    text_bytes, counts = dict.fromkeys(SPLIT_DECISIONS, 0), np.zeros(256, np.int64)
     for i, stem in enumerate(stems):
-        index, decision = load_index(stem, ("tokens", "bytes")), decisions[first_document[i] : first_document[i + 1]]
-        counts += np.bincount(decision, minlength=256)
-        for split, code in CODES.items():
-            in_split = np.flatnonzero(decision == code)
+        index = load_index(stem, ("tokens", "bytes"))
+        part_decisions = decisions[first_document[i] : first_document[i + 1]]
+        counts += np.bincount(part_decisions, minlength=256)
+        for split, decision in SPLIT_DECISIONS.items():
+            in_split = np.flatnonzero(part_decisions == decision)
             first_token[split][i + 1] = first_token[split][i] + index["tokens"][in_split].sum(dtype=np.int64)
             text_bytes[split] += int(index["bytes"][in_split].sum())
-    filtered_by = {name: int(counts[code]) for name, code in FILTERED.items() if counts[code]}
+    filtered_by = {name: int(counts[decision]) for name, decision in FILTERED.items() if counts[decision]}
     documents = {
         "seen": len(decisions), "kept": int(counts[KEPT] + counts[VALIDATION]), "empty": int(counts[EMPTY]),
         "filtered": sum(filtered_by.values()), "duplicate": int(counts[DUPLICATE]), "train": int(counts[KEPT]),
@@ -189,16 +194,17 @@ def place(stems: list[str], decisions: np.ndarray, first_document: np.ndarray) -
 
 
 def token_ranges(tokens: np.ndarray, in_split: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:
-    """Find a Piece in its part, given the length of each of the part's documents, `tokens` (documents,).
+    """Return the token ranges of a piece in its part, from the length of each of the part's documents, `tokens`.
 
-    Returns (ranges, 2) int64, with adjacent ranges joined, and the number of documents that start in the piece.
+    The ranges, (ranges, 2) int64, are [start, stop), adjacent ones joined. Also returns the number of documents that
+    start in the piece.
     """
-    tokens = tokens[: len(in_split)].astype(np.int64)  # max_tokens may have cut the part
-    end, tokens = np.cumsum(tokens)[in_split], tokens[in_split]
-    offsets = np.cumsum(tokens) - tokens  # of the documents in the split
+    tokens = tokens[: len(in_split)].astype(np.int64)  # max_tokens may exclude the end of the part
+    ends, tokens = np.cumsum(tokens)[in_split], tokens[in_split]  # ends of the documents in the part
+    offsets = np.cumsum(tokens) - tokens  # starts of the documents among those in the split
     overlaps = (offsets + tokens > start) & (offsets < stop)
-    begin = (end - tokens + np.maximum(start - offsets, 0))[overlaps]
-    end = (end - np.maximum(offsets + tokens - stop, 0))[overlaps]
-    is_first = np.append(True, begin[1:] != end[:-1])
-    ranges = np.stack([begin[is_first], end[np.append(np.flatnonzero(is_first)[1:], len(end)) - 1]], axis=1)
+    starts = (ends - tokens + np.maximum(start - offsets, 0))[overlaps]
+    ends = (ends - np.maximum(offsets + tokens - stop, 0))[overlaps]
+    is_first = np.append(True, starts[1:] != ends[:-1])
+    ranges = np.stack([starts[is_first], ends[np.append(np.flatnonzero(is_first)[1:], len(ends)) - 1]], axis=1)
     return ranges, int(np.count_nonzero((offsets >= start) & (offsets < stop)))

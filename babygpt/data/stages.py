@@ -1,4 +1,4 @@
-"""The stages of data preparation that run in a pool: tokenize, and write, one task per shard."""
+"""The two stages of data preparation that run in a pool of workers: tokenize and write."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from babygpt import files
-from babygpt.data.plan import CODES, Plan, load_index, plan_shards
+from babygpt.data.plan import SPLIT_DECISIONS, Plan, load_index, plan_shards
 from babygpt.data.readers import Task
 from babygpt.data.shards import shard_name
 from babygpt.data.sources import Source
@@ -21,7 +21,7 @@ from babygpt.files import write_json
 
 
 class TaskQueue:
-    """Tasks that run in a pool, at most `limit` at once. `on_done(key, result)` is called after each."""
+    """Tasks submitted to a pool, at most `limit` at once. `on_done(key, result)` is called after each task."""
 
     def __init__(self, pool: Pool, on_done: Callable[[Any, Any], None], limit: int | None = None):
         self.pool, self.on_done, self.limit = pool, on_done, limit or max(8, 2 * pool.workers)
@@ -46,7 +46,7 @@ def tokenize(source: Source, work: Workspace, pool: Pool, max_tokens: int | None
 
 
 class TokenizeStage:
-    """Submits tasks in source order and fetches units ahead as far as the source allows."""
+    """The tokenize stage. It submits tasks in source order and fetches units ahead as far as the source allows."""
 
     def __init__(self, source: Source, work: Workspace, pool: Pool, max_tokens: int | None):
         self.source, self.parts, self.max_tokens = source, work.parts, max_tokens
@@ -54,11 +54,11 @@ class TokenizeStage:
         self.downloads = f"{work.parts if pool.is_cluster else work.scratch}/download"
         self.buckets = work.scratch / "buckets"
         self.earlier = set(files.list_names(work.parts))  # files that an earlier run wrote
-        self.stems: list[str] = []  # parts of all tasks so far, in source order
+        self.stems: list[str] = []  # parts of all tasks up to now, in source order
         self.finished: set[str] = set()  # parts of finished tasks
         self.messages: set[str] = set()
         self.num_tasks: dict[int, int] = {}  # of each fetched unit
-        self.unfinished: dict[int, int] = {}  # tasks of each unit that is not finished
+        self.unfinished: dict[int, int] = {}  # unfinished tasks of each open unit
         self.documents = self.tokens = self.earlier_tokens = 0
         self.reached = False  # whether the finished tasks have reached max_tokens
         self.next_plan = max_tokens or 0  # tokens at which `max_tokens_reached` plans again
@@ -92,12 +92,12 @@ class TokenizeStage:
                 self.earlier_tokens += int(tokens.sum())
                 self.on_done((unit, stem), (len(tokens), int(tokens.sum()), None))
             elif task is None:
-                raise UserError(f"{stem}.npz is missing, but {unit:05d}.json lists it. Delete {self.parts}.")
+                raise UserError(f"{stem}.npz is missing, but {unit:05d}.json counts it. Delete {self.parts}.")
             else:
                 self.queue.submit((unit, stem), tokenize_task, task, stem)
 
     def fetch(self, unit: int) -> list[Task | None]:
-        """Return the tasks of a unit, or None for each if an earlier run finished all: then no file is needed."""
+        """Return the tasks of a unit. If an earlier run finished them all, return None for each and fetch nothing."""
         if f"{unit:05d}.json" in self.earlier:
             tasks: list[Task | None] = [None] * json.loads(files.read_bytes(f"{self.parts}/{unit:05d}.json"))["tasks"]
         else:
@@ -107,7 +107,7 @@ class TokenizeStage:
         return tasks
 
     def on_done(self, key: tuple[int, str], result: tuple[int, int, str | None]) -> None:
-        """Count a finished task."""
+        """Count a finished task, print its message once, and update the progress bar."""
         (unit, stem), (documents, tokens, message) = key, result
         if message and message not in self.messages:
             self.messages.add(message)
@@ -130,37 +130,39 @@ class TokenizeStage:
             del self.unfinished[unit]
 
     def max_tokens_reached(self) -> bool:
-        """Return whether the finished tasks before the first unfinished one have max_tokens without duplicates."""
+        """Return whether the tasks before the first unfinished one have `max_tokens` tokens, without duplicates."""
         if self.reached or self.max_tokens is None or self.tokens < self.next_plan:
             return self.reached
         parts = list(takewhile(self.finished.__contains__, self.stems))
         kept = sum(plan_shards(parts, 0, None, self.buckets).tokens.values())
-        self.next_plan = self.tokens + max(self.max_tokens - kept, self.max_tokens // 50)  # it reads all indexes
+        self.next_plan = self.tokens + max(
+            self.max_tokens - kept, self.max_tokens // 50
+        )  # rarely: a plan reads all indexes
         self.reached = kept >= self.max_tokens
         return self.reached
 
 
 def list_shards(plan: Plan, shard_tokens: int) -> list[tuple[int, tuple[str, int]]]:
     """Return (number, (split, first token)) of each shard. Training shards are numbered from 1, as in llm.c."""
-    val, train = ([(split, begin) for begin in range(0, plan.tokens[split], shard_tokens)] for split in CODES)
+    val, train = ([(split, start) for start in range(0, plan.tokens[split], shard_tokens)] for split in SPLIT_DECISIONS)
     return [*enumerate(val), *enumerate(train, max(len(val), 1))]
 
 
 def write_shards(plan: Plan, work: Workspace, pool: Pool, shard_tokens: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Write the shards that an earlier run did not finish; return the manifest's entry of every shard."""
+    """Write the shards that an earlier run did not finish; return every shard's entry in dataset.json."""
     shards = list_shards(plan, shard_tokens)
     existing, recorded = files.list_names(work.directory), files.list_names(work.parts)
     entries = []
     with tqdm(total=len(shards), desc="write", unit="shard") as bar:
         queue = TaskQueue(pool, lambda key, result: bar.update())
-        for number, (split, begin) in shards:
-            name, end = shard_name(work.name, split, number), min(begin + shard_tokens, plan.tokens[split])
-            entries.append({"file": name, "tokens": end - begin})
+        for number, (split, start) in shards:
+            name, stop = shard_name(work.name, split, number), min(start + shard_tokens, plan.tokens[split])
+            entries.append({"file": name, "tokens": stop - start})
             if name in existing and f"{name}.json" in recorded:
                 bar.update()
                 continue
-            queue.wait_while(queue.is_full)  # a task holds one byte per document of its parts
-            task = (f"{work.directory}/{name}", plan.pieces(split, begin, end), end - begin, vocab_size)
+            queue.wait_while(queue.is_full)  # a task takes one byte of memory per document of its parts
+            task = (f"{work.directory}/{name}", plan.pieces(split, start, stop), stop - start, vocab_size)
             queue.submit(name, write_task, *task, f"{work.parts}/{name}.json")
         queue.wait_while(lambda: queue.running)
     return [entry | json.loads(files.read_bytes(f"{work.parts}/{entry['file']}.json")) for entry in entries]

@@ -1,9 +1,9 @@
-"""Tasks of the tokenize and write stages, and pools of processes that run them.
+"""The tasks of the tokenize and write stages, and the pools of worker processes that run them.
 
     >>> with local_workers(8, Setup(load_tokenizer("gpt2"))) as pool:
     ...     pool.submit(tokenize_task, task, "data/x/parts/00000-00000").result()
 
-A task depends only on its arguments and the Setup, so the bytes do not depend on which worker runs it.
+The output of a task depends only on its arguments and the Setup, not on the worker that runs it.
 """
 
 import logging
@@ -37,12 +37,12 @@ from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
 from babygpt.files import write_json
 
-SAMPLE_BYTES = 20_000  # text of each task for which gigatoken's token ids must equal the tokenizer's
+SAMPLE_BYTES = 20_000  # length of the text of each task on which gigatoken and the tokenizer must agree
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all tasks of a preparation have in common."""
+    """The tokenizer and the filters, which all tasks share."""
 
     tokenizer: Tokenizer
     filters: Filters = field(default_factory=Filters)
@@ -59,7 +59,7 @@ class Pool:
 
     submit: Callable[..., Future]
     workers: int
-    is_cluster: bool = False  # on several machines
+    is_cluster: bool = False  # whether the workers run on several machines
 
 
 _setup: Setup  # of this process, assigned by `set_up`
@@ -75,8 +75,8 @@ def set_up(setup: Setup) -> None:
 def tokenize_task(task: Task, stem: str) -> tuple[int, int, str | None]:
     """Encode the documents of a task into `stem.bin` (tokens) and `stem.npz` (the index), committed in this order.
 
-    A kept document is EOT followed by its tokens; plan.py describes the index. Returns the number of documents, the
-    number of tokens, and a message if gigatoken could not be used.
+    A kept document becomes EOT followed by its tokens. plan.py describes the index. Returns the number of documents,
+    the number of tokens, and a message if gigatoken is not used.
     """
     tokenizer, message = _setup.tokenizer, None
     dtype, eot = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eot_id], np.uint32)
@@ -103,7 +103,7 @@ def tokenize_task(task: Task, stem: str) -> tuple[int, int, str | None]:
 
 
 def filter_and_encode(batch: Batch) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the decision on each document, (documents,) uint8, and the token ids of the kept ones, without EOT."""
+    """Return the decision on each document, (documents,) uint8, and the ids of each kept document, without EOT."""
     decisions = _setup.filters.decide(batch)
     kept = np.flatnonzero(decisions == KEPT)
     ids = _setup.tokenizer.encode_batch([batch.texts[i] for i in kept])
@@ -119,30 +119,30 @@ def hash_texts(texts: list[bytes]) -> bytes:
     return b"".join(map(xxh3_128_digest, texts))
 
 
-def write_task(path: str, pieces: list[Piece], num_tokens: int, vocab_size: int, record: str) -> None:
-    """Copy the tokens of `pieces` into one shard; then write `record`, the shard's documents and sha256."""
+def write_task(path: str, pieces: list[Piece], num_tokens: int, vocab_size: int, record_path: str) -> None:
+    """Copy the tokens of `pieces` into the shard `path`, then write its document count and sha256 to `record_path`."""
     dtype, documents = token_dtype(vocab_size), 0
 
-    def read_tokens(stem: str, begin: int, end: int) -> np.ndarray:
-        return np.frombuffer(files.read_bytes(f"{stem}.bin", begin * dtype.itemsize, end * dtype.itemsize), dtype)
+    def read_tokens(stem: str, start: int, stop: int) -> np.ndarray:
+        return np.frombuffer(files.read_bytes(f"{stem}.bin", start * dtype.itemsize, stop * dtype.itemsize), dtype)
 
     def tokens() -> Iterator[np.ndarray]:
         nonlocal documents
         for stem, in_split, start, stop in pieces:
-            ranges, starting = token_ranges(load_index(stem, ("tokens",))["tokens"], in_split, start, stop)
-            documents += starting
-            first, end = int(ranges[0, 0]), int(ranges[-1, 1])
-            is_dense = 4 * (stop - start) > end - first  # one read is faster than one per range
-            block = read_tokens(stem, first, end) if is_dense else None
+            ranges, num_starts = token_ranges(load_index(stem, ("tokens",))["tokens"], in_split, start, stop)
+            documents += num_starts
+            block_start, block_stop = int(ranges[0, 0]), int(ranges[-1, 1])
+            is_dense = 4 * (stop - start) > block_stop - block_start  # then one read is faster than one per range
+            block = read_tokens(stem, block_start, block_stop) if is_dense else None
             for a, b in ranges.tolist():
-                yield read_tokens(stem, a, b) if block is None else block[a - first : b - first]
+                yield read_tokens(stem, a, b) if block is None else block[a - block_start : b - block_start]
 
     sha256 = write_shard(path, num_tokens, vocab_size, tokens())
-    write_json(record, {"documents": documents, "sha256": sha256})
+    write_json(record_path, {"documents": documents, "sha256": sha256})
 
 
 def preload_workers() -> None:
-    """Start the process that workers are forked from, which imports their modules in the background."""
+    """Start the server process from which workers are forked. It imports their modules in the background."""
     if _context().get_start_method() == "forkserver":
         modules = ["__main__", "babygpt.data.workers", "pyarrow.parquet", "tiktoken", "tokenizers", "gigatoken"]
         _context().set_forkserver_preload(modules)
@@ -150,20 +150,20 @@ def preload_workers() -> None:
 
 
 def _context():
-    """Return a way to start processes that does not copy the threads of this one."""
+    """Return a multiprocessing context with a start method that is safe while this process has threads."""
     return multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
 
 
 @contextmanager
 def local_workers(count: int, setup: Setup) -> Iterator[Pool]:
-    """A pool of `count` processes of this machine."""
+    """Yield a pool of `count` processes on this machine."""
     executor = ProcessPoolExecutor(count, _context(), initializer=_start_worker, initargs=(setup,))
     try:
         yield Pool(executor.submit, count)
     finally:
         try:
             executor.shutdown(cancel_futures=True)  # waits for the running tasks
-        except KeyboardInterrupt:  # a second Ctrl-C; without the kill Python may wait forever at exit
+        except KeyboardInterrupt:  # a second Ctrl-C; if the workers are not killed, Python may hang at exit
             for process in multiprocessing.active_children():
                 process.kill()
             raise
@@ -176,28 +176,29 @@ def _start_worker(setup: Setup) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent process is killed. Without this the worker would wait for tasks forever."""
+    """Exit when the parent process exits. Otherwise, if it is killed, the worker would wait for tasks forever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
+    assert parent is not None, "called in a worker"
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
 @contextmanager
 def ray_workers(address: str, setup: Setup) -> Iterator[Pool]:
-    """A pool of one process per core of the Ray cluster at `address`; "auto" is the cluster of this machine."""
+    """Yield a pool of one process per core of the Ray cluster at `address`; "auto" is the cluster of this machine."""
     ray = _connect(address)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         count = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
         print(f"Ray: {count} cores on {len(nodes)} machines")
-        remote = ray.remote(num_cpus=1, max_retries=3)(_run_on_ray)  # a lost machine's tasks run again elsewhere
-        reference = [ray.put(setup)]  # inside a list, Ray passes the reference instead of the value
+        remote = ray.remote(num_cpus=1, max_retries=3)(_run_on_ray)  # retry tasks of a lost machine
+        reference = [ray.put(setup)]  # in a list, Ray passes the reference instead of the value
 
         def submit(function: Callable, /, *arguments: Any) -> Future:
-            done: Future = Future()
-            remote.remote(reference, function, *arguments).future().add_done_callback(lambda f: _copy_result(f, done))
-            return done
+            future: Future = Future()
+            ray_future = remote.remote(reference, function, *arguments).future()
+            ray_future.add_done_callback(lambda ray_future: _copy_result(ray_future, future))
+            return future
 
         yield Pool(submit, count, is_cluster=True)
     finally:
@@ -205,43 +206,49 @@ def ray_workers(address: str, setup: Setup) -> Iterator[Pool]:
 
 
 def _connect(address: str):
-    """Return the module `ray`, connected to a cluster."""
+    """Connect to a Ray cluster and return the module `ray`."""
     try:
         import ray
     except ImportError:
-        raise UserError("--engine ray needs the package ray: pip install ray") from None
+        raise UserError("--engine ray requires the package ray. Install it with `pip install ray`.") from None
     if " " in sys.executable:
-        raise UserError(f"Ray can't start workers from a path with a space: {sys.executable}. Move the environment.")
-    code = {"working_dir": str(Path(__file__).parents[2]), "excludes": ["/.git", "/.venv", "/data", "/out", "/results"]}
+        raise UserError(
+            f"Ray cannot start workers from {sys.executable}, because the path contains a space. Move the virtual "
+            "environment."
+        )
+    runtime_env = {
+        "working_dir": str(Path(__file__).parents[2]),
+        "excludes": ["/.git", "/.venv", "/data", "/out", "/results"],
+    }
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if host:  # fail after 10 s; Ray tries for minutes
+        if host:  # fail after 10 s, since Ray tries for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"there is no Ray cluster at --address {address} ({error}). Start one with `ray start --head`, and on the "
-            "other machines with `ray start --address HOST:PORT`."
+            f"There is no Ray cluster at --address {address} ({error}). Start one with `ray start --head`, and join it "
+            "from other machines with `ray start --address HOST:PORT`."
         ) from None
     return ray
 
 
-def _copy_result(ray_future: Future, done: Future) -> None:
+def _copy_result(ray_future: Future, future: Future) -> None:
     error = ray_future.exception()
     if error is None:
-        done.set_result(ray_future.result())
+        future.set_result(ray_future.result())
     else:
-        done.set_exception(getattr(error, "cause", None) or error)  # the exception that the task raised
+        future.set_exception(getattr(error, "cause", None) or error)  # the exception that the task raised
 
 
-_setup_reference = None  # of the Setup that this process of a cluster has
+_setup_id = None  # of the reference from which this process has loaded its Setup
 
 
 def _run_on_ray(reference: list, function: Callable, *arguments: Any) -> Any:
-    global _setup_reference
-    if _setup_reference != reference[0].hex():
+    global _setup_id
+    if _setup_id != reference[0].hex():
         import ray
 
         set_up(ray.get(reference[0]))
-        _setup_reference = reference[0].hex()
+        _setup_id = reference[0].hex()
     return function(*arguments)

@@ -1,7 +1,7 @@
-"""The directory in which a data set is prepared: lock, settings, finished tasks, commit.
+"""The directory of a data set during its preparation: lock, settings, finished tasks, commit.
 
-A data set is complete if it has dataset.json, which is written last. Until then, `parts/` holds the finished tasks and
-their settings: a run with the same settings resumes, a run with other settings is refused.
+dataset.json is written last, so a data set with a dataset.json is complete. Until then, `parts/` contains the finished
+tasks and the settings. A run with the same settings resumes, a run with other settings is refused.
 """
 
 import errno
@@ -22,18 +22,18 @@ from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
 from babygpt.files import write_json
 
-FORMAT = 2  # of parts/: increased when tasks, hashes or indexes change
+FORMAT = 2  # of parts/; increase it when tasks, hashes or indexes change
 
 
 class Workspace:
-    """A directory or URL, locked by this process; entering it compares the settings with those of an earlier run."""
+    """The directory or URL of a data set. `with` locks it and compares the settings with those of an earlier run."""
 
     def __init__(self, directory: str, settings: dict[str, Any], source: Source):
         self.directory, self.settings, self.source = directory, settings, source
         self.name = os.path.basename(directory if files.is_remote(directory) else os.path.abspath(directory))
-        self.parts = f"{directory}/parts"  # files of all workers
-        self.local = files.local_directory(directory)  # the directory itself, or one on this machine for a URL
-        self.scratch = self.local / "parts"  # files of this machine
+        self.parts = f"{directory}/parts"  # shared by all workers
+        self.local = files.local_directory(directory)  # `directory`, or for a URL a directory on this machine
+        self.scratch = self.local / "parts"  # temporary files of this machine
         self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the data set is complete
 
     def __enter__(self) -> "Workspace":
@@ -41,9 +41,9 @@ class Workspace:
         try:
             self.manifest = read_manifest(self.directory) or {}
             if self.manifest:
-                self._compare_with_complete()
+                self._check_complete()
             else:
-                self._compare_with_unfinished()
+                self._check_unfinished()
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
@@ -51,16 +51,16 @@ class Workspace:
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: Any) -> None:
         """Unlock the directory. Raise a UserError if the disk is full or a worker was killed."""
-        os.close(self._descriptor)
+        os.close(self._lock_fd)
         with suppress(OSError):
-            self.local.rmdir()  # if nothing was written
-        resume = "Finished tasks are kept: to resume, run the same command"
+            self.local.rmdir()  # succeeds if it is empty
+        resume = "Finished tasks are kept. To resume, run the same command"
         if isinstance(error, KeyboardInterrupt):
-            print(f"\nstopped. {resume} again.", file=sys.stderr)
+            print(f"\nStopped. {resume} again.", file=sys.stderr)
         elif isinstance(error, BrokenProcessPool):
-            raise UserError(f"a worker was killed, probably out of memory. {resume} with fewer --workers.") from None
+            raise UserError(f"A worker was killed, probably out of memory. {resume} with fewer --workers.") from None
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full. {resume} after freeing space.") from None
+            raise UserError(f"The disk is full. {resume} after freeing space.") from None
 
     def begin(self) -> None:
         """Delete the incomplete files of a killed run and write settings.json."""
@@ -68,17 +68,20 @@ class Workspace:
         stale = [path for path in self.local.iterdir() if files.TEMPORARY_SUFFIX.search(path.name)]
         for path in [*stale, *self.scratch.rglob("*.tmp"), *self.scratch.rglob("*.incomplete")]:
             path.unlink()
-        self.recorded = {"format": FORMAT} | self.settings
-        write_json(f"{self.parts}/settings.json", self.recorded)
+        self.written_settings = {"format": FORMAT} | self.settings
+        write_json(f"{self.parts}/settings.json", self.written_settings)
 
     def commit(self, plan: Plan, shards: list[dict[str, Any]], tokenizer: Tokenizer) -> None:
-        """Write the tokenizer and then dataset.json, and delete the parts."""
+        """Write the tokenizer, then dataset.json, and delete the parts."""
         tokenizer_file = tokenizer.file.name if tokenizer.name == "gpt2" else "tokenizer.json"
         path = f"{self.directory}/{tokenizer_file}"
         if not (files.exists(path) and files.read_bytes(path) == tokenizer.data):
             files.write(path, tokenizer.data)
-        if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.recorded:
-            raise UserError(f"another fineweb.py with other settings writes to {self.directory}. Change its --out-dir.")
+        if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.written_settings:
+            raise UserError(
+                f"Another fineweb.py with other settings is writing to {self.directory}. Use another "
+                "--out-dir for one of them."
+            )
         counts = {"documents": plan.documents, "tokens": plan.tokens, "text_bytes": plan.text_bytes}
         self.manifest = {
             "format": 1,
@@ -93,27 +96,27 @@ class Workspace:
         }
         write_json(f"{self.directory}/{MANIFEST}", self.manifest)
         files.remove(self.parts)
-        files.remove(self.scratch)  # the same, unless `directory` is a URL
+        files.remove(self.scratch)  # equal to `parts`, unless `directory` is a URL
 
     def _lock(self) -> None:
         try:
             self.local.mkdir(parents=True, exist_ok=True)
             if not os.access(self.local, os.W_OK):
                 raise PermissionError("it is read-only")
-            self._descriptor = os.open(self.local, os.O_RDONLY)
+            self._lock_fd = os.open(self.local, os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"can't write to {self.directory}: {error}. Use another --out-dir.") from None
+            raise UserError(f"{self.directory} cannot be written to: {error}. Use another --out-dir.") from None
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._descriptor)
-            raise UserError(f"another fineweb.py is preparing {self.directory}. Wait for it, or stop it.") from None
+            os.close(self._lock_fd)
+            raise UserError(f"Another fineweb.py is preparing {self.directory}. Wait for it, or stop it.") from None
 
-    def _compare_with_complete(self) -> None:
-        """Raise a UserError if a complete data set has other settings or lacks shards."""
-        if not self.source.is_on_hub:  # the revision on the hub is not compared: that would need a network
+    def _check_complete(self) -> None:
+        """Raise a UserError if the complete data set has other settings or lacks shards."""
+        if not self.source.is_on_hub:  # the revision on the hub is not compared, since that requires a network
             self._open_source()
-        self._compare(self.manifest["settings"], "a complete data set with other settings")
+        self._check_settings(self.manifest["settings"], "a complete data set with other settings")
         existing = files.list_names(self.directory)
         if missing := [shard["file"] for shard in self.manifest["shards"] if shard["file"] not in existing]:
             raise UserError(
@@ -123,16 +126,16 @@ class Workspace:
         files.remove(self.parts)  # left by a run that was killed after its commit
         files.remove(self.scratch)
 
-    def _compare_with_unfinished(self) -> None:
-        """Open the source in the revision of an earlier run; UserError if that run had other settings."""
+    def _check_unfinished(self) -> None:
+        """Open the source, in the revision of an earlier run if there is one; UserError if it had other settings."""
         names = files.list_names(self.parts)
         if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
-            earlier = json.loads(files.read_bytes(f"{self.parts}/settings.json"))  # it finished a task
+            earlier = json.loads(files.read_bytes(f"{self.parts}/settings.json"))  # of a run that finished a task
             if earlier.get("format") != FORMAT:
                 raise UserError(f"{self.parts} was written by another version of BabyGPT. Delete it to start over.")
-            self._compare(earlier, "an unfinished data set with other settings")
+            self._check_settings(earlier, "an unfinished data set with other settings")
             self._open_source(earlier["revision"])
-            self._compare(earlier, "an unfinished data set of another revision of the source")
+            self._check_settings(earlier, "an unfinished data set of another revision of the source")
         else:
             if any(name.endswith(".bin") for name in files.list_names(self.directory)):
                 raise UserError(f"{self.directory} has shards but no {MANIFEST}. Move them or use another --out-dir.")
@@ -142,11 +145,12 @@ class Workspace:
         self.source.open(revision)
         self.settings = self.settings | {"revision": self.source.revision}
 
-    def _compare(self, earlier: dict[str, Any], what: str) -> None:
+    def _check_settings(self, earlier: dict[str, Any], description: str) -> None:
+        """Raise a UserError that lists the settings that differ from those of the earlier run."""
         differing = [key for key, value in self.settings.items() if earlier.get(key) != value]
         if differing:
             raise UserError(
-                f"{self.directory} contains {what}:\n"
-                + "".join(f"  {key}: {earlier.get(key)!r} there, {self.settings[key]!r} now\n" for key in differing)
+                f"{self.directory} contains {description}:\n"
+                + "".join(f"  {key}: {earlier.get(key)!r} before, {self.settings[key]!r} now\n" for key in differing)
                 + f"Use the same settings or another --out-dir, or delete {self.directory} to start over."
             )

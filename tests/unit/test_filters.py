@@ -55,7 +55,7 @@ def test_filters_are_settings_of_a_data_set(tmp_path):
     arguments = ("files", "--input", source, "--out-dir", tmp_path / "d", "--val-tokens", 0)
     call(fineweb.main, *arguments, *OPTIONS)
     assert read_manifest(tmp_path / "d")["settings"]["min_score"] == 3
-    with pytest.raises(UserError, match=r"min_chars: 10 there, 11 now"):
+    with pytest.raises(UserError, match=r"min_chars: 10 before, 11 now"):
         call(fineweb.main, *arguments, *OPTIONS[:-1], 11)
 
 

@@ -373,7 +373,7 @@ def test_changed_settings_are_refused_by_name(tmp_path, request, pages, state):
     train_tokenizer(TEXTS * 2, 300, tmp_path / "bpe.json", progress=False)
     with pytest.raises(UserError, match="tokenizer"):
         prepare(directory, pages, tokenizer=tmp_path / "bpe.json", **SETTINGS)
-    with pytest.raises(UserError, match="source: 'files' there, 'stdlib' now"):
+    with pytest.raises(UserError, match="source: 'files' before, 'stdlib' now"):
         prepare(directory, source="stdlib", **SETTINGS)
     assert snapshot(directory) == before
 
@@ -491,7 +491,7 @@ def test_default_number_of_workers_fits_in_memory(tmp_path, pages, capsys):
 
 def test_full_disk_is_reported(tmp_path, pages):
     full_disk = mock.patch.object(fineweb, "tokenize", side_effect=OSError(28, "No space left on device"))
-    with full_disk, pytest.raises(UserError, match="the disk is full"):
+    with full_disk, pytest.raises(UserError, match="The disk is full"):
         prepare(tmp_path / "d", pages)
 
 
