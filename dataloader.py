@@ -11,12 +11,12 @@ N training tokens, T = block_size, S = num_streams, R = rows per step (batch_tok
 3. Streams. The line is divided into S equal pieces of K rows of T tokens.
 
        line   |----stream 0----|----stream 1----|----stream 2----| remainder, not read in this epoch
-4. Rows. Row n of the epoch is row n // S of stream n mod S: T tokens and their T targets, which are one token further.
+4. Rows. Row n of the epoch is row n // S of stream n mod S: T tokens and their T targets, shifted by one token.
    A step takes the next R rows, and rank r reads those with n mod W = r.
 
-So an epoch reads every token once, except for at most the last (R + S) T. The rows of a step follow from the data, the
-seed and (T, S, chunk_tokens). They do not depend on the number of ranks, the micro-batch size, or where a run resumed.
-The position in the data is (epoch, n). `python -m tools.inspect_step` prints the documents that a step of a run read.
+An epoch reads every token once, except for fewer than (R + S) T at its end. The rows of a step depend on the data, the
+seed and (T, S, chunk_tokens), but not on the number of ranks, the micro-batch size, or where a run was resumed. The
+position in the data is (epoch, n). `python -m tools.inspect_step` prints the documents that a step of a run reads.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORE_INDEX
 
 WINDOW = 20_000  # tokens on both sides of a cursor that are searched for an EOT, even if chunks are shorter
-VAL_TOKENS = 20 * 524_288  # read by a validation, as in build-nanogpt: 20 steps of 524,288
+VAL_TOKENS = 20 * 524_288  # read by each validation, as in build-nanogpt: 20 steps of 524,288
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -48,34 +48,34 @@ def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> 
 
 
 def find_chunk_starts(tokens: Tokens, eot_id: int, chunk_tokens: int) -> tuple[np.ndarray, int]:
-    """Return the first token of each chunk, (chunks,) int64, ascending from 0, and how many cursors are near no EOT.
+    """Return where chunks start, (chunks,) int64 ascending from 0, and the number of cursors without an EOT nearby.
 
-    A chunk starts at the EOT nearest to a cursor, the earlier one of two. The search window doubles until it contains
-    an EOT, up to max(WINDOW, chunk_tokens) tokens on both sides. Without an EOT, the chunk starts at the cursor itself.
+    A chunk starts at the EOT nearest to a cursor, or at the earlier one of two. The search window doubles until it
+    contains an EOT, up to max(WINDOW, chunk_tokens) tokens on both sides. Without one, the chunk starts at the cursor.
     """
-    widest = max(WINDOW, chunk_tokens)
+    max_width = max(WINDOW, chunk_tokens)
     starts, without_eot = [0], 0
     for cursor in range(chunk_tokens, len(tokens), chunk_tokens):
         width = 1000  # about the length of a web document, so most cursors need one or two reads
         while True:
             start, stop = max(0, cursor - width), min(len(tokens), cursor + width + 1)
-            found = start + np.flatnonzero(_read_window(tokens, start, stop) == eot_id)
-            if len(found):
-                starts.append(int(found[np.argmin(np.abs(found - cursor))]))  # argmin returns the earlier of two
+            eots = start + np.flatnonzero(_read_window(tokens, start, stop) == eot_id)
+            if len(eots):
+                starts.append(int(eots[np.argmin(np.abs(eots - cursor))]))  # argmin returns the earlier of two
                 break
-            if width == widest:
+            if width == max_width:
                 starts.append(cursor)
                 without_eot += 1
                 break
-            width = min(2 * width, widest)
+            width = min(2 * width, max_width)
     return np.unique(np.array(starts, np.int64)), without_eot
 
 
 def _read_window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
-    """Return tokens start ... stop - 1 in the dtype of the shards, (stop - start,), without reading more of the files.
+    """Return tokens start ... stop - 1, (stop - start,) in the dtype of the shards, without reading more of the files.
 
-    For each access to a memory map, the system reads up to megabytes around it. For windows all over the data, that
-    would be all of the data.
+    The operating system reads up to megabytes around each access to a memory map. Since the windows are everywhere in
+    the data, it would read all of it.
     """
     parts = []
     for number, first, end in tokens.ranges(start, stop):
@@ -89,7 +89,7 @@ def _read_window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of 0 ... count - 1, (count,) int64, which is the same on every machine and version."""
+    """Return a permutation of 0 ... count - 1, (count,) int64, that is the same on all machines and versions."""
     keys = [hashlib.blake2b(f"{seed} {epoch} {i}".encode(), digest_size=16).digest() for i in range(count)]
     return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
@@ -98,14 +98,14 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 class Epoch:
     """The line, streams and rows of one epoch."""
 
-    chunks: np.ndarray  # (chunks, 2) int64: first token and end of each chunk in the data, in the order of the line
-    offsets: np.ndarray  # (chunks + 1,) int64: where each chunk starts in the line, then the end of the line
+    chunks: np.ndarray  # (chunks, 2) int64: start and stop of each chunk in the data, in the order of the line
+    offsets: np.ndarray  # (chunks + 1,) int64: start of each chunk in the line, then the length of the line
     block_size: int
     num_streams: int
 
     @property
     def rows_per_stream(self) -> int:
-        """K."""
+        """K in the description above."""
         return max(0, int(self.offsets[-1]) - 1) // (self.num_streams * self.block_size)
 
     @property
@@ -113,16 +113,16 @@ class Epoch:
         return self.rows_per_stream * self.num_streams
 
     def row_start(self, n: int | np.ndarray) -> int | np.ndarray:
-        """Return where row n starts in the line; for several rows, (rows,) int64."""
+        """Return the start of row n in the line; for an array of rows, (rows,) int64."""
         return (n % self.num_streams * self.rows_per_stream + n // self.num_streams) * self.block_size
 
     def row(self, n: int) -> list[tuple[int, int]]:
-        """Return the token ranges [start, stop) of the data that form row n, in order, T + 1 tokens in all.
+        """Return the token ranges [start, stop) of the data that form row n, in order, with T + 1 tokens in total.
 
-        This defines the rows. `Order.read_rows` has a faster way for most of them, which a test compares with this one.
+        This defines the rows. `Order.read_rows` is a faster implementation, which a test compares with this one.
         """
         if not 0 <= n < self.num_rows:
-            raise IndexError(f"row {n} of {self.num_rows}")
+            raise IndexError(f"Row {n} is out of range: the epoch has {self.num_rows} rows.")
         start = int(self.row_start(n))  # in the line
         end = start + self.block_size + 1
         ranges: list[tuple[int, int]] = []
@@ -144,9 +144,9 @@ class Position:
 
 
 class Order:
-    """The rows of every step: the epochs of a split, one after the other.
+    """The rows of a split, epoch after epoch.
 
-    Without `shuffle`, the rows are those of the split from start to end, for validation: one stream, one chunk.
+    Without `shuffle`, all of the data is one chunk. Validation uses this with one stream to read the split in order.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Order:
         self.chunk_starts, self.chunks_without_eot = np.zeros(1, np.int64), 0
         if shuffle:
             self.chunk_starts, self.chunks_without_eot = find_chunk_starts(tokens, eot_id, self.chunk_tokens)
-        self.epoch = lru_cache(maxsize=2)(self._epoch)  # two: at the end of an epoch, the next one is read too
+        self.epoch = lru_cache(maxsize=2)(self._epoch)  # two: at the end of an epoch, the next one is needed too
 
     def _epoch(self, epoch: int) -> Epoch:
         chunks = np.stack([self.chunk_starts, np.append(self.chunk_starts[1:], len(self.tokens))], axis=1)
@@ -170,7 +170,7 @@ class Order:
 
     @property
     def rows_per_epoch(self) -> int:
-        return self.epoch(0).num_rows  # K depends on the number of tokens alone
+        return self.epoch(0).num_rows  # the same for every epoch
 
     def check(self, rows_per_step: int) -> None:
         """Raise a ConfigError if an epoch has fewer rows than a step."""
@@ -183,21 +183,23 @@ class Order:
             )
 
     def summary(self, batch_tokens: int, max_steps: int) -> str:
-        """Return a description of the chunks, the steps per epoch, and the epochs in `max_steps`."""
+        """Return a description of the chunks, the steps per epoch, and the number of epochs in `max_steps`."""
         steps = self.rows_per_epoch // (batch_tokens // self.block_size)
         unread = len(self.tokens) - steps * batch_tokens
         lines = [
             f"{batch_tokens:,} tokens per step; {len(self.tokens):,} tokens in {len(self.chunk_starts):,} chunks of "
             f"about {self.chunk_tokens:,}",
-            f"{steps:,} steps per epoch ({unread:,} tokens of each are not read), {max_steps / steps:.2f} epochs in "
+            f"{steps:,} steps per epoch ({unread:,} tokens per epoch are not read), {max_steps / steps:.2f} epochs in "
             f"{max_steps:,} steps",
         ]
         if self.chunks_without_eot:
-            lines.append(f"{self.chunks_without_eot:,} chunks start inside a document: there is no end of text nearby")
+            lines.append(
+                f"{self.chunks_without_eot:,} chunks start inside a document, because no end of text is nearby"
+            )
         return "\n".join(lines)
 
     def step_start(self, position: Position, rows_per_step: int) -> Position:
-        """Return where the step at `position` starts: at the next epoch if this one has too few rows left."""
+        """Return `position`, or the start of the next epoch if this one has too few rows left for a step."""
         if position.n + rows_per_step > self.rows_per_epoch:
             return Position(position.epoch + 1, 0)
         return position
@@ -212,8 +214,8 @@ class Order:
     def read_rows(self, epoch: int, rows: Sequence[int], out: np.ndarray) -> None:
         """Read the tokens of several rows into `out`, (rows, T + 1) int64, several times as fast as `read_row`.
 
-        Almost every row lies in one chunk and one shard, so it is a single copy. These rows, and where they start, are
-        found for all rows at once. `read_row` reads the others, and raises an IndexError for rows outside the epoch.
+        Almost every row is within one chunk and one shard, so it takes a single copy. NumPy finds these rows and their
+        offsets for all rows at once. `read_row` reads the others and raises an IndexError for rows outside the epoch.
         """
         plan, shard_starts, size = self.epoch(epoch), self.tokens.starts, self.block_size + 1
         n = np.clip(np.array(rows, np.int64), 0, plan.num_rows - 1)
@@ -222,17 +224,17 @@ class Order:
         first = plan.chunks[chunk, 0] + start - plan.offsets[chunk]  # in the data
         shard = np.searchsorted(shard_starts, first, side="right") - 1
         in_one_chunk = (n == rows) & (start + size <= plan.offsets[chunk + 1])
-        contiguous = in_one_chunk & (first + size <= shard_starts[shard + 1])
-        places = (contiguous.tolist(), shard.tolist(), (first - shard_starts[shard]).tolist())
-        for row, out_row, is_contiguous, number, offset in zip(rows, out, *places, strict=True):
-            if is_contiguous:
+        is_contiguous = in_one_chunk & (first + size <= shard_starts[shard + 1])
+        sources = (is_contiguous.tolist(), shard.tolist(), (first - shard_starts[shard]).tolist())
+        for row, out_row, single_copy, number, offset in zip(rows, out, *sources, strict=True):
+            if single_copy:
                 out_row[:] = np.asarray(self.tokens.shards[number])[offset : offset + size]  # slicing a memmap is slow
             else:
                 self.read_row(epoch, row, out_row)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# loading the rows of one rank
+# the rows of one rank
 
 
 @dataclass
@@ -240,19 +242,19 @@ class Batch:
     """The data of one optimizer step on one rank."""
 
     start: Position
-    end: Position  # of the next step
+    end: Position  # where the next step starts
     micro_batches: list[torch.Tensor]  # (micro_batch_size, T + 1) int64 each, in pinned memory if the device is CUDA
-    num_targets: int  # of the step, over all ranks
+    num_targets: int  # in the step, on all ranks
 
 
 class DataLoader:
-    """Yields the batches of one rank from `position` on, without end. A background thread reads them ahead."""
+    """An endless iterator over the batches of one rank, from `position` on. A background thread prefetches them."""
 
     def __init__(
         self, order: Order, position: Position, rows_per_step: int, micro_batch_size: int,
         rank: int = 0, world_size: int = 1, device: torch.device | None = None,
     ):  # fmt: skip
-        """`device` is the destination of the rows: for CUDA, they are read into pinned memory."""
+        """Start the background thread. If `device` is CUDA, it reads the rows into pinned memory."""
         order.check(rows_per_step)
         self.order, self.rows_per_step, self.micro_batch_size = order, rows_per_step, micro_batch_size
         self.rank, self.world_size = rank, world_size
@@ -276,17 +278,17 @@ class DataLoader:
         self.stopped.set()
         while self.thread.is_alive():
             with suppress(queue.Empty):
-                self.batches.get(timeout=0.01)  # make room, so that a waiting put returns
+                self.batches.get(timeout=0.01)  # make room, so that a blocked `put` returns
 
     def _read_ahead(self, position: Position) -> None:
         try:
-            if self.cuda_device is not None:  # a new thread uses device 0 otherwise, also to pin memory
+            if self.cuda_device is not None:  # otherwise a new thread uses device 0, also to pin memory
                 torch.cuda.set_device(self.cuda_device)
             while not self.stopped.is_set():
                 batch = self._read_batch(self.order.step_start(position, self.rows_per_step))
                 position = batch.end
                 self.batches.put(batch)
-        except BaseException as error:  # __next__ raises it in the training thread
+        except BaseException as error:  # `__next__` raises it in the main thread
             self.batches.put(error)
 
     def _read_batch(self, start: Position) -> Batch:
@@ -310,10 +312,10 @@ def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch
 def validation_batches(
     tokens: Tokens, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1, pin: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the same rows in the same order every time: inputs and targets, (B, T) int64 each, of one rank.
+    """Yield the validation batches of one rank, the same ones every time: inputs and targets, (B, T) int64 each.
 
-    The rows cover the first VAL_TOKENS of the split. All batches are full, the last one with rows whose targets are
-    IGNORE_INDEX. With `pin`, they are in pinned memory.
+    They cover the first VAL_TOKENS tokens of the split. The last batch is filled up with rows whose targets are
+    IGNORE_INDEX. With `pin`, the batches are in pinned memory.
     """
     if len(tokens) <= block_size:
         raise ConfigError(
@@ -333,5 +335,5 @@ def validation_batches(
 
 
 def validation_rows(tokens: Tokens, block_size: int) -> int:
-    """Return the number of rows that a validation reads, over all ranks."""
+    """Return the number of rows that each validation reads, on all ranks."""
     return min(VAL_TOKENS // block_size, max(0, len(tokens) - 1) // block_size)
