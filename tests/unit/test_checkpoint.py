@@ -37,7 +37,8 @@ def test_what_is_saved_comes_back_equal_to_the_bit(tmp_path):
     assert "lm_head.weight" not in loaded.model, "a tied head is stored once"
 
 
-def test_latest_goes_by_the_step_and_passes_over_what_is_not_whole(tmp_path, capsys):
+def test_latest_checkpoint_skips_incomplete_ones(tmp_path, capsys):
+    """The latest checkpoint is the complete one with the highest step."""
     save_steps(tmp_path, 9, 10, 100)
     assert latest(tmp_path).name == "step_00000100"
     (tmp_path / "checkpoints" / "step_00000100" / "manifest.json").unlink()
@@ -63,7 +64,8 @@ def test_a_damaged_file_is_refused_by_name(file, harm, tmp_path):
     assert latest(tmp_path) is None
 
 
-def test_a_save_that_dies_leaves_the_earlier_checkpoints_and_no_new_one(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
+    """It leaves no new checkpoint, and the next save deletes its temporary files."""
     save_steps(tmp_path, 1)
     for name in ("save_file", "sha256", "_sync"):
         with monkeypatch.context() as patch:
@@ -81,7 +83,8 @@ def test_only_the_newest_are_kept_and_a_step_can_be_saved_again(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
 
 
-def test_a_save_behind_damaged_later_checkpoints_keeps_what_it_wrote(tmp_path):
+def test_corrupted_later_checkpoints_do_not_count_as_newest(tmp_path):
+    """A run that resumed from an earlier step keeps the newest checkpoints that it saved."""
     save_steps(tmp_path, 40, 50)
     for path in checkpoints(tmp_path):
         (path / "model.safetensors").write_bytes(b"")
@@ -107,7 +110,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_model_is_found_by_run_or_checkpoint_or_hugging_face_folder(tmp_path):
+def test_model_loads_from_a_run_or_checkpoint_directory(tmp_path):
     model = small(tie_head=False, n_kv_head=1)
     state = STATE | {"model": vars(model.config), "step": 3}
     save(tmp_path / "run", 3, model_tensors(model), {}, state, keep=0)

@@ -117,7 +117,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         ("auto", {"avx512_bf16": True}, torch.bfloat16), ("auto", {"amx_bf16": True}, torch.bfloat16),
     ],
 )  # fmt: skip
-def test_bfloat16_is_used_where_it_is_asked_for_or_the_device_has_it(dtype, capabilities, expected, monkeypatch):
+def test_bfloat16_is_used_if_requested_or_supported(dtype, capabilities, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     with autocast(CPU, dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected

@@ -39,7 +39,9 @@ def test_matrices_decay_and_the_rest_does_not():
     assert sorted(map(id, decay["params"] + rest["params"])) == sorted(map(id, model.parameters())), "each once"
 
 
-def test_the_rate_warms_up_and_falls_by_a_cosine_over_what_is_left():
+def test_learning_rate_has_warmup_and_cosine_decay():
+    """The cosine covers the steps after the warmup."""
+
     def rate(step):
         return LRSchedule(max_steps=110, warmup_steps=10, min_lr_ratio=0.1).learning_rate(step, max_lr=1.0)
 
@@ -186,7 +188,7 @@ def test_queries_keys_and_values_are_orthogonalised_apart():
     assert not torch.allclose(fused, together, atol=1e-3), "as one matrix it would be another update"
 
 
-def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
+def test_each_modern_parameter_has_one_optimizer_and_its_rate():
     torch.manual_seed(0)
     fields = {"tie_head": False, "value_embeddings": 1, "x0_shortcut": True, "unet": True, "n_kv_head": 1}
     model = ModernGPT(ModernConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **fields))
@@ -203,7 +205,7 @@ def test_every_parameter_of_a_modern_model_has_one_optimizer_and_its_rate():
     assert optimizers[0].splits[model.h[0].attn.c_attn.weight] == [8, 4, 4]
 
 
-def test_cautious_decay_leaves_weights_alone_that_the_update_makes_larger():
+def test_cautious_decay_skips_weights_that_the_update_enlarges():
     def moved(decay: float, cautious: bool) -> torch.Tensor:
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(8, 8))
@@ -271,7 +273,7 @@ def judged(guard: UpdateGuard, losses: list[float]) -> list[tuple[float, float]]
     return [tuple(t.item() for t in guard.judge(torch.tensor(loss), torch.tensor(1.0))) for loss in losses]
 
 
-def test_a_spike_is_held_back_and_changes_little_of_what_is_usual():
+def test_spike_is_skipped_and_barely_changes_the_statistics():
     generator = torch.Generator().manual_seed(0)
     usual = (3 + 0.1 * torch.randn(UpdateGuard.WINDOW, generator=generator)).tolist()
     guard = UpdateGuard(CPU, skip_spikes=6.0)

@@ -115,3 +115,15 @@ def test_mistakes_match_the_code():
     for _, name, _, changes in mistakes.MISTAKES:
         for file, ours, _ in changes:
             assert ours in (ROOT / file).read_text(encoding="utf-8"), f"{name}: {file}"
+
+
+def test_test_names_are_short():
+    """At most 60 characters; the docstring of a test says more."""
+    functions = [
+        node
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(functions) > 300
+    assert [node.name for node in functions if len(node.name) > 60] == []
