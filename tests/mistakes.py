@@ -62,7 +62,7 @@ MISTAKES = [
      [("dataloader.py", "max(0, int(self.offsets[-1]) - 1) //", "max(0, int(self.offsets[-1])) //")]),
     (11, "rows are drawn with replacement", "unit/test_dataloader.py -k every_token_once",
      [("dataloader.py", "        ranges: list[tuple[int, int]] = []\n",
-       "        begin = hash(n) % 7 * self.block_size\n        end = begin + self.block_size + 1\n"
+       "        start = hash(n) % 7 * self.block_size\n        end = start + self.block_size + 1\n"
        "        ranges: list[tuple[int, int]] = []\n")]),
     (11, "a resume repeats the last batch", "unit/test_train.py -k resumed_at_any_step",
      [("train.py", "training.batch_tokens, batch.end", "training.batch_tokens, batch.start")]),
