@@ -78,7 +78,7 @@ def test_filters_that_drop_everything_are_an_error(tmp_path):
 
 
 def test_lengths_are_characters_and_blanks_unicode():
-    """Lengths count characters, not bytes, and Unicode's white space is blank."""
+    """Lengths count characters, not bytes, and all of Unicode's whitespace is blank."""
     assert is_shorter(("ł" * 9 + "x").encode(), 11)
     assert not is_shorter(("ł" * 9 + "x").encode(), 10)
     assert all(map(is_blank, (b"", b" \n\t", "\u3000\xa0\u2003".encode())))

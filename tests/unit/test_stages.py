@@ -14,11 +14,11 @@ from babygpt.data.readers import Task
 from babygpt.data.sources import Unit
 from babygpt.data.workers import Pool
 
-TASKS, TOKENS = 40, 1000  # tasks of a unit, tokens of a task
+TASKS, TOKENS = 40, 1000  # tasks per unit, tokens per task
 
 
 class Source:
-    """Six units of many tasks. Two may be open at once, as with files of the hub."""
+    """Six units with many tasks each. Two may be open at once, as for files from the hub."""
 
     units = [Unit(f"unit {i}", 1000) for i in range(6)]  # noqa: RUF012
     max_open_units = 2
@@ -44,20 +44,20 @@ def write_index(task: Task, stem: str) -> tuple[int, int, None]:
 
 
 @pytest.mark.parametrize("max_tokens", [1, TOKENS * TASKS // 2, TOKENS * TASKS, int(TOKENS * TASKS * 2.5)])
-def test_max_tokens_ends_the_stage_without_reading_on(max_tokens, tmp_path, monkeypatch):
+def test_tokenize_stage_stops_at_max_tokens(max_tokens, tmp_path, monkeypatch):
     """The stage returns although units are unfinished, and fetches at most one unit more than it needs."""
     monkeypatch.setattr(stages, "tokenize_task", write_index)
-    work, source, found = SimpleNamespace(parts=str(tmp_path), scratch=tmp_path), Source(), []
+    work, source, parts = SimpleNamespace(parts=str(tmp_path), scratch=tmp_path), Source(), []
 
     def run() -> None:
-        with ThreadPoolExecutor(1) as threads:  # one thread: tasks finish in order, so their number is predictable
-            found.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens))
+        with ThreadPoolExecutor(1) as threads:  # one thread: tasks finish in order, so their number is known
+            parts.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens))
 
-    thread = threading.Thread(target=run, daemon=True)  # a daemon thread does not block the exit of pytest if it hangs
+    thread = threading.Thread(target=run, daemon=True)  # pytest can exit even if a daemon thread hangs
     thread.start()
     thread.join(30)
     assert not thread.is_alive(), "the stage hangs"
     needed = -(-max_tokens // TOKENS)
-    assert needed <= len(found) <= needed + 8, "tasks in flight: up to 8"
+    assert needed <= len(parts) <= needed + 8, "up to 8 tasks are in flight"
     assert len(source.fetched) <= -(-needed // TASKS) + 1
-    assert len(list(Path(tmp_path).glob("*.npz"))) == len(found)
+    assert len(list(Path(tmp_path).glob("*.npz"))) == len(parts)
