@@ -85,8 +85,8 @@ class Plan:
 
     stems: list[str]  # of the parts, in source order
     decisions: np.ndarray  # (documents,) uint8
-    first_document: np.ndarray  # (parts + 1,), number of each part's first document, then of all documents
-    first_token: dict[str, np.ndarray]  # split -> (parts + 1,), position of each part's first token, then the length
+    first_document: np.ndarray  # (parts + 1,), each part's first document, then the number of documents
+    first_token: dict[str, np.ndarray]  # split -> (parts + 1,), each part's first token, then the number of tokens
     documents: dict[str, int]  # decision -> documents
     filtered_by: dict[str, int]  # filter -> documents
     text_bytes: dict[str, int]  # split -> bytes of UTF-8
@@ -98,8 +98,8 @@ class Plan:
     def pieces(self, split: str, start: int, stop: int) -> list[Piece]:
         """Return the pieces of parts that contain tokens start ... stop - 1 of a split, in order.
 
-        A piece is (stem, in_split, start, stop): of the documents that `in_split`, (documents of the part,) bool,
-        selects, it contains tokens start ... stop - 1.
+        A piece is (stem, in_split, start, stop): tokens start ... stop - 1 of the documents of a part that `in_split`,
+        (documents,) bool, selects.
         """
         first, pieces = self.first_token[split], []
         for i in range(int(np.searchsorted(first, start, "right")) - 1, int(np.searchsorted(first, stop, "left"))):
