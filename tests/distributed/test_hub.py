@@ -124,7 +124,7 @@ def test_ctrl_c_prints_how_to_resume(start, server, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130, stderr
-    assert "to resume, run the same command again" in stderr
+    assert "To resume, run the same command again." in stderr
     assert "Traceback" not in stderr
 
 
