@@ -93,7 +93,7 @@ MISTAKES = [
      [("babygpt/data/shards.py", "    if size != expected:", "    if False:")]),
     (17, "a token id that is too large for its dtype wraps around", "unit/test_shards.py",
      [("babygpt/data/shards.py", "            if len(piece) and not 0 <=", "            if False and not 0 <=")]),
-    (17, "a corrupted checkpoint is loaded", "unit/test_checkpoint.py -k damaged",
+    (17, "a corrupted checkpoint is loaded", "unit/test_checkpoint.py -k corrupted_file",
      [("babygpt/training/checkpoint.py", "    if wrong:\n", "    if False:\n")]),
     (18, "every decode step recomputes the prefix", "unit/test_sample.py -k computes_one_token",
      [("babygpt/nn/generation.py", "        if cache.length < T:", "        if False:")]),

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest sound one wins, nothing damaged or hostile is loaded."""
+"""Checkpoints: saves are atomic, the newest intact one is loaded, and corrupted or malicious files are refused."""
 
 import json
 import os
@@ -28,17 +28,18 @@ def save_steps(run, *steps: int, keep: int = 0) -> GPT:
     return model
 
 
-def test_what_is_saved_comes_back_equal_to_the_bit(tmp_path):
+def test_loaded_checkpoint_equals_the_saved_one(tmp_path):
+    """Its tensors are bitwise equal, and a tied head is stored once."""
     model = save_steps(tmp_path, 7)
     loaded = load(latest(tmp_path))
     assert loaded.state["step"] == 7
     assert loaded.optimizer["w"]["step"] == 7
     assert all(torch.equal(loaded.model[name], tensor) for name, tensor in model_tensors(model).items())
-    assert "lm_head.weight" not in loaded.model, "a tied head is stored once"
+    assert "lm_head.weight" not in loaded.model
 
 
 def test_latest_checkpoint_skips_incomplete_ones(tmp_path, capsys):
-    """The latest checkpoint is the complete one with the highest step."""
+    """The latest checkpoint is the complete one with the highest step, compared as a number."""
     save_steps(tmp_path, 9, 10, 100)
     assert latest(tmp_path).name == "step_00000100"
     (tmp_path / "checkpoints" / "step_00000100" / "manifest.json").unlink()
@@ -49,15 +50,16 @@ def test_latest_checkpoint_skips_incomplete_ones(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_a_damaged_file_is_refused_by_name(file, harm, tmp_path):
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_corrupted_file_is_refused_by_name(file, damage, tmp_path):
+    """A flipped bit, a truncated file or a missing file makes `load` fail and `latest` skip the checkpoint."""
     save_steps(tmp_path, 1)
     path = tmp_path / "checkpoints" / "step_00000001" / file
     data = bytearray(path.read_bytes())
-    if harm == "flip":
+    if damage == "flip":
         data[len(data) // 2] ^= 1
-    path.write_bytes(data[:-1] if harm == "cut" else data)
-    if harm == "remove":
+    path.write_bytes(data[:-1] if damage == "truncate" else data)
+    if damage == "remove":
         path.unlink()
     with pytest.raises(UserError, match="step_00000001 is (corrupted: " + file + "|incomplete)"):
         load(path.parent)
@@ -75,10 +77,12 @@ def test_failed_save_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
         assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
         assert latest(tmp_path).name == "step_00000001"
     save_steps(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"], "nothing stale is left"
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"], (
+        "no temporary directory is left"
+    )
 
 
-def test_only_the_newest_are_kept_and_a_step_can_be_saved_again(tmp_path):
+def test_save_keeps_the_newest_and_replaces_an_equal_step(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4, 4, keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
 
@@ -93,24 +97,26 @@ def test_corrupted_later_checkpoints_do_not_count_as_newest(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)][:2] == ["step_00000020", "step_00000030"]
 
 
-def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
+    """Even if the manifest has the hash of the malicious file."""
     save_steps(tmp_path, 1)
-    folder = tmp_path / "checkpoints" / "step_00000001"
+    path = tmp_path / "checkpoints" / "step_00000001"
 
-    class Hostile:
+    class Malicious:
         def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
+            return os.mkdir, (str(tmp_path / "executed"),)
 
-    torch.save(Hostile(), folder / "optimizer.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["optimizer.pt"] = checkpoint.sha256(folder / "optimizer.pt")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    torch.save(Malicious(), path / "optimizer.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["optimizer.pt"] = checkpoint.sha256(path / "optimizer.pt")
+    (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="could execute code"):
-        load(folder)
-    assert not (tmp_path / "owned").exists()
+        load(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_model_loads_from_a_run_or_checkpoint_directory(tmp_path):
+    """With its step, tokenizer and configuration, in eval mode."""
     model = small(tie_head=False, n_kv_head=1)
     state = STATE | {"model": vars(model.config), "step": 3}
     save(tmp_path / "run", 3, model_tensors(model), {}, state, keep=0)
@@ -123,26 +129,27 @@ def test_model_loads_from_a_run_or_checkpoint_directory(tmp_path):
         GPT.from_pretrained(tmp_path / "none")
 
 
-def test_settings_of_a_later_version_are_refused_by_name(tmp_path):
+def test_checkpoint_with_invalid_model_fields_is_refused(tmp_path):
+    """An unknown field, and a number of layers or value embeddings that does not match the weights."""
     state = {"step": 1, "model": vars(small().config) | {"hyperdrive": True}, "tokenizer": {"name": "gpt2"}}
     path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
     with pytest.raises(UserError, match="unexpected keyword argument 'hyperdrive'"):
         GPT.from_pretrained(path)
     for config in (vars(small().config) | {"n_layer": 10**9}, vars(ModernConfig()) | {"value_embeddings": 10**9}):
-        state = {"step": 1, "model": config, "tokenizer": {"name": "gpt2"}}  # not built: it would take forever
+        state = {
+            "step": 1,
+            "model": config,
+            "tokenizer": {"name": "gpt2"},
+        }  # refused before it is built, which would take too long
         path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
         with pytest.raises(UserError, match="1,000,000,000 layers, but only"):
             GPT.from_pretrained(path)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Hugging Face directories
+def test_full_disk_is_reported_with_the_system_error(tmp_path):
+    """If a write inside torch.save fails, the message has the system's error, not that of PyTorch's zip writer."""
 
-
-def test_full_disk_is_reported_as_a_full_disk(tmp_path):
-    """A write that fails inside torch.save raises the system's error, not that of PyTorch's zip writer."""
-
-    def save_on_a_small_disk() -> None:
+    def save_with_file_size_limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         optimizer = {"wte.weight": {"exp_avg": torch.zeros(100_000)}}
@@ -152,7 +159,7 @@ def test_full_disk_is_reported_as_a_full_disk(tmp_path):
 
     if (child := os.fork()) == 0:
         try:
-            save_on_a_small_disk()
+            save_with_file_size_limit()
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0

@@ -1,4 +1,4 @@
-"""log.csv and samples.txt: each step once, floats to the bit, whatever was cut off."""
+"""log.csv and samples.txt: floats are exact, and each step occurs once after any resume."""
 
 import math
 import random
@@ -14,7 +14,7 @@ def row(step: int) -> dict:
     return {"step": step, "tokens": step * 100, "epoch": 0, "loss": rng.random() * math.pi, "lr": 1e-4 * rng.random()}
 
 
-def test_rows_read_back_to_the_bit(tmp_path):
+def test_rows_are_read_back_exactly(tmp_path):
     log = Log(tmp_path / "log.csv")
     for step in range(50):
         log.write(row(step))
@@ -23,20 +23,22 @@ def test_rows_read_back_to_the_bit(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("cut", [1, 7, 40])
-def test_a_resume_keeps_earlier_rows_and_every_step_stands_once(cut, tmp_path):
+@pytest.mark.parametrize("num_bytes", [1, 7, 40])
+def test_resumed_log_has_every_step_once(num_bytes, tmp_path):
+    """Even if the last line of the previous process is incomplete. Rows before the resumed step are kept."""
     path = tmp_path / "log.csv"
     log = Log(path)
     for step in range(20):
         log.write(row(step))
-    path.write_bytes(path.read_bytes()[:-cut])  # a kill in the middle of a line
+    path.write_bytes(path.read_bytes()[:-num_bytes])  # the process was killed while it wrote a line
     log = Log(path, step=12)
     for step in range(12, 20):
         log.write(row(step))
     assert [read["step"] for read in read_log(path)] == list(range(20))
 
 
-def test_a_file_that_is_no_log_is_refused_and_a_bad_line_named(tmp_path):
+def test_other_csv_file_and_corrupted_line_are_refused(tmp_path):
+    """A corrupted line is accepted only if a resume removes it anyway."""
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"other.csv is not a log"):
         read_log(tmp_path / "other.csv")
@@ -45,20 +47,20 @@ def test_a_file_that_is_no_log_is_refused_and_a_bad_line_named(tmp_path):
         file.write("zero,1,0" + "," * 10 + "\n")
     with pytest.raises(UserError, match=r"log.csv, line 3"):
         read_log(tmp_path / "log.csv")
-    Log(tmp_path / "log.csv", 1)  # what would be cut anyhow may be damaged
+    Log(tmp_path / "log.csv", 1)  # the corrupted line is removed
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [0]
     (tmp_path / "log.csv").write_bytes(bytes(100) + b"\n")
     Log(tmp_path / "log.csv")
     assert read_log(tmp_path / "log.csv") == []
 
 
-def test_samples_are_rows_of_a_table_and_are_cut_at_a_resume(tmp_path):
+def test_samples_are_table_rows_and_resume_removes_later_ones(tmp_path):
     samples = Samples(tmp_path / "samples.txt", 0)
-    odd = "a\x0bb\x0cc\x1cd\x85e\u2028f"  # what splitlines would take for the end of a line
+    separators = "a\x0bb\x0cc\x1cd\x85e\u2028f"  # str.splitlines would split at each
     for step in (5, 10, 15):
-        samples.write(step, [f"one | at\n{step}", odd])
+        samples.write(step, [f"one | at\n{step}", separators])
     with open(tmp_path / "samples.txt", "ab") as file:
-        file.write(b"| 10 | \xff")  # a disk's fault
+        file.write(b"| 10 | \xff")  # not UTF-8, as after a power failure
     Samples(tmp_path / "samples.txt", 10)
-    expected = Samples.HEADER + f"| 5 | one \\| at<br>5 |\n| 5 | {odd} |\n"
+    expected = Samples.HEADER + f"| 5 | one \\| at<br>5 |\n| 5 | {separators} |\n"
     assert (tmp_path / "samples.txt").read_bytes().decode() == expected

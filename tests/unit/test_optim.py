@@ -1,4 +1,4 @@
-"""The optimizer: who decays, how the rate moves, and a guard that the device alone works."""
+"""AdamW, Muon, the learning-rate schedule, and the guard that skips updates on the device."""
 
 import math
 import statistics
@@ -23,105 +23,107 @@ from model import GPT, GPTConfig, ModernConfig, ModernGPT
 CPU = torch.device("cpu")
 
 
-def tiny() -> GPT:
+def tiny_model() -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=8))
 
 
-def test_matrices_decay_and_the_rest_does_not():
-    model = tiny()
+def test_weight_decay_applies_to_matrices_only():
+    model = tiny_model()
     (optimizer,) = adamw(model, max_lr=1.0, weight_decay=0.1)
-    decay, rest = optimizer.param_groups
+    decay, no_decay = optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    assert {names[id(p)].split(".")[-1] for p in rest["params"]} == {"bias", "weight"}
-    assert all("ln_" in names[id(p)] or names[id(p)].endswith("bias") for p in rest["params"])
-    assert sorted(map(id, decay["params"] + rest["params"])) == sorted(map(id, model.parameters())), "each once"
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
+    assert {names[id(p)].split(".")[-1] for p in no_decay["params"]} == {"bias", "weight"}
+    assert all("ln_" in names[id(p)] or names[id(p)].endswith("bias") for p in no_decay["params"])
+    assert sorted(map(id, decay["params"] + no_decay["params"])) == sorted(map(id, model.parameters()))
 
 
 def test_learning_rate_has_warmup_and_cosine_decay():
-    """The cosine covers the steps after the warmup."""
+    """The cosine covers the steps after warmup, not all steps."""
 
-    def rate(step):
+    def learning_rate(step):
         return LRSchedule(max_steps=110, warmup_steps=10, min_lr_ratio=0.1).learning_rate(step, max_lr=1.0)
 
-    assert [rate(0), rate(4), rate(9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert rate(10) == 1.0
-    assert rate(60) == pytest.approx(0.55), "half way between warm-up and end, not between 0 and end"
-    assert rate(110) == pytest.approx(0.1)
-    assert rate(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert [learning_rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(10) == 1.0
+    assert learning_rate(60) == pytest.approx(0.55), "step 60 is halfway between the end of warmup and the last step"
+    assert learning_rate(110) == pytest.approx(0.1)
+    assert learning_rate(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert LRSchedule(max_steps=1, min_lr_ratio=0.1).learning_rate(0, max_lr=1.0) == 1.0
 
 
-def test_a_step_equals_adamw_written_out():
-    model = tiny()
+def test_adamw_equals_its_formula_in_float64():
+    model = tiny_model()
     (optimizer,) = adamw(model, max_lr=0.01, weight_decay=0.1)
     w = model.h[0].mlp.c_fc.weight
-    before, m, v = w.detach().clone().double(), 0.0, 0.0
+    expected, m, v = w.detach().clone().double(), 0.0, 0.0
     for step in range(1, 4):
         optimizer.zero_grad()
         model(torch.arange(16)[None], torch.arange(16)[None]).backward()
         g = w.grad.double()
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        before = before * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
         for group in optimizer.param_groups:
             group["lr"] = 0.01
         optimizer.step()
-        torch.testing.assert_close(w.detach().double(), before, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(w.detach().double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_shut_gate_leaves_weights_and_moments_alone():
-    model = tiny()
+def test_found_inf_skips_the_update_of_adamw():
+    """Weights, moments and step counts stay unchanged."""
+    model = tiny_model()
     (optimizer,) = optimizers = adamw(model, max_lr=0.01, weight_decay=0.1)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
-    for guard in (0.0, 1.0):
+    for found_inf in (0.0, 1.0):
         before = [p.detach().clone() for p in model.parameters()]
         state = optimizer_state(optimizers, model)
         optimizer.zero_grad()
-        (model(torch.arange(16)[None], torch.arange(16)[None]) * (1.0 if guard == 0 else math.nan)).backward()
-        optimizer.found_inf = torch.tensor(guard)
+        (model(torch.arange(16)[None], torch.arange(16)[None]) * (1.0 if found_inf == 0 else math.nan)).backward()
+        optimizer.found_inf = torch.tensor(found_inf)
         optimizer.step()
-        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        assert same == (guard == 1)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert unchanged == (found_inf == 1)
     after = optimizer_state(optimizers, model)
     assert all(torch.equal(after[name][key], state[name][key]) for name in state for key in state[name])
     assert after["wte.weight"]["step"] == 1
 
 
-def test_state_by_name_comes_back_whatever_the_groups():
-    model, other = tiny(), tiny()
+def test_optimizer_state_loads_into_other_parameter_groups():
+    """The state is stored by parameter name, so it does not depend on the groups."""
+    model, other_model = tiny_model(), tiny_model()
     (optimizer,) = optimizers = adamw(model, 0.01, 0.1)
-    another = [torch.optim.AdamW(other.parameters(), lr=0.01, fused=True)]
+    other_optimizers = [torch.optim.AdamW(other_model.parameters(), lr=0.01, fused=True)]
     model(torch.arange(16)[None], torch.arange(16)[None]).backward()
     optimizer.step()
     state = optimizer_state(optimizers, model)
     assert set(state) == {name for name, _ in model.named_parameters()}
-    load_optimizer_state(another, other, state)
-    again = optimizer_state(another, other)
-    assert all(torch.equal(state[name][key], again[name][key]) for name in state for key in state[name])
+    load_optimizer_state(other_optimizers, other_model, state)
+    loaded = optimizer_state(other_optimizers, other_model)
+    assert all(torch.equal(state[name][key], loaded[name][key]) for name in state for key in state[name])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Muon
 
 
-def tall_and_wide() -> list[torch.nn.Parameter]:
+def make_matrices() -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (16, 16), (24, 8))]
 
 
-def steps(optimizers, parameters, count: int = 3, seed: int = 5) -> None:
-    """Some updates with the same random gradients every time."""
+def run_steps(optimizers, parameters, num_steps: int = 3, seed: int = 5) -> None:
+    """Update parameters with random gradients, which depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
+    for _ in range(num_steps):
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=generator)
         for optimizer in optimizers:
             optimizer.step()
 
 
-def test_orthogonalize_brings_singular_values_near_one():
+def test_orthogonalize_moves_singular_values_close_to_one():
     for shape in ((3, 32, 8), (2, 8, 32), (1, 16, 16)):
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
         assert values.min() > 0.3
@@ -129,104 +131,107 @@ def test_orthogonalize_brings_singular_values_near_one():
         assert abs(values.median() - 0.95) < 0.25
 
 
-def test_muon_equals_pytorchs_on_plain_matrices():
-    ours, theirs = tall_and_wide(), tall_and_wide()
-    mine = Muon({p: [p.size(0)] for p in ours}, max_lr=0.02, weight_decay=0.1)
-    mine.param_groups[0]["lr"] = 0.02
-    steps([mine], ours)
-    steps([torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)], theirs)
+def test_muon_equals_torch_optim_muon():
+    ours, theirs = make_matrices(), make_matrices()
+    optimizer = Muon({p: [p.size(0)] for p in ours}, max_lr=0.02, weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 0.02
+    run_steps([optimizer], ours)
+    run_steps([torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)], theirs)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # of updates of 0.02: bfloat16's rounding
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # bfloat16 rounding of updates of 0.02
 
 
-def test_muon_runs_few_operations_whatever_the_depth():
-    """Matrices of one shape are updated in one batch, and tall ones join the wide; a foreach call counts once."""
+def test_muon_updates_matrices_of_one_shape_in_one_batch():
+    """Tall matrices are transposed into the batch of the wide ones. A foreach call counts as one operation."""
 
-    class Shapes(TorchDispatchMode):
-        """Counts operations that launch kernels, and notes the batches that are orthogonalized."""
+    class OperationCounter(TorchDispatchMode):
+        """Count operations that launch kernels, and record the shapes of the batches that are orthogonalized."""
 
         def __init__(self):
             super().__init__()
-            self.count, self.batches = 0, set()
+            self.count, self.batch_shapes = 0, set()
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             self.count += not operation.is_view
             if operation.overloadpacket is torch.ops.aten.baddbmm:
-                self.batches.add(tuple(args[0].shape))
+                self.batch_shapes.add(tuple(args[0].shape))
             return operation(*args, **(kwargs or {}))
 
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=8))
     optimizer, _ = muon(model, 0.04, 0.6, 0.008, 0.03)
     model(torch.arange(16)[None], torch.arange(16)[None]).backward()
     for _ in range(2):
-        with Shapes() as shapes:
+        with OperationCounter() as counter:
             optimizer.step()
-    assert shapes.batches == {(48, 8, 8), (24, 8, 8), (24, 8, 32)}  # the Gram matrices are (8, 8)
-    assert shapes.count < 150  # 574 when each matrix was updated by itself
+    assert counter.batch_shapes == {(48, 8, 8), (24, 8, 8), (24, 8, 32)}  # the Gram matrices are (8, 8)
+    assert counter.count < 150  # 574 if each matrix is updated separately
 
 
-def test_queries_keys_and_values_are_orthogonalised_apart():
+def test_queries_keys_values_are_orthogonalized_separately():
     torch.manual_seed(0)
-    together = torch.nn.Parameter(torch.randn(16, 8))
-    start = together.detach().clone()
-    apart = [torch.nn.Parameter(piece.clone()) for piece in start.split([8, 4, 4])]
-    one, three = Muon({together: [8, 4, 4]}, 0.02), Muon({p: [p.size(0)] for p in apart}, 0.02)
-    for optimizer in (one, three):
+    stacked = torch.nn.Parameter(torch.randn(16, 8))
+    start = stacked.detach().clone()
+    separate = [torch.nn.Parameter(piece.clone()) for piece in start.split([8, 4, 4])]
+    stacked_muon = Muon({stacked: [8, 4, 4]}, 0.02)
+    separate_muon = Muon({p: [p.size(0)] for p in separate}, 0.02)
+    for optimizer in (stacked_muon, separate_muon):
         optimizer.param_groups[0]["lr"] = 0.02
     grad = torch.randn(16, 8)
-    together.grad = grad
-    for p, piece in zip(apart, grad.split([8, 4, 4]), strict=True):
+    stacked.grad = grad
+    for p, piece in zip(separate, grad.split([8, 4, 4]), strict=True):
         p.grad = piece.clone()
-    one.step()
-    three.step()
-    torch.testing.assert_close(together.detach(), torch.cat([p.detach() for p in apart]))
-    fused = torch.nn.Parameter(start.clone())
-    fused.grad = grad
-    whole = Muon({fused: [16]}, 0.02)
-    whole.param_groups[0]["lr"] = 0.02
-    whole.step()
-    assert not torch.allclose(fused, together, atol=1e-3), "as one matrix it would be another update"
+    stacked_muon.step()
+    separate_muon.step()
+    torch.testing.assert_close(stacked.detach(), torch.cat([p.detach() for p in separate]))
+    unsplit = torch.nn.Parameter(start.clone())
+    unsplit.grad = grad
+    unsplit_muon = Muon({unsplit: [16]}, 0.02)
+    unsplit_muon.param_groups[0]["lr"] = 0.02
+    unsplit_muon.step()
+    assert not torch.allclose(unsplit, stacked, atol=1e-3), "the update of an unsplit matrix must differ"
 
 
-def test_each_modern_parameter_has_one_optimizer_and_its_rate():
+def test_modern_parameters_have_the_learning_rate_of_their_kind():
+    """Every parameter belongs to exactly one group of one optimizer."""
     torch.manual_seed(0)
     fields = {"tie_head": False, "value_embeddings": 1, "x0_shortcut": True, "unet": True, "n_kv_head": 1}
     model = ModernGPT(ModernConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **fields))
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
     names = {p: name for name, p in model.named_parameters()}
-    rates = {names[p]: g["max_lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
-    assert len(rates) == sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(names)
-    assert {name for name, rate in rates.items() if rate == 0.04} == {
+    peak_lrs = {names[p]: g["max_lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert len(peak_lrs) == sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(names)
+    assert {name for name, lr in peak_lrs.items() if lr == 0.04} == {
         f"h.{i}.{part}.weight" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    assert (rates["wte.weight"], rates["vte.0.weight"], rates["lm_head.weight"]) == (0.6, 0.6, 0.008)
+    assert (peak_lrs["wte.weight"], peak_lrs["vte.0.weight"], peak_lrs["lm_head.weight"]) == (0.6, 0.6, 0.008)
     scalars = ("skip_lambdas", "h.1.attn.value_lambdas", "h.0.x0_lambdas", "ln_f.bias")
-    assert {rates[name] for name in scalars} == {0.03}
+    assert {peak_lrs[name] for name in scalars} == {0.03}
     assert optimizers[0].splits[model.h[0].attn.c_attn.weight] == [8, 4, 4]
 
 
 def test_cautious_decay_skips_weights_that_the_update_enlarges():
-    def moved(decay: float, cautious: bool) -> torch.Tensor:
+    def updated_weights(decay: float, cautious: bool) -> torch.Tensor:
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(8, 8))
         optimizer = Muon({p: [8]}, 0.1, decay, cautious=cautious)
         optimizer.param_groups[0]["lr"] = 0.1
-        steps([optimizer], [p], 1)
+        run_steps([optimizer], [p], 1)
         return p.detach()
 
     torch.manual_seed(0)
     before = torch.randn(8, 8)
-    update = before - moved(0.0, False)
+    update = before - updated_weights(0.0, False)
     expected = before - update - 0.1 * 0.5 * before * (update * before > 0)
-    torch.testing.assert_close(moved(0.5, True), expected)
-    torch.testing.assert_close(moved(0.5, False), before - update - 0.1 * 0.5 * before)
+    torch.testing.assert_close(updated_weights(0.5, True), expected)
+    torch.testing.assert_close(updated_weights(0.5, False), before - update - 0.1 * 0.5 * before)
 
 
-def test_a_shut_gate_leaves_muon_alone_too():
-    parameters = tall_and_wide()
+def test_found_inf_skips_the_update_of_muon():
+    """Weights and momentum stay unchanged, and the next update is applied."""
+    parameters = make_matrices()
     optimizer = Muon({p: [p.size(0)] for p in parameters}, 0.02, 0.1, cautious=True)
     optimizer.param_groups[0]["lr"] = 0.02
-    steps([optimizer], parameters, 1)
+    run_steps([optimizer], parameters, 1)
     before = [p.detach().clone() for p in parameters]
     momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
     optimizer.found_inf = torch.tensor(1.0)
@@ -237,20 +242,21 @@ def test_a_shut_gate_leaves_muon_alone_too():
     after = [optimizer.state[p]["momentum_buffer"] for p in parameters]
     assert all(torch.equal(a, b) for a, b in zip(momentum, after, strict=True))
     optimizer.found_inf = torch.tensor(0.0)
-    steps([optimizer], parameters, 1)
+    run_steps([optimizer], parameters, 1)
     assert not torch.equal(before[0], parameters[0])
 
 
-def test_a_constant_rate_cools_down_linearly():
-    def rate(step):
+def test_cooldown_decays_linearly_after_a_constant_rate():
+    def learning_rate(step):
         return LRSchedule(max_steps=100, cooldown=0.4).learning_rate(step, max_lr=1.0)
 
-    assert [rate(0), rate(30), rate(60)] == [1.0, 1.0, 1.0]
-    assert [rate(70), rate(80), rate(99), rate(100)] == pytest.approx([0.75, 0.5, 0.025, 0.0])
+    assert [learning_rate(step) for step in (0, 30, 60)] == [1.0, 1.0, 1.0]
+    assert [learning_rate(step) for step in (70, 80, 99, 100)] == pytest.approx([0.75, 0.5, 0.025, 0.0])
 
 
-def test_momentum_warms_up_and_every_group_gets_its_own_rate():
-    model = tiny()
+def test_momentum_warms_up_and_each_group_scales_its_peak_lr():
+    """The schedule scales the peak learning rate of each group, and Muon's momentum rises from 0.85 to 0.95."""
+    model = tiny_model()
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
     schedule = LRSchedule(max_steps=100, warmup_steps=2, cooldown=0.4, momentum_warmup_steps=10)
     assert set_learning_rates(optimizers, schedule, 0) == 0.02
@@ -260,53 +266,56 @@ def test_momentum_warms_up_and_every_group_gets_its_own_rate():
     set_learning_rates(optimizers, schedule, 80)
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
     assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.02, 0.3, 0.004, 0.015])
-    assert optimizers[1].param_groups[1]["params"] == [model.wte.weight], "a tied table is a head"
+    assert optimizers[1].param_groups[1]["params"] == [model.wte.weight], "a tied wte is in the head's group"
     set_learning_rates(optimizers, LRSchedule(max_steps=100), 0)
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the guard
+# the update guard
 
 
-def judged(guard: UpdateGuard, losses: list[float]) -> list[tuple[float, float]]:
+def judge(guard: UpdateGuard, losses: list[float]) -> list[tuple[float, float]]:
+    """Return (skip_update, z_score) of each loss, with a gradient norm of 1."""
     return [tuple(t.item() for t in guard.judge(torch.tensor(loss), torch.tensor(1.0))) for loss in losses]
 
 
 def test_spike_is_skipped_and_barely_changes_the_statistics():
+    """A second spike is skipped, too, also by a guard restored from `losses()`; without `skip_spikes`, none is."""
     generator = torch.Generator().manual_seed(0)
-    usual = (3 + 0.1 * torch.randn(UpdateGuard.WINDOW, generator=generator)).tolist()
+    losses = (3 + 0.1 * torch.randn(UpdateGuard.WINDOW, generator=generator)).tolist()
     guard = UpdateGuard(CPU, skip_spikes=6.0)
-    assert all(held == 0 and z == 0 for held, z in judged(guard, usual)), "nothing is known yet"
-    [(held, z)] = judged(guard, [5.0])
-    assert held == 1
-    assert z == pytest.approx((5.0 - statistics.mean(usual)) / statistics.stdev(usual), rel=1e-4)
-    [(held, z), (held_again, _)] = judged(guard, [3.1, 5.0])
-    assert (held, held_again) == (0, 1)
+    assert all(skipped == 0 and z == 0 for skipped, z in judge(guard, losses)), "the window is not full yet"
+    [(skipped, z)] = judge(guard, [5.0])
+    assert skipped == 1
+    assert z == pytest.approx((5.0 - statistics.mean(losses)) / statistics.stdev(losses), rel=1e-4)
+    [(skipped, z), (second_spike_skipped, _)] = judge(guard, [3.1, 5.0])
+    assert (skipped, second_spike_skipped) == (0, 1)
     assert abs(z) < 2
-    assert judged(UpdateGuard(CPU, None, usual), [5.0])[0][0] == 0, "only where it is asked for"
-    assert judged(UpdateGuard(CPU, 6.0, guard.losses()), [5.0])[0] == judged(guard, [5.0])[0], "goes on as it was"
+    assert judge(UpdateGuard(CPU, None, losses), [5.0])[0][0] == 0, "skip_spikes is off"
+    assert judge(UpdateGuard(CPU, 6.0, guard.losses()), [5.0])[0] == judge(guard, [5.0])[0], "resumed"
 
 
-def test_a_rise_that_lasts_is_not_held_back_for_ever():
+def test_persistent_rise_of_the_loss_is_not_skipped_forever():
     guard = UpdateGuard(CPU, skip_spikes=3.0)
-    judged(guard, [3.0 + 0.01 * (i % 5) for i in range(UpdateGuard.WINDOW)])
-    held = [held for held, _ in judged(guard, [4.0] * 200)]
-    assert held[0] == 1
-    assert held[-1] == 0
+    judge(guard, [3.0 + 0.01 * (i % 5) for i in range(UpdateGuard.WINDOW)])
+    skipped = [skip_update for skip_update, _ in judge(guard, [4.0] * 200)]
+    assert skipped[0] == 1
+    assert skipped[-1] == 0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_number_that_is_not_finite_holds_back_all_that_follows(bad):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_or_norm_halts_all_updates(value):
+    """This update and all later ones are skipped."""
     for guard in (UpdateGuard(CPU), UpdateGuard(CPU, 6.0)):
-        assert judged(guard, [3.0, bad, 3.0])[0][0] == 0
-        assert [held for held, _ in judged(guard, [3.0, 3.0])] == [1, 1]
+        assert judge(guard, [3.0, value, 3.0])[0][0] == 0
+        assert [skip_update for skip_update, _ in judge(guard, [3.0, 3.0])] == [1, 1]
     guard = UpdateGuard(CPU)
-    assert guard.judge(torch.tensor(3.0), torch.tensor(bad))[0] == 1
+    assert guard.judge(torch.tensor(3.0), torch.tensor(value))[0] == 1
 
 
 def test_zero_gradient_norm_halts_all_updates():
-    """A norm of exactly zero is an error of the model or a kernel: no update is applied from there on."""
+    """A norm of exactly zero is an error of the model or a kernel: this update and all later ones are skipped."""
     guard = UpdateGuard(CPU)
     loss = torch.tensor(3.0)
     assert [guard.judge(loss, torch.tensor(norm))[0] for norm in (1e-30, 0.0, 1.0)] == [0, 1, 1]

@@ -127,3 +127,13 @@ def test_test_names_are_short():
     ]
     assert len(functions) > 300
     assert [node.name for node in functions if len(node.name) > 60] == []
+
+
+def test_selectors_of_mistakes_match_tests():
+    """Every `-k` selector in tests/mistakes.py, up to a parametrize id, occurs in the name of a test of its file."""
+    for _, name, tests, _ in mistakes.MISTAKES:
+        file, _, selector = tests.partition(" -k ")
+        module = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        functions = [node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
+        part = selector.partition("[")[0]
+        assert any(f.startswith("test_") and part in f for f in functions), f"{name}: {tests} selects no test"

@@ -1,4 +1,4 @@
-"""Settings: presets are what they say, flags change one field, mistakes are told."""
+"""Presets, command-line flags, and the checks of a configuration."""
 
 import dataclasses
 import re
@@ -31,16 +31,16 @@ def problems(config: Config, world_size: int = 1) -> list[str]:
     return []
 
 
-def parameters(name: str, vocab_size: int = 50257) -> int:
+def num_params(name: str, vocab_size: int = 50257) -> int:
     with torch.device("meta"):
         return build_model(dataclasses.replace(preset(name).model, vocab_size=vocab_size)).num_params()
 
 
-def test_the_default_is_gpt2_124m_on_10_billion_tokens():
+def test_default_is_gpt2_124m_on_10_billion_tokens():
     name, config = parse([])
     assert name == "gpt2"
     assert config == variant(Config(), general={"out_dir": Path("out/gpt2")})
-    assert parameters("gpt2") == 124_439_808
+    assert num_params("gpt2") == 124_439_808
     assert config.training.max_steps * config.training.batch_tokens == pytest.approx(10e9, rel=1e-4)
     o = config.optimizer
     assert (o.max_lr, o.min_lr_ratio, o.warmup_steps, o.weight_decay, o.grad_clip) == (6e-4, 0.1, 715, 0.1, 1.0)
@@ -53,19 +53,19 @@ def test_the_default_is_gpt2_124m_on_10_billion_tokens():
     [("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558), ("babygpt-en", 124), ("edu-270m", 268),
      ("gpt-xs", 124), ("smollgpt", 135)],
 )  # fmt: skip
-def test_presets_have_the_size_they_are_known_by(name, millions):
-    assert parameters(name) / 1e6 == pytest.approx(millions, abs=0.6)
+def test_presets_have_their_published_size(name, millions):
+    assert num_params(name) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_every_preset_passes_the_checks(name, world_size):
+def test_every_preset_is_valid(name, world_size):
     if (name, world_size) == ("demo", 8):
-        return  # a demo is for one or two processes
+        return  # the demo runs on one or two processes
     assert problems(preset(name), world_size) == []
 
 
-def test_a_flag_changes_its_field_alone():
+def test_flag_changes_only_its_field():
     _, config = parse(["smollgpt", "--model.dropout", "0.2", "--general.mode", "val", "eval", "--model.no-bias"])
     expected = variant(
         preset("smollgpt"),
@@ -90,7 +90,7 @@ def test_help_shows_every_field_with_its_comment(name, capsys, monkeypatch):
     assert "tokens per optimizer step, over all ranks" in text
 
 
-def test_an_unknown_preset_gets_the_nearest_name():
+def test_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"no preset 'gpt2-medum'. Did you mean 'gpt2-medium'\?"):
         parse(["gpt2-medum"])
 
@@ -107,25 +107,27 @@ def test_an_unknown_preset_gets_the_nearest_name():
         ("general", "timeout_minutes", 1e300), ("data", "num_streams", 0), ("validation", "every_n_steps", -5),
     ],
 )  # fmt: skip
-def test_a_value_out_of_range_is_told_with_its_flag(section, field, value):
+def test_value_out_of_range_is_refused_by_flag(section, field, value):
     (problem,) = problems(variant(Config(), **{section: {field: value}}), world_size=8)
     assert problem.startswith(f"--{section}.{field.replace('_', '-')} ")
 
 
-def test_text_that_no_file_can_hold_is_refused_by_its_flag():
+def test_text_that_cannot_be_stored_is_refused_by_flag():
+    """A NUL byte, which no path can contain, and a lone surrogate, which UTF-8 cannot encode."""
     for section, field in (("sampling", "prompt"), ("general", "init_from"), ("data", "dataset")):
         for text in ("a\0b", "\ud800"):
             with pytest.raises(ConfigError, match=rf"^--{section}.{field.replace('_', '-')} 'a?\\"):
                 resolve(variant(Config(), **{section: {field: text}}), 1)
 
 
-def test_all_problems_are_told_whatever_their_kind():
+def test_all_problems_are_reported_together():
     config = variant(Config(), training={"max_steps": 0}, optimizer={"beta1": 2.0}, sampling={"top_p": 2.0})
     assert len(problems(config)) == 3
     assert len(problems(variant(Config(), model={"n_head": 7}, sampling={"top_p": 2.0}))) == 2
 
 
-def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
+def test_batch_tokens_must_be_divisible_by_micro_batches():
+    """By micro_batch_size x block_size x ranks, or block_size x ranks if micro_batch_size is 0; in train mode only."""
     (problem,) = problems(variant(Config(), training={"micro_batch_size": 16}), world_size=3)
     assert "micro_batch_size x block_size x ranks = 16 x 1,024 x 3 = 49,152. Use a multiple of 49,152" in problem
     (problem,) = problems(Config(), world_size=3)
@@ -143,40 +145,42 @@ def test_the_batch_must_be_whole_micro_batches_on_all_ranks():
         (141e9, 1, {}, 64),
         (42e9, 8, preset("modern"), 32),
         (85e9, 8, preset("modern"), 64),
-        (42e9, 16, {}, 32),  # each of 16 ranks has 32 of the 512 rows
+        (42e9, 16, {}, 32),  # each of 16 ranks reads 32 of the 512 rows
         (42e9, 1, {"training": {"batch_tokens": 60 * 1024}}, 60),
         (42e9, 1, {"training": {"batch_tokens": 67 * 1024}}, 1),
         (85e9, 1, preset("gpt2-medium"), 32),
         (85e9, 1, preset("gpt2-xl"), 8),
-        (25e9, 1, preset("gpt2-xl"), 1),  # the weights and moments alone need more
+        (25e9, 1, preset("gpt2-xl"), 1),  # weights and optimizer state alone need more memory
         (141e9, 1, {"training": {"micro_batch_size": 5}}, 5),  # an explicit value stays, even if it does not divide
     ],
 )
 def test_micro_batch_size_fits_device_and_batch(memory, world_size, changes, expected):
-    """A micro_batch_size of 0 becomes what fits, at most 64, or 16 on a CPU, and divides the rows of a rank."""
+    """A micro_batch_size of 0 becomes a divisor of the rows of a rank that fits: at most 64, or 16 on a CPU."""
     config = changes if isinstance(changes, Config) else variant(Config(), **changes)
     config = variant(config, model={"vocab_size": config.model.vocab_size or 50257})
     assert with_micro_batch_size(config, int(memory), world_size).training.micro_batch_size == expected
 
 
-@pytest.mark.parametrize(("rows", "micro", "warns"), [(67, 1, True), (512, 16, False), (512, 4, False), (1, 1, False)])
-def test_micro_batches_reduced_to_few_rows_warn(rows, micro, warns):
-    config = variant(Config(), training={"batch_tokens": rows * 1024, "micro_batch_size": micro})
+@pytest.mark.parametrize(
+    ("rows", "micro_batch_size", "warns"), [(67, 1, True), (512, 16, False), (512, 4, False), (1, 1, False)]
+)
+def test_micro_batch_without_larger_divisors_warns(rows, micro_batch_size, warns):
+    config = variant(Config(), training={"batch_tokens": rows * 1024, "micro_batch_size": micro_batch_size})
     warning = micro_batch_warning(config, world_size=1)
     assert (warning is not None) == warns
     assert warning is None or "such as 81,920" in warning
 
 
 def test_differences_name_the_field_and_both_values():
-    now = variant(Config(), optimizer={"max_lr": 1e-3}, model={"n_layer": 6})
-    assert differences(to_json(Config()), to_json(now)) == [
+    changed = variant(Config(), optimizer={"max_lr": 1e-3}, model={"n_layer": 6})
+    assert differences(to_json(Config()), to_json(changed)) == [
         ("model.n_layer", 12, 6),
         ("optimizer.max_lr", 6e-4, 1e-3),
     ]
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "message"),
     [
         ({"training": {"max_step": 10}}, "training has no field 'max_step'. Did you mean 'max_steps'?"),
         ({"trainig": {"max_steps": 10}}, "there is no section 'trainig'. Did you mean 'training'?"),
@@ -188,15 +192,16 @@ def test_differences_name_the_field_and_both_values():
         ({"model": {"rop": True}}, "model has no field 'rop'. Did you mean 'rope'?"),
     ],
 )
-def test_mistake_in_a_preset_names_preset_section_and_field(sections, words, monkeypatch):
-    """The one file to edit: a wrong name, type or value is a message, not a traceback."""
-    monkeypatch.setitem(PRESETS, "mine", sections)
-    with pytest.raises(ConfigError, match=re.escape(words)) as raised:
-        parse(["mine"])
-    assert str(raised.value).startswith("The preset 'mine' in train_config.py is invalid:")
+def test_invalid_preset_is_refused_with_section_and_field(sections, message, monkeypatch):
+    """A wrong name, type or value in train_config.py is one message, not a traceback."""
+    monkeypatch.setitem(PRESETS, "custom", sections)
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        parse(["custom"])
+    assert str(raised.value).startswith("The preset 'custom' in train_config.py is invalid:")
 
 
-def test_modern_switch_on_a_classic_preset_names_modern():
+def test_modern_switch_on_a_classic_preset_is_refused():
+    """The message names the preset modern."""
     for flag in ("--model.rope", "--model.no-unet", "--model.window=5"):
         with pytest.raises(ConfigError, match=f"{flag.split('=')[0]}: the preset smollgpt .* preset modern"):
             parse(["smollgpt", flag])
@@ -206,8 +211,8 @@ def test_modern_switch_on_a_classic_preset_names_modern():
 
 
 def test_resolve_reads_no_files(monkeypatch):
-    """Checking a configuration does no I/O: a data set in an object store is not downloaded for it."""
+    """A data set in an object store is not downloaded to check a configuration."""
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
-    monkeypatch.setattr("os.stat", lambda *_, **__: pytest.fail("a path was looked up"))
+    monkeypatch.setattr("os.stat", lambda *_, **__: pytest.fail("os.stat was called"))
     config = variant(preset("modern"), data={"dataset": "s3://bucket/data"})
     assert resolve(config, 8) == config
