@@ -1,5 +1,6 @@
 """AdamW, Muon, the learning-rate schedule, and the guard that skips updates on the device."""
 
+import copy
 import math
 import statistics
 
@@ -78,7 +79,7 @@ def test_found_inf_skips_the_update_of_adamw():
         group["lr"] = 0.01
     for found_inf in (0.0, 1.0):
         before = [p.detach().clone() for p in model.parameters()]
-        state = optimizer_state(optimizers, model)
+        state = copy.deepcopy(optimizer_state(optimizers, model))  # optimizers update their tensors in place
         optimizer.zero_grad()
         (model(torch.arange(16)[None], torch.arange(16)[None]) * (1.0 if found_inf == 0 else math.nan)).backward()
         optimizer.found_inf = torch.tensor(found_inf)
