@@ -77,9 +77,7 @@ def test_failed_save_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
         assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
         assert latest(tmp_path).name == "step_00000001"
     save_steps(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"], (
-        "no temporary directory is left"
-    )
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
 
 
 def test_save_keeps_the_newest_and_replaces_an_equal_step(tmp_path):
@@ -98,7 +96,7 @@ def test_corrupted_later_checkpoints_do_not_count_as_newest(tmp_path):
 
 
 def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
-    """Even if the manifest has the hash of the malicious file."""
+    """The manifest has the hash of the malicious file, so verification alone does not refuse it."""
     save_steps(tmp_path, 1)
     path = tmp_path / "checkpoints" / "step_00000001"
 
@@ -116,7 +114,7 @@ def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
 
 
 def test_model_loads_from_a_run_or_checkpoint_directory(tmp_path):
-    """With its step, tokenizer and configuration, in eval mode."""
+    """The model has the step, tokenizer and configuration of the checkpoint, and is in eval mode."""
     model = small(tie_head=False, n_kv_head=1)
     state = STATE | {"model": vars(model.config), "step": 3}
     save(tmp_path / "run", 3, model_tensors(model), {}, state, keep=0)
@@ -136,11 +134,8 @@ def test_checkpoint_with_invalid_model_fields_is_refused(tmp_path):
     with pytest.raises(UserError, match="unexpected keyword argument 'hyperdrive'"):
         GPT.from_pretrained(path)
     for config in (vars(small().config) | {"n_layer": 10**9}, vars(ModernConfig()) | {"value_embeddings": 10**9}):
-        state = {
-            "step": 1,
-            "model": config,
-            "tokenizer": {"name": "gpt2"},
-        }  # refused before it is built, which would take too long
+        # the model is refused before it is built, which would take too long
+        state = {"step": 1, "model": config, "tokenizer": {"name": "gpt2"}}
         path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
         with pytest.raises(UserError, match="1,000,000,000 layers, but only"):
             GPT.from_pretrained(path)

@@ -55,7 +55,7 @@ def exit_code_after_signals(*numbers: int, marker: Path | None = None, nothing_t
 
 
 def test_signal_before_the_first_step_exits_with_code_0(capfd, tmp_path, monkeypatch):
-    """It creates the marker unless torchrun sent the signal, and exits even if the marker cannot be created."""
+    """The marker is created unless torchrun sent the signal. The process exits even if the marker cannot be created."""
     assert exit_code_after_signals(signal.SIGTERM, marker=tmp_path / "stopped") == 0
     assert "SIGTERM before the end of the first step" in capfd.readouterr().err
     assert (tmp_path / "stopped").exists()

@@ -25,7 +25,7 @@ def test_rows_are_read_back_exactly(tmp_path):
 
 @pytest.mark.parametrize("num_bytes", [1, 7, 40])
 def test_resumed_log_has_every_step_once(num_bytes, tmp_path):
-    """Even if the last line of the previous process is incomplete. Rows before the resumed step are kept."""
+    """An incomplete last line and the rows from the resumed step on are removed; earlier rows are kept."""
     path = tmp_path / "log.csv"
     log = Log(path)
     for step in range(20):

@@ -53,7 +53,7 @@ def test_default_is_gpt2_124m_on_10_billion_tokens():
     [("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558), ("babygpt-en", 124), ("edu-270m", 268),
      ("gpt-xs", 124), ("smollgpt", 135)],
 )  # fmt: skip
-def test_presets_have_their_published_size(name, millions):
+def test_presets_have_their_nominal_size(name, millions):
     assert num_params(name) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
