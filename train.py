@@ -74,7 +74,7 @@ def next_token_loss(model: nn.Module, rows: torch.Tensor, device: torch.device) 
 
 @dataclass
 class TrainState:
-    """What a training step reads and updates."""
+    """What `train_step` reads and updates."""
 
     model: nn.Module  # compiled if requested, in DDP if there are several ranks
     optimizers: Optimizers
@@ -125,19 +125,19 @@ def train_step(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# set-up
+# setup
 
 
 @dataclass
 class Start:
-    """Where training starts: the weights, and the position in the run and the data."""
+    """The state in which training starts, new or from a checkpoint."""
 
     model: GPT
-    optimizer_state: dict | None = None  # by parameter name; of a resumed run
+    optimizer_state: dict | None = None  # by parameter name; None: new
     step: int = 0
-    tokens: int = 0  # trained on so far
+    tokens: int = 0  # number of tokens trained on so far
     position: Position = field(default_factory=Position)
-    losses: list[float] = field(default_factory=list)  # recent ones, to restore the guard
+    losses: list[float] = field(default_factory=list)  # recent losses, to restore the guard
     launches: list[dict] = field(default_factory=list)  # one per launch: first step, settings, versions, hardware
 
 
@@ -154,7 +154,7 @@ class Run:
     raw_model: GPT  # used for checkpoints, HellaSwag and samples
     fast_model: nn.Module  # raw_model, compiled if requested: used for validation, and wrapped by state.model
     state: TrainState
-    examples: list[Example]  # of HellaSwag
+    examples: list[Example]  # HellaSwag
     metrics: Metrics
     identity: dict[str, dict]  # settings that must not change on resume
 
@@ -182,9 +182,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         config.data.chunk_tokens,
     )  # fmt: skip
     order.check(training.batch_tokens // model_config.block_size)
-    e, examples = config.evaluation, list[Example]()
-    if "eval" in config.general.mode and e.every_n_steps > 0:
-        examples = fetch_examples(e.file, e.language, tokenizer, e.style, e.limit, ranks)
+    settings, examples = config.evaluation, list[Example]()
+    if "eval" in config.general.mode and settings.every_n_steps > 0:
+        examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
         check_length(examples, model_config.block_size)
 
     identity = identity_of(config, dataset, order, tokenizer)
@@ -210,7 +210,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     )  # fmt: skip
     describe(config, raw_model, order, ranks, compiled)
     if dataset.manifest is None:
-        console.warning(f"{dataset.directory} has no dataset.json: its tokens are assumed to be GPT-2's, unverified")
+        console.warning(
+            f"{dataset.directory} has no dataset.json. Its tokens are not verified, but assumed to be GPT-2's."
+        )
     return Run(
         config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, metrics, identity
     )
@@ -236,25 +238,25 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
 def restore_or_initialize(
     config: Config, dataset: Dataset, identity: dict[str, dict], tokenizer: Tokenizer, ranks: Ranks
 ) -> Start:
-    """Return where training starts, according to --general.init-from; write config.json and the tokenizer."""
+    """Return the state in which training starts, from --general.init-from; write config.json and the tokenizer."""
     out, init_from = config.general.out_dir, config.general.init_from
-    found = None
+    path = None
     if init_from == "resume":
-        found = run_dir.latest_checkpoint(out, ranks)
-        # without a checkpoint, restart from the weights that the run began with
+        path = run_dir.latest_checkpoint(out, ranks)
+        # without a checkpoint, start again from the run's initial weights
         init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
-    elif (out / "config.json").exists() or checkpoint.checkpoints(out):
+    elif (out / "config.json").exists() or checkpoint.list_checkpoints(out):
         raise ConfigError(
-            f"{out} already contains a run. Resume it with --general.init-from resume, or start another one with "
+            f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "
             "--general.out-dir out/NAME."
         )
     torch.manual_seed(config.general.seed)  # the same initial weights on all ranks
-    if found:
-        start = restore(found, config, identity)
+    if path:
+        start = restore(path, config, identity)
     elif init_from == "scratch":
         start = Start(build_model(config.model))
     else:
-        console.info(f"starting from the weights of {init_from}")
+        console.info(f"Starting from the weights of {init_from}")
         weights = ranks.main_process_first(lambda: read_pretrained(init_from))
         dataset.check_tokenizer(weights.tokenizer, init_from)
         start = Start(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)))
@@ -264,32 +266,32 @@ def restore_or_initialize(
     ranks.barrier()  # rank 0 must not write to the directory until all ranks have read it
     if ranks.is_main:
         (out / run_dir.FINISHED).unlink(missing_ok=True)
-        if found is None:  # on resume, the next checkpoint replaces it
+        if path is None:  # on resume, the next save replaces it
             files.write_json(out / "config.json", settings)
         if tokenizer.name != "gpt2":
             files.write(out / tokenizer.name, tokenizer.data)
     return start
 
 
-def restore(found: Path, config: Config, identity: dict[str, dict]) -> Start:
-    """Load a checkpoint to resume from. Raises ConfigError if it belongs to a run of another identity."""
-    loaded = checkpoint.load(found)
+def restore(path: Path, config: Config, identity: dict[str, dict]) -> Start:
+    """Load a checkpoint to resume from. ConfigError if its identity is not that of this run."""
+    loaded = checkpoint.load(path)
     try:
         state = loaded.state
-        run_dir.check_identity(found, state, identity)
+        run_dir.check_identity(path, state, identity)
         step, tokens, position = state["step"], state["tokens"], Position(**state["position"])
         losses, launches = [float(loss) for loss in state["losses"]], [{**launch} for launch in state["launches"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{found} lacks what a resume needs ({error!r:.200}). Delete it to use an earlier one."
+            f"{path} cannot be resumed from ({error!r:.200}). Delete it to resume from an earlier checkpoint."
         ) from None
     if step > config.training.max_steps:
         raise ConfigError(
-            f"{found} is beyond --training.max-steps {config.training.max_steps:,}. Use more steps, or another "
+            f"{path} is beyond --training.max-steps {config.training.max_steps:,}. Use more steps, or another "
             "--general.out-dir."
         )
-    console.info(f"resuming from {found}")
-    for line in run_dir.changed_settings(found.parent.parent / "config.json", to_json(config)):
+    console.info(f"Resuming from {path}")
+    for line in run_dir.changed_settings(path.parent.parent / "config.json", to_json(config)):
         console.info(line)
     model = build_model(config.model)
     checkpoint.load_model_tensors(model, loaded.model)
@@ -312,7 +314,7 @@ def validate(
 
     All ranks raise StopRequested if `stop()` is true on any of them.
     """
-    block_size = cast(GPT, model).config.block_size  # a compiled model has it too
+    block_size = cast(GPT, model).config.block_size  # a compiled model has the attribute too
     rows = (block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     return mean_loss(model, validation_batches(dataset.val, *rows), token_bytes, ranks, config.training.dtype, stop)
@@ -322,18 +324,18 @@ def generate_samples(
     model: GPT, tokenizer: Tokenizer, config: Config, step: int, ranks: Ranks, stop: Callable[[], bool] = never
 ) -> list[str]:
     """Return completions of the prompt. All ranks raise StopRequested if `stop()` is true on any of them."""
-    s = config.sampling
+    sampling = config.sampling
     seed = derive_seed(config.general.seed, step)
-    params = SamplingParams(s.max_new_tokens, s.temperature, s.top_k, s.top_p, seed)
+    params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, seed)
     with autocast(ranks.device, config.training.dtype):
-        texts = sample(model, tokenizer, [s.prompt] * s.num_samples, params, stop=stop)
+        texts = sample(model, tokenizer, [sampling.prompt] * sampling.num_samples, params, stop=stop)
     if ranks.sum([stop()])[0]:
         raise StopRequested
-    return [s.prompt + text for text in texts]
+    return [sampling.prompt + text for text in texts]
 
 
 def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
-    """Validate, evaluate and sample, whichever are due; return the scores for the log."""
+    """Run the tasks that are due, except for the checkpoint, and return their scores for the log."""
     config, ranks, row = run.config, run.ranks, Row()
     if due.validation:
         loss, bits_per_byte = validate(run.fast_model, run.dataset, run.tokenizer, config, ranks, stop)
@@ -343,7 +345,7 @@ def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
         style = config.evaluation.style
         scores = evaluate(run.raw_model, run.examples, style, ranks, config.training.dtype, stop=stop)
         console.info(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
-        if style == "karpathy":  # the column has one meaning
+        if style == "karpathy":  # the only scoring method that log.csv records
             row["hellaswag"] = scores["acc_norm"].value
     if due.samples:
         texts = generate_samples(run.raw_model, run.tokenizer, config, step, ranks, stop)
@@ -354,10 +356,10 @@ def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
 
 
 def save(run: Run, saver: Saver, step: int, tokens: int, position: Position) -> None:
-    """Copy the state to the host, on the main rank, and write a checkpoint in the background."""
+    """On the main rank, copy the state to the host and write a checkpoint in the background."""
     if run.metrics.log is None:
         return
-    run.metrics.log.sync()  # its rows must be on the disk before the checkpoint
+    run.metrics.log.sync()  # a resume needs all rows before this step
     progress = {
         "step": step, "tokens": tokens, "position": asdict(position), "losses": run.state.guard.losses(),
         "launches": run.start.launches,
@@ -371,7 +373,7 @@ def save(run: Run, saver: Saver, step: int, tokens: int, position: Position) -> 
 
 
 def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None) -> None:
-    """Train to the last step, or to step `until` (of tools/replay.py), which is like a requested stop."""
+    """Train to the last step. At step `until`, stop as if a stop signal had arrived (tools/replay.py uses this)."""
     config, ranks, metrics, start = run.config, run.ranks, run.metrics, run.start
     training, max_steps = config.training, config.training.max_steps
     tokens, position = start.tokens, start.position
@@ -381,19 +383,19 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         run.order, position, training.batch_tokens // config.model.block_size, training.micro_batch_size, ranks.rank,
         ranks.world_size, ranks.device,
     )  # fmt: skip
-    for step in range(start.step, max_steps + 1):  # after the last update, only the tasks
+    for step in range(start.step, max_steps + 1):  # the last iteration only runs the tasks
         last_step = step == max_steps
         ranks.phase = f"the tasks before step {step}"
         signals.nothing_to_save = step == start.step  # until the first update, a signal exits immediately
         due = schedule.due(step)
         if due or last_step or monitor.stop_requested or step == until:
-            monitor.flush()  # log all steps so far; `stop_requested` is current then
+            monitor.flush()  # logs all previous steps and updates `stop_requested`
         stopping = monitor.stop_requested or (step == until and not last_step)
         row: Row = {"step": step, "tokens": tokens, "epoch": position.epoch}
         try:
             if not stopping:
                 row |= run_tasks(run, due, step, stop=lambda: signals.requested)
-        except StopRequested:  # on all ranks; a resume runs the tasks of this step again
+        except StopRequested:  # on all ranks; the resumed run repeats the tasks of this step
             stopping = True
         if due.checkpoint or stopping:
             save(run, saver, step, tokens, position)
@@ -404,11 +406,11 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         batch = next(loader)
         if batch.start.epoch > position.epoch:
             unread = len(run.dataset.train) - position.n * run.order.block_size
-            console.info(f"epoch {batch.start.epoch} starts; {unread:,} tokens of the previous one were not read")
+            console.info(f"Epoch {batch.start.epoch} starts; {unread:,} tokens of the previous epoch were not read")
         row["epoch"] = batch.start.epoch
         row["lr"] = optim.set_learning_rates(run.state.optimizers, lr_schedule, step)
         compare = training.compare_ranks_every_n_steps > 0 and step % training.compare_ranks_every_n_steps == 0
-        stop = signals.requested or saver.error is not None  # a failed save stops all ranks
+        stop = signals.requested or saver.error is not None  # if a save fails, all ranks stop
         monitor.start()
         seed = derive_seed(config.general.seed, step, ranks.rank)
         status = train_step(run.state, batch, next_token_loss, seed, stop=stop, compare=compare)
@@ -416,20 +418,20 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         tokens, position = tokens + training.batch_tokens, batch.end
 
     loader.close()
-    ranks.main_process_first(saver.wait)  # if the save failed, all ranks fail
-    if not stopping:  # a resume writes this row in full
+    ranks.main_process_first(saver.wait)  # if a save failed, all ranks raise an error
+    if not stopping:  # otherwise the resumed run writes the complete row
         metrics.write(row)
     metrics.close()
     if ranks.is_main:
         (config.general.out_dir / (run_dir.STOPPED if stopping else run_dir.FINISHED)).touch()
     metrics.plot()
     if stopping:
-        console.info(f"stopped at step {step} and saved. Resume with the same command and --general.init-from resume.")
+        console.info(f"Stopped at step {step} and saved. Resume with the same command and --general.init-from resume.")
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
     """Build the schedules of the learning rates and of the periodic tasks that --general.mode includes."""
-    modes, max_steps, o = config.general.mode, config.training.max_steps, config.optimizer
+    modes, max_steps, optimizer = config.general.mode, config.training.max_steps, config.optimizer
     schedule = Schedule(
         validation=config.validation.every_n_steps if "val" in modes else 0,
         evaluation=config.evaluation.every_n_steps if "eval" in modes else 0,
@@ -438,7 +440,10 @@ def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
         max_steps=max_steps,
         start=start,
     )
-    return schedule, LRSchedule(max_steps, o.warmup_steps, o.min_lr_ratio, o.cooldown, o.momentum_warmup_steps)
+    lr_schedule = LRSchedule(
+        max_steps, optimizer.warmup_steps, optimizer.min_lr_ratio, optimizer.cooldown, optimizer.momentum_warmup_steps
+    )
+    return schedule, lr_schedule
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -446,7 +451,7 @@ def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
 
 
 def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -> None:
-    """Validate, evaluate and sample the latest checkpoint, or other weights, without training."""
+    """Run the tasks of --general.mode once, on the latest checkpoint or on the weights of --general.init-from."""
     init_from = config.general.init_from
     spec = config.general.out_dir if init_from in ("scratch", "resume") else init_from
     model = ranks.main_process_first(lambda: GPT.from_pretrained(spec, ranks.device))
@@ -458,9 +463,9 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
         loss, bits_per_byte = validate(model, dataset, tokenizer, config, ranks)
         console.info(f"validation loss {loss:.4f} | {bits_per_byte:.4f} bits per byte")
     if "eval" in config.general.mode:
-        e = config.evaluation
-        examples = fetch_examples(e.file, e.language, tokenizer, e.style, e.limit, ranks)
-        for score in evaluate(model, examples, e.style, ranks, config.training.dtype).values():
+        settings = config.evaluation
+        examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
+        for score in evaluate(model, examples, settings.style, ranks, config.training.dtype).values():
             console.info(str(score))
     if "sample" in config.general.mode:
         for text in generate_samples(model, tokenizer, config, model.step or 0, ranks):
@@ -478,7 +483,7 @@ def main() -> None:
     if "train" not in general.mode:
         with group as ranks, explain_failures(ranks, memory_advice(config, ranks.world_size)):
             return evaluate_checkpoint(config, dataset, ranks)
-    assert dataset is not None, "the mode train opens the data set"
+    assert dataset is not None, "opened above, since the mode includes train"
     with StopSignals() as signals, group as ranks:
         config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), ranks.world_size)
         with (
@@ -487,7 +492,7 @@ def main() -> None:
             Saver(general.out_dir, saving.keep, saving.keep_every) as saver,
         ):
             signals.marker = general.out_dir / run_dir.STOPPED
-            train(set_up(config, dataset, ranks), signals, saver)  # unnamed: freed before the process group ends
+            train(set_up(config, dataset, ranks), signals, saver)  # the run is freed before the process group
 
 
 if __name__ == "__main__":

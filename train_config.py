@@ -30,7 +30,7 @@ from babygpt.constraints import (
     violations,
 )
 from babygpt.data.shards import Dataset
-from babygpt.errors import ConfigError, UserError, nearest
+from babygpt.errors import ConfigError, UserError, suggest
 from dataloader import default_chunk_tokens
 from model import GPTConfig, ModernConfig, config_from_dict
 
@@ -285,7 +285,7 @@ def variant(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def preset(name: str) -> Config:
-    """Return the config of a preset. A field of ModernConfig in its model makes that a ModernConfig."""
+    """Return the config of a preset. Its model is a ModernConfig if it sets a field that only ModernConfig has."""
     sections = PRESETS[name]
     config = Config()
     model = sections.get("model")
@@ -294,13 +294,13 @@ def preset(name: str) -> Config:
     problems = []
     for section, values in sections.items():
         if not hasattr(config, section):
-            problems.append(f"there is no section {section!r}. {nearest(section, [f.name for f in fields(Config)])}")
+            problems.append(f"There is no section {section!r}. {suggest(section, [f.name for f in fields(Config)])}")
         elif not isinstance(values, dict):
             problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove a comma after it.")
         else:
             known = [f.name for f in fields(ModernConfig if section == "model" else getattr(config, section))]
             unknown = [name for name in values if name not in known]
-            problems += [f"{section} has no field {name!r}. {nearest(name, known)}" for name in unknown]
+            problems += [f"{section} has no field {name!r}. {suggest(name, known)}" for name in unknown]
     if not problems:
         config = variant(config, **sections)
         problems = violations(config)
@@ -315,7 +315,7 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
+        raise ConfigError(f"There is no preset {name!r}. {suggest(name, PRESETS)}")
     defaults = preset(name)
     modern_flags = {flag(f"model.{prefix}{field}") for field in MODERN_FIELDS for prefix in ("", "no-")}
     if not isinstance(defaults.model, ModernConfig) and (
@@ -325,10 +325,10 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
             f"{', '.join(sorted(used))}: the preset {name} is a classic GPT-2 and does not have these settings. Use "
             "the preset modern: python train.py modern ..."
         )
-    listed = tyro.conf.arg(metavar="[PRESET]", help=", ".join(PRESETS), help_behavior_hint="(default: gpt2)")
+    preset_argument = tyro.conf.arg(metavar="[PRESET]", help=", ".join(PRESETS), help_behavior_hint="(default: gpt2)")
 
     def command(
-        preset: Annotated[tyro.conf.Positional[str | None], listed] = None,
+        preset: Annotated[tyro.conf.Positional[str | None], preset_argument] = None,
         config: Annotated[Config, tyro.conf.arg(name="")] = defaults,
     ) -> tuple[str | None, Config]:
         return preset, config
@@ -390,7 +390,7 @@ def conflicts(config: Config, world_size: int) -> list[str]:
 
 
 def bind(config: Config, dataset: Dataset) -> Config:
-    """Fill in vocab_size, eot_id and chunk_tokens from the data set. ConfigError lists all that does not fit it."""
+    """Fill in vocab_size, eot_id and chunk_tokens from the data set. ConfigError lists all conflicts with it."""
     model, data, problems = config.model, config.data, []
     if model.vocab_size not in (0, dataset.vocab_size):
         problems.append(
@@ -421,7 +421,7 @@ def bind(config: Config, dataset: Dataset) -> Config:
 # memory
 
 
-# estimates of device memory in bfloat16, on the safe side of results/speed/fake-h200.md: 32 GB for 64 rows of GPT-2
+# conservative estimates of device memory in bfloat16; results/speed/fake-h200.md has 32 GB for 64 rows of GPT-2
 ACTIVATION_BYTES = 46  # per token, layer and channel; 60 for the modern GPT
 PARAMETER_BYTES = 20  # per parameter: weight, gradient, two moments of Adam, a bfloat16 copy
 LOGITS_BYTES = 2 << 30
@@ -430,33 +430,34 @@ LOGITS_BYTES = 2 << 30
 def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -> Config:
     """Resolve a micro_batch_size of 0.
 
-    It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes, or 16
-    on a CPU, where that is 0. For training, it is reduced to the largest number that divides the rows of a rank.
+    It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes. On a
+    CPU, where `device_memory` is 0, it becomes 16. For training, it is reduced to the largest number that
+    divides the rows per rank.
     """
     model, training = config.model, config.training
     if training.micro_batch_size:
         return config
-    most = 16
+    max_rows = 16
     if device_memory:
         modern = isinstance(model, ModernConfig)
         tables = (1 if model.tie_head else 2) + getattr(model, "value_embeddings", 0) * model.kv_heads / model.n_head
         parameters = 12 * model.n_layer * model.n_embd**2 + tables * model.padded_vocab_size * model.n_embd
         row_bytes = ACTIVATION_BYTES * (1.3 if modern else 1.0) * model.n_layer * model.n_embd * model.block_size
-        room = 0.8 * device_memory - PARAMETER_BYTES * parameters - LOGITS_BYTES
-        most = next((n for n in (64, 32, 16, 8, 4, 2) if n * row_bytes < room), 1)
+        available = 0.8 * device_memory - PARAMETER_BYTES * parameters - LOGITS_BYTES
+        max_rows = next((n for n in (64, 32, 16, 8, 4, 2) if n * row_bytes < available), 1)
     trains = "train" in config.general.mode
-    rows = max(1, training.batch_tokens // model.block_size // world_size) if trains else most
-    return variant(config, training={"micro_batch_size": max(n for n in range(1, most + 1) if rows % n == 0)})
+    rows = max(1, training.batch_tokens // model.block_size // world_size) if trains else max_rows
+    return variant(config, training={"micro_batch_size": max(n for n in range(1, max_rows + 1) if rows % n == 0)})
 
 
 def micro_batch_warning(config: Config, world_size: int) -> str | None:
-    """Return a warning if a small micro_batch_size follows from a number of rows with few divisors, else None."""
+    """Return a warning if micro_batch_size is small because the number of rows has few divisors, otherwise None."""
     rows = config.training.batch_tokens // config.model.block_size // world_size
     micro = config.training.micro_batch_size
     if micro >= 8 or micro == rows or any(rows % n == 0 for n in range(micro + 1, 4 * micro + 1)):
         return None
     return (
-        f"micro-batches of {micro} are slow. Each rank has {rows:,} rows per step, with no larger divisor up "
+        f"Micro-batches of {micro} rows are slow. Each rank has {rows:,} rows per step, with no larger divisor up "
         f"to {4 * micro}. Use a --training.batch-tokens with a multiple of 16 rows per rank, such as "
         f"{math.ceil(rows / 16) * 16 * world_size * config.model.block_size:,}."
     )
@@ -464,15 +465,15 @@ def micro_batch_warning(config: Config, world_size: int) -> str | None:
 
 def memory_advice(config: Config, world_size: int) -> str:
     """Return what to change if memory runs out, the smallest change first."""
-    training, found = config.training, []
+    training, options = config.training, []
     rows = training.batch_tokens // config.model.block_size // world_size
     smaller = [m for m in range(1, training.micro_batch_size) if rows % m == 0]
     if smaller:
-        found.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more forward passes")
+        options.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more forward passes")
     if not training.activation_checkpointing:
-        found.append("--training.activation-checkpointing: slower by about a third")
-    found.append("a smaller --model.block-size, or a smaller model")
-    return "\n  - ".join(["Use one of these, the smallest change first:", *found])
+        options.append("--training.activation-checkpointing: slower by about a third")
+    options.append("a smaller --model.block-size, or a smaller model")
+    return "\n  - ".join(["Use one of these, the smallest change first:", *options])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def to_json(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_json(values: dict[str, Any]) -> Config:
-    """Return the config that `to_json` was given. UserError if this version does not know one of its fields."""
+    """Return the config from the output of `to_json`. UserError if its fields are not those of this version."""
     try:
         sections = {field.name: dict(values[field.name]) for field in fields(Config)}
         general = sections["general"]
@@ -492,4 +493,4 @@ def from_json(values: dict[str, Any]) -> Config:
         model = config_from_dict(sections.pop("model"))
         return variant(replace(Config(), model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"These settings are of another version of BabyGPT ({error}).") from None
+        raise UserError(f"The settings were written by another version of BabyGPT ({error}).") from None

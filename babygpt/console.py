@@ -1,4 +1,4 @@
-"""Output that survives closed terminals, broken pipes and full disks.
+"""Console output that does not fail on closed terminals, broken pipes and full disks.
 
 >>> protect_streams()
 >>> console.info("step 100 | loss 3.2")
@@ -28,7 +28,7 @@ class ProtectedStream:
             return call(*arguments)
         except OSError:
             with suppress(OSError, ValueError), open(os.devnull, "w") as null:  # a notebook's stream has no descriptor
-                os.dup2(null.fileno(), self.stream.fileno())  # discard buffered and later output
+                os.dup2(null.fileno(), self.stream.fileno())  # discard buffered and future output
             return None
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +38,7 @@ class ProtectedStream:
 
 
 def protect_streams() -> None:
-    """Protect stdout and stderr. Open those that were closed at start; replace characters that cannot be encoded."""
+    """Protect stdout and stderr. Open them if they are closed, and replace characters that cannot be encoded."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(descriptor)

@@ -1,7 +1,7 @@
 """Find and read trained models: runs, checkpoints, Hugging Face directories, GPT-2 on the hub.
 
->>> found = read_pretrained("out/gpt2")
->>> model = found.build(make_model)  # make_model: from the fields of the configuration to a module
+>>> pretrained = read_pretrained("out/gpt2")
+>>> model = pretrained.build(make_model)  # make_model(config) returns a module
 """
 
 import os
@@ -28,16 +28,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class Pretrained:
-    """Weights by parameter name, with all that belongs to them."""
+    """The weights of a model by parameter name, with its configuration and tokenizer."""
 
     config: dict[str, Any]  # fields of the model's configuration
     tensors: dict[str, torch.Tensor]
     tokenizer: Tokenizer
-    source: str  # where they come from, for messages
-    step: int | None = None  # of the training run; None for weights from elsewhere
+    source: str  # path or name, for messages
+    step: int | None = None  # number of updates in the run; None if the weights are not from a run
 
     def build(self, make: Callable[[dict[str, Any]], Model]) -> Model:
-        """Return `make(config)` with these weights. UserError if they do not fit, before memory is allocated."""
+        """Return `make(config)` with these weights. UserError, before memory is allocated, if they do not fit."""
         try:
             layers = max(self.config["n_layer"], self.config.get("value_embeddings", 0))
             if layers > len(self.tensors):
@@ -55,17 +55,21 @@ class Pretrained:
     def adapt(self, config: dict[str, Any]) -> "Pretrained":
         """Return the weights for a model of this configuration.
 
-        Dropout may differ, and block_size be smaller, which keeps the first positions. ConfigError if any other field
-        differs. A field that only one of the two has counts as off.
+        Dropout may differ, and block_size may be smaller: the first positions are kept. ConfigError if any other field
+        differs. A field that is missing from one of the two counts as off.
         """
-        free = {"model.dropout"} | ({"model.block_size"} if config["block_size"] < self.config["block_size"] else set())
+        may_differ = {"model.dropout"}
+        if config["block_size"] < self.config["block_size"]:
+            may_differ.add("model.block_size")
         differing = differences({"model": self.config}, {"model": config})
         if lines := [
-            f"  {name}: {theirs} there, {ours} here\n" for name, theirs, ours in differing if name not in free
+            f"  {name}: {weights_value} in the weights, {value} in the settings\n"
+            for name, weights_value, value in differing
+            if name not in may_differ
         ]:
             raise ConfigError(
                 f"The weights of {self.source} have another architecture:\n{''.join(lines)}"
-                "Use the preset or the --model flags that match them."
+                "Use the preset or the --model flags that match the weights."
             )
         tensors = dict(self.tensors)
         if "wpe.weight" in tensors:
@@ -77,31 +81,31 @@ def read_pretrained(spec: str | Path) -> Pretrained:
     """Read the weights of a run directory (its latest checkpoint), a checkpoint directory, a Hugging Face GPT-2
     directory, or one of HUB_MODELS, which is downloaded once. UserError if there is no intact model."""
     path = Path(spec)
-    if os.path.isdir(path):  # unlike Path.is_dir, this is False for a name that is too long
+    if os.path.isdir(path):  # unlike Path.is_dir, this is False if the name is too long
         if (latest := checkpoint.resolve(path)) is not None:
             return _from_checkpoint(latest)
         if huggingface.is_model(path):
             return _from_huggingface(path, str(spec))
     if str(spec) in HUB_MODELS:
-        folder = HUB_DIRECTORY / str(spec)
+        directory = HUB_DIRECTORY / str(spec)
         for file in huggingface.FILES:
-            hub.download(f"openai-community/{spec}", file, None, folder, "model")
-        return _from_huggingface(folder, str(spec))
+            hub.download(f"openai-community/{spec}", file, None, directory, "model")
+        return _from_huggingface(directory, str(spec))
     raise UserError(
-        f"There is no model at {spec}. Give a run directory (out/NAME), a checkpoint directory, a Hugging Face GPT-2 "
+        f"There is no model at {spec}. Use a run directory (out/NAME), a checkpoint directory, a Hugging Face GPT-2 "
         f"directory, or one of {', '.join(HUB_MODELS)}."
     )
 
 
 def _from_checkpoint(path: Path) -> Pretrained:
-    found = checkpoint.load(path, with_optimizer=False)
-    state, name = found.state, found.state["tokenizer"]["name"]
+    loaded = checkpoint.load(path, with_optimizer=False)
+    state, name = loaded.state, loaded.state["tokenizer"]["name"]
     tokenizer = load_tokenizer("gpt2" if name == "gpt2" else path.parent.parent / name)
-    return Pretrained(state["model"], found.model, tokenizer, str(path), state["step"])
+    return Pretrained(state["model"], loaded.model, tokenizer, str(path), state["step"])
 
 
-def _from_huggingface(folder: Path, source: str) -> Pretrained:
-    config, theirs = huggingface.read(folder)
-    tokenizer = load_model_tokenizer(folder, config["vocab_size"])
-    config["vocab_size"] = tokenizer.vocab_size  # further rows of the tables are padding and belong to no token
-    return Pretrained(config, huggingface.import_tensors(theirs, config), tokenizer, source)
+def _from_huggingface(directory: Path, source: str) -> Pretrained:
+    config, state_dict = huggingface.read(directory)
+    tokenizer = load_model_tokenizer(directory, config["vocab_size"])
+    config["vocab_size"] = tokenizer.vocab_size  # the other rows of the embedding are padding
+    return Pretrained(config, huggingface.import_tensors(state_dict, config), tokenizer, source)

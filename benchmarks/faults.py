@@ -341,7 +341,7 @@ def set_nan_weights(directory: Path, dataset: Path, count: int) -> list[Row]:
         is_log_complete = [row["step"] for row in read_log(run / "log.csv")] == list(range(step))
         is_finite = all(
             tensor.isfinite().all()
-            for path in checkpoint.checkpoints(run)
+            for path in checkpoint.list_checkpoints(run)
             for tensor in checkpoint.load(path).model.values()
         )
         stopped += is_reported and is_log_complete and is_finite and process.returncode != 0

@@ -69,7 +69,7 @@ MISTAKES = [
     (11, "a resume does not restore the optimizer", "unit/test_train.py -k resumed_at_any_step",
      [("train.py", "    if start.optimizer_state:\n", "    if False:\n")]),
     (12, "a checkpoint is overwritten in place", "unit/test_checkpoint.py",
-     [("babygpt/training/checkpoint.py", 'temporary = folder / f".{final.name}.tmp"', "temporary = final")]),
+     [("babygpt/training/checkpoint.py", 'temporary = directory / f".{final.name}.tmp"', "temporary = final")]),
     (12, "the latest checkpoint is not verified", "unit/test_checkpoint.py -k latest",
      [("babygpt/training/checkpoint.py", "            verify(path)\n            return path", "            return path")]),
     (13, "the last partial HellaSwag batch is dropped", "unit/test_hellaswag.py",

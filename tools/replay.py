@@ -70,7 +70,7 @@ class Segment:
 
 def find_segments(run: Path) -> list[Segment]:
     """Return the segments that can be trained again. UserError if there are none or a checkpoint is corrupted."""
-    checkpoints = checkpoint.checkpoints(run)
+    checkpoints = checkpoint.list_checkpoints(run)
     for path in checkpoints:
         checkpoint.verify(path)
         if not checkpoint.read_state(path).get("launches"):
@@ -95,7 +95,7 @@ def _initial_weights(path: Path) -> str:
 
 def check_records(run: Path) -> Iterator[str]:
     """Yield the inconsistencies between log.csv, config.json and the checkpoints, which show without training."""
-    states = [checkpoint.read_state(path) for path in checkpoint.checkpoints(run)]
+    states = [checkpoint.read_state(path) for path in checkpoint.list_checkpoints(run)]
     newest = states[-1]
     for state in states:
         if state["launches"] != newest["launches"][: len(state["launches"])]:

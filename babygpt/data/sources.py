@@ -31,7 +31,7 @@ from babygpt.data.readers import (
     split_parquet,
     uncompressed_name,
 )
-from babygpt.errors import UserError, nearest
+from babygpt.errors import UserError, suggest
 
 FULL_HASH_BYTES = 16 << 20  # larger files are hashed at their start, middle and end only
 HASH_SAMPLE_BYTES = 1 << 16  # at each of the three
@@ -283,7 +283,7 @@ def find(
     if name.count("/") == 1:
         return HubStream(name, columns, repo=name, config=config, split=split)
     known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a hub data set)"]
-    raise UserError(f"There is no source {name!r}. {nearest(name, known)}")
+    raise UserError(f"There is no source {name!r}. {suggest(name, known)}")
 
 
 def read_documents(source: Source, revision: str | None = None) -> Iterator[str]:

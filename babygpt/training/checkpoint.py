@@ -1,11 +1,11 @@
-"""Checkpoints, which are saved atomically and verified when they are loaded.
+"""Save checkpoints atomically, and verify them on load.
 
 `out/<run>/checkpoints/step_00005000/` contains `model.safetensors`, `optimizer.pt` (tensors by parameter name, for any
 number of ranks), `state.json` (step, position in the data, architecture) and `manifest.json` with the sha256 of each.
-They are written to a temporary directory, which is synced and then renamed.
+The files are written to a temporary directory, which is synced and then renamed.
 
     >>> with Saver(Path("out/gpt2"), keep=2, keep_every=0) as saver:
-    ...     saver.save(5000, model_tensors(model), optimizer_state(optimizers, model), state)  # returns early
+    ...     saver.save(5000, model_tensors(model), optimizer_state(optimizers, model), state)  # in the background
     >>> path = latest("out/gpt2")
     >>> checkpoint = load(path)
 """
@@ -35,7 +35,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.
 
 @dataclass
 class Checkpoint:
-    """What a run needs to resume: weights and optimizer tensors by parameter name, and `state.json`."""
+    """The contents of a checkpoint: weights and optimizer tensors by parameter name, and `state.json`."""
 
     path: Path
     model: dict[str, torch.Tensor]
@@ -44,20 +44,20 @@ class Checkpoint:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights by name. A tied head is the embedding, and is not stored twice."""
+    """Return the parameters by name. A tied head is the same parameter as the embedding, and is stored once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Raise a UserError if the names or shapes of the weights are not those of the model."""
-    ours = model_tensors(model)
-    wrong = [
-        f"\n  {name}: {_shape(tensors, name)} in the weights, {_shape(ours, name)} in the model"
-        for name in sorted(ours.keys() | tensors.keys())
-        if _shape(tensors, name) != _shape(ours, name)
+    parameters = model_tensors(model)
+    mismatches = [
+        f"\n  {name}: {_shape(tensors, name)} in the weights, {_shape(parameters, name)} in the model"
+        for name in sorted(parameters.keys() | tensors.keys())
+        if _shape(tensors, name) != _shape(parameters, name)
     ]
-    if wrong:
-        raise UserError(f"The weights do not fit the model:{''.join(wrong[:10])}")
+    if mismatches:
+        raise UserError(f"The weights do not fit the model:{''.join(mismatches[:10])}")
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -75,14 +75,16 @@ def _shape(tensors: dict[str, torch.Tensor], name: str) -> tuple | str:
 
 
 def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: int, keep_every: int = 0) -> Path:
-    """Save the checkpoint of `step`; then delete all but the newest `keep` (0: all) and those of every
-    `keep_every`-th step. UserError if the disk is full or the directory cannot be written to; earlier checkpoints stay.
+    """Save the checkpoint of `step`, then delete old ones.
+
+    The newest `keep` checkpoints remain (0: all), and those whose step is a multiple of `keep_every` (0: none).
+    UserError if the disk is full or the directory is not writable. Earlier checkpoints are then intact.
     """
-    folder = run / "checkpoints"
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
+    directory = run / "checkpoints"
+    final = directory / f"step_{step:08d}"
+    temporary = directory / f".{final.name}.tmp"
     try:
-        for stale in folder.glob(".step_*.tmp"):  # left by a killed process
+        for stale in directory.glob(".step_*.tmp"):  # left by a killed process
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / MODEL)
@@ -93,31 +95,31 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         (temporary / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
         for path in (*(temporary / name for name in (MODEL, OPTIMIZER, STATE, MANIFEST)), temporary):
             _sync(path)
-        if final.exists():  # corrupted: the run resumed from an earlier one
+        if final.exists():  # it is corrupted, since the run resumed from an earlier checkpoint
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(folder)
-        _sync(run)  # `checkpoints` may be new in it
-    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two are raised by the libraries' writers
+        _sync(directory)
+        _sync(run)  # in case `checkpoints` is new
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and PyTorch raise the latter two
         shutil.rmtree(temporary, ignore_errors=True)
-        # PyTorch's writer replaces a disk error with its own
+        # PyTorch replaces the OSError by a RuntimeError
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(
-            f"The checkpoint of step {step:,} could not be written to {folder} ({cause}). Earlier checkpoints are "
+            f"The checkpoint of step {step:,} could not be written to {directory} ({cause}). Earlier checkpoints are "
             "intact: fix the cause (such as a full disk) and resume with --general.init-from resume."
         ) from error
-    # later ones are corrupted: this run resumed from an earlier one
-    earlier = [path for path in checkpoints(run) if step_of(path) <= step]
-    for old in earlier[:-keep] if keep else []:
+    # checkpoints of later steps are corrupted, since this run resumed from an earlier one: they do not count
+    intact = [path for path in list_checkpoints(run) if step_of(path) <= step]
+    for old in intact[:-keep] if keep else []:
         if not keep_every or step_of(old) % keep_every:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 class Saver:
-    """Saves checkpoints in a background thread, one at a time: a call takes as long as the copy to host memory.
+    """Saves checkpoints in a background thread, one at a time.
 
-    As a context manager, it waits for the last save at the end.
+    As a context manager, it waits for the last save on exit.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int):
@@ -127,7 +129,10 @@ class Saver:
         self.error: UserError | None = None
 
     def save(self, step: int, model: dict, optimizer: dict, state: dict) -> None:
-        """Start to save, after the previous save. After an error, nothing is saved, and `wait` raises the error."""
+        """Wait for the previous save, copy the tensors to host memory, and start to save them.
+
+        After an error, nothing more is saved, and `wait` raises the error.
+        """
         self._join()
         if self.error is not None:
             return
@@ -143,7 +148,7 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises its error."""
+        """Wait until the last checkpoint is on disk. Raise the error if a save failed."""
         self._join()
         if self.error is not None:
             raise self.error
@@ -152,7 +157,7 @@ class Saver:
         try:
             save(self.run, step, model, optimizer, state, *self.settings)
             if launches := state.get("launches"):
-                write_json(self.run / "config.json", launches[-1]["config"])  # of the launch that saved last
+                write_json(self.run / "config.json", launches[-1]["config"])  # settings of the newest checkpoint
         except UserError as error:
             self.error = error
         except BaseException as error:
@@ -188,10 +193,10 @@ def _sync(path: Path) -> None:
 # loading
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run by step, oldest first, without verifying them."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=step_of)
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the directories of a run's checkpoints in ascending order of steps, without verifying them."""
+    paths = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(paths, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -200,8 +205,8 @@ def step_of(path: Path) -> int:
 
 
 def latest(run: str | Path) -> Path | None:
-    """Return the newest intact checkpoint of a run, or None. A warning is logged for each corrupted one."""
-    for path in reversed(checkpoints(Path(run))):
+    """Return the newest intact checkpoint of a run, or None. Log a warning for each corrupted one."""
+    for path in reversed(list_checkpoints(Path(run))):
         try:
             verify(path)
             return path
@@ -217,10 +222,10 @@ def resolve(path: Path) -> Path | None:
     """
     if (path / MANIFEST).exists():
         return path
-    found = latest(path)
-    if found is None and checkpoints(path):
-        raise UserError(f"None of the {len(checkpoints(path))} checkpoints of {path} is intact.")
-    return found
+    checkpoint = latest(path)
+    if checkpoint is None and (paths := list_checkpoints(path)):
+        raise UserError(f"None of the {len(paths)} checkpoints of {path} is intact.")
+    return checkpoint
 
 
 def verify(path: Path) -> None:
@@ -231,18 +236,18 @@ def verify(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"The checkpoint {path} is incomplete ({error!r}).") from None
     if wrong:
-        raise UserError(f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after it was saved.")
+        raise UserError(f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after the save.")
 
 
 def read_state(path: Path) -> dict:
     """Return `state.json` of a verified checkpoint. UserError if it lacks required fields or has another format."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        parts, format = (state["step"], state["model"], state["tokenizer"]["name"]), state.get("format", 1)
-        valid = all(map(isinstance, parts, (int, dict, str)))
+        required = (state["step"], state["model"], state["tokenizer"]["name"])
+        is_valid, format = all(map(isinstance, required, (int, dict, str))), state.get("format", 1)
     except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
+        is_valid = False
+    if not is_valid:
         raise UserError(f"{path / STATE} is not the state.json of a checkpoint.")
     if format != FORMAT:
         raise UserError(
@@ -259,9 +264,9 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
     try:
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True) if with_optimizer else {}
         return Checkpoint(path, load_file(path / MODEL), optimizer, state)
-    except pickle.UnpicklingError:  # its hash is correct, so it was written on purpose
+    except pickle.UnpicklingError:  # its hash is correct, so this is not damage
         raise UserError(
-            f"{path / OPTIMIZER} contains more than tensors. It is not loaded, since it could execute code."
+            f"{path / OPTIMIZER} contains objects other than tensors. It is not loaded, because it could execute code."
         ) from None
     except Exception as error:
         raise UserError(

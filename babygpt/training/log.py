@@ -1,8 +1,8 @@
-"""The records of a run: `log.csv` with one row per step, and `samples.txt`.
+"""Read and write the log of a run: `log.csv` with one row per step, and `samples.txt`.
 
-Row k of log.csv holds the scores of the weights after k updates, then loss, gradient norm and learning rate of update
-k; the last row has only scores. Floats are written with full precision. An empty cell
-means that the value was not measured.
+Row k of log.csv contains the scores of the weights after k updates, and the loss, gradient norm and learning rate of
+update k. The last row has only scores. Floats are written with full precision. An empty cell means that the value was
+not measured.
 """
 
 import csv
@@ -25,7 +25,7 @@ Row = dict[str, Any]  # by column: int for INTEGERS, else float; None or missing
 
 
 class Log:
-    """Appends rows to `path`. Rows from `step` on, at which a run is resumed, are removed first."""
+    """Appends rows to `path`. A run that resumes at `step` first removes the rows from this step on."""
 
     def __init__(self, path: Path, step: int = 0):
         kept = read_log(path, step) if step > 0 and path.exists() else []
@@ -40,7 +40,7 @@ class Log:
         self.file.flush()
 
     def sync(self) -> None:
-        """Wait until the rows are on the disk: they must be there before a checkpoint."""
+        """Wait until the rows are on disk."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class Log:
 
 
 def _cells(row: Row) -> list:
-    return [row.get(column) for column in COLUMNS]  # csv writes None as an empty cell and floats by repr: exact
+    return [row.get(column) for column in COLUMNS]  # csv writes None as an empty cell, and floats exactly, by repr
 
 
 def read_log(path: Path, before: float = math.inf) -> list[Row]:
@@ -56,7 +56,7 @@ def read_log(path: Path, before: float = math.inf) -> list[Row]:
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and tuple(lines[0].split(",")) != COLUMNS:
-        raise UserError(f"{path} is not a log of BabyGPT: its columns are {lines[0]!r:.300}.")
+        raise UserError(f"{path} is not a log.csv of BabyGPT: its columns are {lines[0]!r:.300}.")
     rows: list[Row] = []
     for number, line in enumerate(lines[1:], 2):
         try:
@@ -83,10 +83,10 @@ class Samples:
     HEADER = "| step | sample |\n|---:|---|\n"
 
     def __init__(self, path: Path, step: int):
-        """Rows from `step` on, at which a run is resumed, are removed."""
+        """Open `path`. A run that resumes at `step` first removes the rows from this step on."""
         self.path = path
         rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[2:] if path.exists() else []
-        kept = [row + "\n" for row in rows if (found := re.match(r"\| (\d+) \|", row)) and int(found[1]) < step]
+        kept = [row + "\n" for row in rows if (match := re.match(r"\| (\d+) \|", row)) and int(match[1]) < step]
         files.write(path, (self.HEADER + "".join(kept)).encode())
 
     def write(self, step: int, texts: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: log.csv, samples.txt, the console, the progress bar and plot.png."""
+"""Report the progress of a run: log.csv, samples.txt, the console, the progress bar and plot.png."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,32 +13,32 @@ from babygpt.training.log import Log, Row, Samples
 from babygpt.training.plots import plot
 
 SCORES = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
-SPIKE = 6.0  # a loss this many standard deviations above recent losses is reported
+SPIKE = 6.0  # losses with a larger z-score are reported
 
 
 @dataclass
 class Metrics:
-    """Everything that a run reports. Only the main rank writes files and prints."""
+    """Writes and prints everything that a run reports. Only the main rank writes files."""
 
     out: Path
     ranks: Ranks
     start: int  # step at which the run starts
     max_steps: int
     batch_tokens: int
-    flops_per_token: int | None  # for MFU, whose peak is bfloat16's; None: unknown
-    compare_every: int  # steps after which the weights of the ranks are compared
-    console_every: int  # steps after which a line is printed; 0: never
+    flops_per_token: int | None  # for MFU, a fraction of the bfloat16 peak; None: no MFU
+    compare_every: int  # steps between comparisons of the weights of all ranks; 0: never
+    console_every: int  # steps between lines on the console; 0: never
 
     def __post_init__(self) -> None:
         self.log = Log(self.out / "log.csv", self.start) if self.ranks.is_main else None
         self.samples = Samples(self.out / "samples.txt", self.start) if self.ranks.is_main else None
-        disable = None if self.ranks.is_main else True  # None: unless stderr is a terminal
+        disable = None if self.ranks.is_main else True  # None: disabled if stderr is not a terminal
         self.bar = tqdm(total=self.max_steps, initial=self.start, unit="step", disable=disable)
 
     def record(self, row: Row, status: StepStatus, ms: float) -> bool:
         """Check the status of a finished step that took `ms`; complete, write and print its row.
 
-        Returns whether a plot was drawn, which takes a second. ConfigError if the status is that of a broken run.
+        Returns whether it drew a plot, which takes a second. Raises the ConfigError of `check_status`.
         """
         check_status(row["step"], status, self.compare_every)
         row |= {"loss": status.loss.item(), "grad_norm": status.grad_norm.item()}
@@ -46,8 +46,8 @@ class Metrics:
         step, z_score, skipped = row["step"], status.z_score.item(), status.skip_update.item() > 0
         if z_score > SPIKE or skipped:
             console.info(
-                f"step {step:>6} | the loss of {row['loss']:.4f} is {z_score:.1f} standard deviations above recent "
-                + ("losses: its update is skipped" if skipped else "losses")
+                f"step {step:>6} | the loss {row['loss']:.4f} is {z_score:.1f} standard deviations above the mean "
+                + ("of recent losses; the update is skipped" if skipped else "of recent losses")
             )
         self.write(row)
         if SCORES & row.keys():
@@ -57,7 +57,7 @@ class Metrics:
             console.info(console_line(row))
         if step == self.start + 10:
             hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
-            console.info(f"about {hours:.1f} hours of training remain, not counting evaluations")
+            console.info(f"About {hours:.1f} hours of training remain, not counting evaluations")
         return bool(SCORES & row.keys())
 
     def write(self, row: Row) -> None:
@@ -75,9 +75,9 @@ class Metrics:
 
 
 def throughput(ms: float, tokens: int, flops_per_token: int | None, ranks: Ranks) -> Row:
-    """Return the columns for time, throughput, memory and MFU of a step of `tokens` that took `ms`.
+    """Return the columns for time, throughput, memory and MFU of a step of `tokens` tokens that took `ms`.
 
-    There is no MFU without FLOPs per token, or if the peak of the device is unknown.
+    MFU is missing if `flops_per_token` is None or the peak FLOPS of the device are unknown.
     """
     columns: Row = {"step_ms": ms, "memory_mib": peak_memory_mib(ranks.device), "tokens_per_s": tokens / ms * 1e3}
     if flops_per_token and (peak := peak_flops(ranks.device)):
@@ -86,7 +86,7 @@ def throughput(ms: float, tokens: int, flops_per_token: int | None, ranks: Ranks
 
 
 def console_line(row: Row) -> str:
-    """Return the line of a step for the console."""
+    """Format the row of a step for the console."""
     mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     return (
         f"step {row['step']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f} | "

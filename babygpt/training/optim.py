@@ -5,8 +5,8 @@
 >>> set_learning_rates(optimizers, LRSchedule(max_steps=19_073, warmup_steps=715, min_lr_ratio=0.1), step=0)
 
 Both functions return a list of PyTorch optimizers. Each parameter group has its peak learning rate as `max_lr`. If
-`optimizer.found_inf`, a float32 tensor on the device, is 1, a step changes neither parameters nor optimizer state: the
-training step skips an update this way without a synchronization of host and device.
+`optimizer.found_inf`, a float32 tensor on the device, is 1, a step changes neither parameters nor optimizer state. The
+training step skips updates this way without synchronizing host and device.
 """
 
 import math
@@ -28,7 +28,7 @@ Optimizers = list[torch.optim.Optimizer]
 def adamw(
     model: nn.Module, max_lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
 ) -> Optimizers:
-    """Build PyTorch's fused AdamW for all parameters. Weight decay applies to matrices and embeddings only."""
+    """Build fused AdamW for all parameters. Weight decay applies only to matrices and embeddings."""
     parameters = list(model.parameters())  # a tied head is one parameter
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay, "max_lr": max_lr},
@@ -42,7 +42,7 @@ def adamw(
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return approximately the nearest matrices with orthonormal rows or columns, (N, rows, columns) bfloat16.
+    """Return approximately the nearest matrices with orthonormal rows or columns, (N, rows, columns) in bfloat16.
 
     A Newton-Schulz iteration applies the polynomial a x + b x^3 + c x^5 to the singular values. Its slope at 0 is
     steep: five iterations move all but the smallest singular values to 0.7 ... 1.2, which is close enough to 1.
@@ -58,15 +58,15 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
 
-MUON_BATCH = 64 << 20  # elements that are updated together: 256 MiB of each float32 copy
+MUON_BATCH = 64 << 20  # elements that are updated at once: 256 MiB in float32
 
 
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose updates are orthogonalized, for the matrices of the blocks.
 
-    `splits` has the numbers of rows of the matrices that are stacked in a parameter (queries, keys, values), which are
-    orthogonalized separately. Every rank stores the momentum of all matrices, orthogonalizes a share of the updates,
-    and gathers the others.
+    `splits` maps each parameter to the numbers of rows of the matrices that are stacked in it (queries, keys, values).
+    These are orthogonalized separately. Every rank stores the momentum of all matrices, orthogonalizes a share of the
+    updates, and gathers the others.
     """
 
     def __init__(self, splits: dict[nn.Parameter, list[int]], max_lr: float, weight_decay: float = 0.0,
@@ -82,54 +82,54 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        shapes = defaultdict(list)  # matrices of one shape are updated in one batch, tall ones transposed
+        entries_by_shape = defaultdict(list)  # matrices of one shape are updated in one batch, tall ones transposed
         for p in group["params"]:
             pieces = (t.split(self.splits[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
             for piece in zip(*pieces, strict=True):
                 rows, columns = piece[0].shape
                 matrices = [matrix.mT for matrix in piece] if rows > columns else list(piece)
-                shapes[matrices[0].shape].append((*matrices, math.sqrt(max(1.0, rows / columns))))
-        for (rows, columns), found in shapes.items():
-            at_once = max(1, MUON_BATCH // (rows * columns))
-            for i in range(0, len(found), at_once):
-                self._update(group, *map(list, zip(*found[i : i + at_once], strict=True)))
+                entries_by_shape[matrices[0].shape].append((*matrices, math.sqrt(max(1.0, rows / columns))))
+        for (rows, columns), entries in entries_by_shape.items():
+            batch_size = max(1, MUON_BATCH // (rows * columns))
+            for i in range(0, len(entries), batch_size):
+                self._update(group, *map(list, zip(*entries[i : i + batch_size], strict=True)))
 
     def _update(
         self, group: dict, matrices: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor],
         scales: list[float],
     ) -> None:  # fmt: skip
-        """Update matrices of one shape in one batch; gradients and momentum buffers are (rows, columns) as well."""
+        """Update matrices of one shape in one batch; gradients and momentum buffers have the same shape."""
         lr, momentum = group["lr"], torch.stack(buffers)  # (N, rows, columns)
         grad = torch.stack(grads)
         if self.found_inf is not None:
-            # if the update is skipped, momentum is its own gradient and stays what it is
+            # to skip the update, replace the gradient by the momentum, which then does not change
             lr, grad = lr * (1 - self.found_inf), torch.where(self.found_inf.bool(), momentum, grad)
         momentum.lerp_(grad, 1 - group["momentum"])
         torch._foreach_copy_(buffers, momentum.unbind())
-        change = _orthogonalize_by_ranks(grad.lerp_(momentum, group["momentum"])).float().mul_(lr)  # Nesterov's
+        change = _orthogonalize_by_ranks(grad.lerp_(momentum, group["momentum"])).float().mul_(lr)  # Nesterov momentum
         if max(scales) > 1:
             torch._foreach_mul_(list(change.unbind()), scales)
         if group["weight_decay"] > 0:
             weights = torch.stack(matrices)
             decay = lr * group["weight_decay"] * weights
-            # cautious: only if both have the same sign (arXiv:2411.16085 has this condition for the update)
+            # cautious: only if decay and update have the same sign (arXiv:2411.16085 applies this to the update)
             change += decay * (change * weights > 0) if self.cautious else decay
         torch._foreach_sub_(matrices, change.unbind())
 
 
 def _orthogonalize_by_ranks(updates: torch.Tensor) -> torch.Tensor:
-    """Orthogonalize updates (N, rows, columns); each rank does a share of them, and the shares are gathered."""
+    """Orthogonalize updates (N, rows, columns). Each rank computes a share of them, and all ranks gather the shares."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(updates)
-    share = math.ceil(len(updates) / world_size)
-    mine = updates.new_zeros(share, *updates.shape[1:])
-    begin = dist.get_rank() * share
-    some = updates[begin : begin + share]
-    mine[: len(some)] = some
-    done = orthogonalize(mine).contiguous()
-    gathered = done.new_empty(world_size * share, *done.shape[1:])
-    dist.all_gather_into_tensor(gathered, done)
+    share_size = math.ceil(len(updates) / world_size)
+    start = dist.get_rank() * share_size
+    share = updates[start : start + share_size]
+    padded = updates.new_zeros(share_size, *updates.shape[1:])
+    padded[: len(share)] = share
+    result = orthogonalize(padded).contiguous()
+    gathered = result.new_empty(world_size * share_size, *result.shape[1:])
+    dist.all_gather_into_tensor(gathered, result)
     return gathered[: len(updates)]
 
 
@@ -139,7 +139,7 @@ def muon(
 ) -> Optimizers:  # fmt: skip
     """Build Muon for the matrices of the blocks, and Adam for embeddings, head, and all scalars and vectors.
 
-    Each kind has its own learning rate; a tied embedding has that of the head. Weight decay applies to Muon only.
+    Each kind has its own learning rate. A tied embedding has that of the head. Weight decay applies only with Muon.
     """
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if name.startswith("h.") and p.dim() == 2}
@@ -162,12 +162,12 @@ def muon(
 
 def _qkv_rows(c_attn: nn.Parameter) -> list[int]:
     """Return the numbers of rows of queries, keys and values in c_attn.weight, (C + 2 K D, C)."""
-    keys = (c_attn.size(0) - c_attn.size(1)) // 2
-    return [c_attn.size(1), keys, keys]
+    key_rows = (c_attn.size(0) - c_attn.size(1)) // 2
+    return [c_attn.size(1), key_rows, key_rows]
 
 
 def make_optimizers(model: nn.Module, settings: dict) -> Optimizers:
-    """Build the optimizers of a model from the fields of train_config.Optimizer."""
+    """Build the optimizers of a model. `settings` are the fields of train_config.Optimizer."""
     shared = {name: settings[name] for name in ("max_lr", "weight_decay", "beta1", "beta2", "eps")}
     if settings["name"] == "adamw":
         return adamw(model, **shared)
@@ -175,7 +175,7 @@ def make_optimizers(model: nn.Module, settings: dict) -> Optimizers:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the learning rates of a step
+# learning rates
 
 
 def parameters_of(optimizers: Optimizers) -> list[nn.Parameter]:
@@ -184,7 +184,7 @@ def parameters_of(optimizers: Optimizers) -> list[nn.Parameter]:
 
 
 def set_learning_rates(optimizers: Optimizers, schedule: LRSchedule, step: int) -> float:
-    """Set the learning rates of all groups, and Muon's momentum, for update `step`; return the first group's."""
+    """Set the learning rate of each group and Muon's momentum for update `step`. Return the first learning rate."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = schedule.learning_rate(step, group["max_lr"])
         if "momentum" in group:
@@ -197,13 +197,13 @@ def set_learning_rates(optimizers: Optimizers, schedule: LRSchedule, step: int) 
 
 
 def optimizer_state(optimizers: Optimizers, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the state of the optimizers by parameter name. It does not depend on the number of ranks or groups."""
+    """Return the state of the optimizers by parameter name, independent of the numbers of ranks and groups."""
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     return {name: dict(states[parameter]) for name, parameter in model.named_parameters() if parameter in states}
 
 
 def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: dict[str, dict]) -> None:
-    """Restore a state that `optimizer_state` returned. KeyError if the model has no parameter of a name."""
+    """Restore a state that `optimizer_state` returned. KeyError if the model lacks one of its parameters."""
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, values in state.items():

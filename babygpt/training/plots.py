@@ -36,28 +36,31 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
         axes[name].set_title(title)
         axes[name].set_xlabel(x)
     for (path, rows), color in zip(logs.items(), COLORS * len(logs), strict=False):
-        tokens_at = {row["step"]: row["tokens"] for row in rows}
+        tokens_by_step = {row["step"]: row["tokens"] for row in rows}
 
-        def line(axis: str, name: str, rows=rows, tokens_at=tokens_at, **style: Any) -> tuple[list, list[float]]:
+        def plot_line(
+            axis: str, name: str, rows=rows, tokens_by_step=tokens_by_step, **style: Any
+        ) -> tuple[list, list[float]]:
             steps, values = column(rows, name)
-            positions = [tokens_at[s] for s in steps] if x == "tokens" else steps
+            positions = [tokens_by_step[step] for step in steps] if x == "tokens" else steps
             axes[axis].plot(positions, values, **style)
             return positions, values
 
         name = path.name
-        line("loss", "loss", color=color, alpha=0.35, linewidth=0.8, label=f"{name}: training")
+        plot_line("loss", "loss", color=color, alpha=0.35, linewidth=0.8, label=f"{name}: training")
         marker = {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(column(rows, "val_loss")[0]) < 60 else {}
-        positions, val = line("loss", "val_loss", color=color, label=f"{name}: validation", **marker)
+        positions, val = plot_line("loss", "val_loss", color=color, label=f"{name}: validation", **marker)
         if val:
             axes["loss"].annotate(
                 f"{val[-1]:.3f}", (positions[-1], val[-1]), textcoords="offset points",
                 xytext=(4, 7), color=color, ha="right",
                 bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "edgecolor": "none"},
             )  # fmt: skip
-        _hellaswag(axes["hellaswag"], rows, tokens_at if x == "tokens" else None, color, name, _examples(path))
-        line("lr", "lr", color=color)
-        line("norm", "grad_norm", color=color, linewidth=0.8)
-        line("speed", "tokens_per_s", color=color, linewidth=0.8)
+        tokens = tokens_by_step if x == "tokens" else None
+        _plot_hellaswag(axes["hellaswag"], rows, tokens, color, name, _num_examples(path))
+        plot_line("lr", "lr", color=color)
+        plot_line("norm", "grad_norm", color=color, linewidth=0.8)
+        plot_line("speed", "tokens_per_s", color=color, linewidth=0.8)
     for value, text in ((GPT2_124M_HELLASWAG, "GPT-2 124M, 0.2955"), (0.25, "chance")):
         axes["hellaswag"].axhline(value, color="black", linestyle="--", linewidth=0.8)
         transform = axes["hellaswag"].get_yaxis_transform()
@@ -73,19 +76,21 @@ def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -
     plt.close(figure)
 
 
-def _hellaswag(axis, rows: list[dict], tokens_at: dict[int, int] | None, color: str, name: str, total: int) -> None:
-    """Plot the accuracy with its standard error over `total` examples; without it if `total` is 0, for unknown."""
+def _plot_hellaswag(
+    axis, rows: list[dict], tokens_by_step: dict[int, int] | None, color: str, name: str, num_examples: int
+) -> None:
+    """Plot the accuracy, with its standard error unless `num_examples` is 0 (unknown)."""
     steps, values = column(rows, "hellaswag")
-    errors = [math.sqrt(p * (1 - p) / max(1, total - 1)) if total else 0.0 for p in values]
-    positions = [tokens_at[step] for step in steps] if tokens_at else steps
+    errors = [math.sqrt(p * (1 - p) / max(1, num_examples - 1)) if num_examples else 0.0 for p in values]
+    positions = [tokens_by_step[step] for step in steps] if tokens_by_step else steps
     axis.errorbar(positions, values, yerr=errors, color=color, marker="o", markersize=3.5, capsize=2, label=name)
 
 
-def _examples(run: Path) -> int:
-    """Return the number of HellaSwag examples that a run evaluates, from its config.json; 0 if it is unknown."""
+def _num_examples(run: Path) -> int:
+    """Return the number of HellaSwag examples that a run evaluates, from its config.json, or 0 if it is unknown."""
     try:
         evaluation = json.loads((run / "config.json").read_text(encoding="utf-8"))["evaluation"]
-        whole = HELLASWAG_EXAMPLES if evaluation["file"] is None and evaluation["language"] == "en" else 0
-        return evaluation["limit"] or whole
+        is_default = evaluation["file"] is None and evaluation["language"] == "en"
+        return evaluation["limit"] or (HELLASWAG_EXAMPLES if is_default else 0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0

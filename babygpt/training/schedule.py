@@ -1,4 +1,4 @@
-"""Schedules: when the periodic tasks run, and the learning rate of each step."""
+"""Schedules of the periodic tasks, the learning rate, and the momentum of Muon."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Due:
-    """The periodic tasks of one step."""
+    """The periodic tasks that are due at one step."""
 
     validation: bool = False
     evaluation: bool = False
@@ -19,7 +19,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the periodic tasks run: every n steps and after the last one. An interval of 0 means never."""
+    """The interval of each periodic task in steps; 0: never. With an interval, a task also runs after the last step."""
 
     validation: int
     evaluation: int
@@ -29,27 +29,30 @@ class Schedule:
     start: int = 0  # the step at which this process starts
 
     def due(self, step: int) -> Due:
-        """Return the tasks that come before update `step`.
+        """Return the tasks that run before update `step`.
 
-        Step 0 has only validation, and the step at which a run starts is not saved again.
+        At step 0 only validation runs. No checkpoint is saved at the step at which the process starts.
         """
 
-        def at(n: int) -> bool:
+        def is_due(n: int) -> bool:
             return n > 0 and (step % n == 0 or step == self.max_steps)
 
         if step == 0:
-            return Due(validation=at(self.validation))
+            return Due(validation=is_due(self.validation))
         return Due(
-            at(self.validation), at(self.evaluation), at(self.samples), at(self.checkpoint) and step != self.start
+            is_due(self.validation),
+            is_due(self.evaluation),
+            is_due(self.samples),
+            is_due(self.checkpoint) and step != self.start,
         )
 
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """Linear warmup to the peak learning rate, then half a cosine to `min_lr_ratio` of it.
+    """Linear warmup to the peak learning rate, then cosine decay to `min_lr_ratio` times the peak.
 
-    With a `cooldown`, the learning rate is constant after warmup, and decays linearly in this fraction of all steps, at
-    the end.
+    With `cooldown`, the learning rate is constant after warmup and decays linearly over this final fraction of the
+    steps.
     """
 
     max_steps: int
@@ -69,5 +72,5 @@ class LRSchedule:
         return max_lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def momentum(self, step: int) -> float:
-        """Return the momentum of Muon, which rises linearly from 0.85 to 0.95."""
+        """Return the momentum of Muon at update `step`: linear warmup from 0.85 to 0.95."""
         return 0.85 + 0.1 * (min(1.0, step / self.momentum_warmup_steps) if self.momentum_warmup_steps else 1.0)

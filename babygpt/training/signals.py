@@ -1,4 +1,4 @@
-"""Stop signals: a run that receives one finishes its step, saves a checkpoint and exits."""
+"""Handle stop signals: a run that receives one finishes its step, saves a checkpoint and exits."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ from babygpt.errors import exit_now
 
 
 class StopRequested(Exception):
-    """A stop was requested during a periodic task. All ranks raise it together."""
+    """Raised by all ranks if a stop is requested during a periodic task."""
 
 
 class StopSignals:
-    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's early warning) in `requested`.
+    """Sets `requested` on SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's early warning).
 
-    While `nothing_to_save`, before the end of the first step, a signal exits the process immediately with code 0 and
-    creates the empty file `marker`. A second SIGINT exits immediately with code 130. A thread does this, because
-    Python's signal handlers wait while the main thread is in native code, such as a compiler or a collective.
+    Until the end of the first step, while `nothing_to_save` is set, a signal creates the empty file `marker` and exits
+    immediately with code 0. A second SIGINT exits immediately with code 130. A thread does this, because Python delays
+    signal handlers while the main thread runs native code, such as a compiler or a collective.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -39,7 +39,7 @@ class StopSignals:
         signal.set_wakeup_fd(-1)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        os.close(self.write_end)  # ends the thread
+        os.close(self.write_end)  # the thread returns
 
     def _request(self, *_: object) -> None:
         self.requested = True
@@ -53,8 +53,8 @@ class StopSignals:
             if self.nothing_to_save:
                 name = signal.Signals(number[0]).name
                 with suppress(OSError):  # os.write: the main thread may hold the lock of sys.stderr
-                    os.write(2, f"{name} before the end of the first step: nothing to save\n".encode())
-                # torchrun sends SIGTERM to the other ranks after one has failed: that is not a request to stop
+                    os.write(2, f"Received {name} before the end of the first step; nothing to save.\n".encode())
+                # after a rank fails, torchrun sends SIGTERM to the others: this is not a request to stop
                 if self.marker is not None and (name != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ):
                     with suppress(OSError):
                         self.marker.touch()

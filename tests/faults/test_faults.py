@@ -32,7 +32,7 @@ from support.runs import (
 import train
 from babygpt.errors import ConfigError, UserError
 from babygpt.training import checkpoint, metrics
-from babygpt.training.checkpoint import Saver, checkpoints, latest, load
+from babygpt.training.checkpoint import Saver, latest, list_checkpoints, load
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import read_log
 from babygpt.training.run_dir import FINISHED, STOPPED, lock_run_dir
@@ -208,7 +208,7 @@ def test_spike_is_logged_and_optionally_skipped(dataset, tmp_path, monkeypatch, 
         messages = [line for line in capsys.readouterr().out.splitlines() if "standard deviations above" in line]
         assert [line.split("|")[0].split() for line in messages] == [["step", "8"]]
         assert ("is skipped" in messages[0]) == bool(skip)
-        weights[len(skip)] = [load(checkpoints(run)[i]).model["wte.weight"] for i in (6, 7, 8, 9)]  # of steps 7 to 10
+        weights[len(skip)] = [load(path).model["wte.weight"] for path in list_checkpoints(run)[6:10]]  # steps 7 to 10
     assert not torch.equal(weights[0][1], weights[0][2])
     assert torch.equal(weights[2][1], weights[2][2]), "update 8 is skipped"
     assert not torch.equal(weights[2][0], weights[2][1])
@@ -286,7 +286,7 @@ def test_save_works_on_a_drive_that_cannot_sync_directories(tmp_path, monkeypatc
 def test_keep_every_keeps_periodic_checkpoints(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, keep=1, keep_every=3)
-    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [3, 6, 7]
+    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
 
 
 def test_saver_copies_tensors_and_reports_errors(tmp_path, monkeypatch):
@@ -309,13 +309,13 @@ def test_saver_copies_tensors_and_reports_errors(tmp_path, monkeypatch):
         assert latest(tmp_path) is None
         released.set()
         saver.save(2, model, optimizer, STATE)
-        assert torch.equal(load(checkpoints(tmp_path)[0]).model["w"], tensors(1.0)[0]["w"])
+        assert torch.equal(load(list_checkpoints(tmp_path)[0]).model["w"], tensors(1.0)[0]["w"])
         saver.wait()
         monkeypatch.setattr("babygpt.training.checkpoint._sync", lambda path: 1 / 0)
         saver.save(3, model, optimizer, STATE)
         with pytest.raises(UserError, match="step 3 could not be written: ZeroDivisionError"):
             saver.wait()
-    assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == [1, 2]
+    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path)] == [1, 2]
     monkeypatch.setattr("babygpt.training.checkpoint._on_host", lambda tensor: torch.empty(2**50))
     with Saver(tmp_path, keep=0, keep_every=0) as saver:
         saver.save(4, model, optimizer, STATE)
@@ -488,7 +488,7 @@ def test_rewritten_state_json_is_refused(name, value, uninterrupted_run, dataset
     run = copy_killed_run(uninterrupted_run, 1, tmp_path / "run")
     loaded = load(latest(run))
     checkpoint.save(run, 1, loaded.model, loaded.optimizer, loaded.state | {name: value}, keep=0)
-    with pytest.raises(UserError, match=r"lacks what a resume needs|is not the state.json of a checkpoint"):
+    with pytest.raises(UserError, match=r"cannot be resumed from|is not the state.json of a checkpoint"):
         call(train.main, *flags(dataset, run, general__init_from="resume"))
 
 

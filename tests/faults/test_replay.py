@@ -68,7 +68,7 @@ def test_changed_settings_and_ranks_are_replayed(dataset, tmp_path, capsys):
     )
     fork_ranks(2, *arguments, fault="sigterm 1 8")
     fork_ranks(2, *arguments, "--optimizer.max-lr", 0.02, "--validation.every-n-steps", 5)
-    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [6, 11, 12, STEPS]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run)] == [6, 11, 12, STEPS]
     shutil.rmtree(run / "checkpoints" / "step_00000011")
     replayed = torchrun(2, run, "--device", "cpu", script="tools.replay", check=False)
     assert replayed.stdout.count("bitwise equal") == 3, replayed.stdout
@@ -110,7 +110,7 @@ def test_other_versions_have_tolerances(original, tmp_path, capsys):
     """With another PyTorch, rounding differences pass, but values that rounding does not affect must be equal."""
     run = tmp_path / "run"
     shutil.copytree(original, run)
-    for i in range(len(checkpoint.checkpoints(run))):
+    for i in range(len(checkpoint.list_checkpoints(run))):
         with_manifest(lambda path: rewrite(path / "state.json", '"torch": "', '"torch": "1'), i)(run)
     lines = (run / "log.csv").read_text().splitlines()
     columns = lines[0].split(",")
@@ -156,7 +156,7 @@ def with_manifest(change: Callable[[Path], None], index: int = -1) -> Callable[[
     """Return a function that changes a checkpoint of a run, by default the last one, and updates its manifest."""
 
     def manipulate(run: Path) -> None:
-        path = checkpoint.checkpoints(run)[index]
+        path = checkpoint.list_checkpoints(run)[index]
         change(path)
         hashes = {name: checkpoint.sha256(path / name) for name in ("model.safetensors", "optimizer.pt", "state.json")}
         (path / "manifest.json").write_text(json.dumps({"files": hashes}))

@@ -198,8 +198,8 @@ class MalformedInputs:
     def fuzz_resumed_run(self, rng: random.Random) -> None:
         """Corrupt a file of the run directory or of its last checkpoint, and resume the run."""
         run = self.copy(self.run)
-        last = checkpoint.checkpoints(run)[-1]
-        for path in checkpoint.checkpoints(run)[:-1]:
+        last = checkpoint.list_checkpoints(run)[-1]
+        for path in checkpoint.list_checkpoints(run)[:-1]:
             shutil.rmtree(path)
         self.corrupt_file(last if rng.random() < 0.7 else run, rng)
         self.train([*flags(self.dataset, run, **self.run_settings), "--general.init-from", "resume"])

@@ -180,7 +180,7 @@ def copy_killed_run(run: Path, step: int, target: Path) -> Path:
     """Copy a run as a kill after `step` leaves it: without later checkpoints, and with an incomplete last line in the
     log."""
     shutil.copytree(run, target)
-    for path in checkpoint.checkpoints(target):
+    for path in checkpoint.list_checkpoints(target):
         if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
     text = (target / "log.csv").read_text()

@@ -11,7 +11,7 @@ import torch
 
 from babygpt.errors import UserError
 from babygpt.training import checkpoint
-from babygpt.training.checkpoint import checkpoints, latest, load, model_tensors, save
+from babygpt.training.checkpoint import latest, list_checkpoints, load, model_tensors, save
 from model import GPT, GPTConfig, ModernConfig
 
 STATE = {"step": 1, "tokens": 10, "model": {}, "tokenizer": {"name": "gpt2"}}
@@ -74,7 +74,7 @@ def test_failed_save_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
             patch.setattr(checkpoint, name, lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 save_steps(tmp_path, 2)
-        assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
         assert latest(tmp_path).name == "step_00000001"
     save_steps(tmp_path, 2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
@@ -88,11 +88,11 @@ def test_save_keeps_the_newest_and_replaces_an_equal_step(tmp_path):
 def test_corrupted_later_checkpoints_do_not_count_as_newest(tmp_path):
     """A run that resumed from an earlier step keeps the newest checkpoints that it saved."""
     save_steps(tmp_path, 40, 50)
-    for path in checkpoints(tmp_path):
+    for path in list_checkpoints(tmp_path):
         (path / "model.safetensors").write_bytes(b"")
     save_steps(tmp_path, 10, 20, 30, keep=2)
     assert latest(tmp_path).name == "step_00000030"
-    assert [path.name for path in checkpoints(tmp_path)][:2] == ["step_00000020", "step_00000030"]
+    assert [path.name for path in list_checkpoints(tmp_path)][:2] == ["step_00000020", "step_00000030"]
 
 
 def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
@@ -158,4 +158,4 @@ def test_full_disk_is_reported_with_the_system_error(tmp_path):
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []

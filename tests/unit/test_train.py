@@ -117,7 +117,7 @@ def test_sigterm_saves_and_exits_with_code_0(uninterrupted_run, dataset, tmp_pat
             break
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    stopped_at = int(re.search(r"stopped at step (\d+) and saved", stdout).group(1))
+    stopped_at = int(re.search(r"Stopped at step (\d+) and saved", stdout).group(1))
     assert 4 <= stopped_at < STEPS
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
     call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
@@ -235,7 +235,7 @@ def test_nonfinite_step_is_not_applied_logged_or_saved(dataset, tmp_path, monkey
     assert all(unchanged[5]), "the non-finite step changes none"
     assert all(unchanged[6]), "nor does the step in flight"
     assert [row["step"] for row in read_log(tmp_path / "run" / "log.csv")] == [0, 1, 2, 3, 4]
-    assert checkpoint.checkpoints(tmp_path / "run") == []
+    assert checkpoint.list_checkpoints(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("clip", ["1.0", "0.0"])
@@ -260,7 +260,7 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
         call(train.main, *flags(dataset, tmp_path / "zero", saving__every_n_steps=7, optimizer__grad_clip=clip))
     assert applied[:4] == [True, True, True, False]
     assert not any(applied[4:])
-    assert checkpoint.checkpoints(tmp_path / "zero") == []
+    assert checkpoint.list_checkpoints(tmp_path / "zero") == []
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -277,12 +277,12 @@ def test_existing_run_is_not_overwritten(uninterrupted_run, dataset):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model__n_layer": 3}, "model.n_layer: 2 there, 3 now"),
-        ({"model__block_size": 8}, "data.block_size: 16 there, 8 now"),
-        ({"general__seed": 7}, "data.seed: 1337 there, 7 now"),
-        ({"data__num_streams": 2}, "data.num_streams: 4 there, 2 now"),
-        ({"data__chunk_tokens": 50}, "data.chunk_tokens: 100 there, 50 now"),
-        ({"optimizer__name": "muon"}, "optimizer.name: adamw there, muon now"),
+        ({"model__n_layer": 3}, "model.n_layer: 2 before, 3 now"),
+        ({"model__block_size": 8}, "data.block_size: 16 before, 8 now"),
+        ({"general__seed": 7}, "data.seed: 1337 before, 7 now"),
+        ({"data__num_streams": 2}, "data.num_streams: 4 before, 2 now"),
+        ({"data__chunk_tokens": 50}, "data.chunk_tokens: 100 before, 50 now"),
+        ({"optimizer__name": "muon"}, "optimizer.name: adamw before, muon now"),
     ],
 )
 def test_resume_names_a_setting_that_must_not_change(change, message, uninterrupted_run, dataset):
@@ -293,7 +293,7 @@ def test_resume_names_a_setting_that_must_not_change(change, message, uninterrup
 def test_resume_without_an_intact_checkpoint_is_refused(uninterrupted_run, dataset, tmp_path):
     """If all checkpoints are corrupted, the resume is refused and changes no file of the run."""
     out = copy_killed_run(uninterrupted_run, 2, tmp_path / "run")
-    for path in checkpoint.checkpoints(out):
+    for path in checkpoint.list_checkpoints(out):
         (path / "model.safetensors").write_bytes(b"")
     before = {name: (out / name).read_bytes() for name in ("log.csv", "samples.txt", "config.json")}
     with pytest.raises(ConfigError, match="None of the 2 checkpoints"):
@@ -323,9 +323,9 @@ def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
     switches = [f"--model.no-{name}" for name in off] + ["--model.bias", "--model.tie-head"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
     call(train.main, *flags(dataset, tmp_path / "run", "modern", **changes), *switches)
-    with pytest.raises(ConfigError, match=r"model\.qk_norm: True there, None now") as raised:
+    with pytest.raises(ConfigError, match=r"model\.qk_norm: True before, None now") as raised:
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2))
-    assert "model.logit_softcap: 15.0 there" in str(raised.value)
+    assert "model.logit_softcap: 15.0 before" in str(raised.value)
     assert "rope" not in str(raised.value)
 
 
@@ -369,7 +369,7 @@ def test_init_from_loads_the_weights_of_another_run(uninterrupted_run, dataset, 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         call(train.main, *flags(dataset, tmp_path / "file"))
-    with pytest.raises(ConfigError, match="n_embd: 16 there, 32 here"):
+    with pytest.raises(ConfigError, match="n_embd: 16 in the weights, 32 in the settings"):
         call(train.main, *flags(dataset, tmp_path / "wide", general__init_from=uninterrupted_run, model__n_embd=32))
 
 

@@ -183,7 +183,7 @@ def test_differences_name_the_field_and_both_values():
     ("sections", "message"),
     [
         ({"training": {"max_step": 10}}, "training has no field 'max_step'. Did you mean 'max_steps'?"),
-        ({"trainig": {"max_steps": 10}}, "there is no section 'trainig'. Did you mean 'training'?"),
+        ({"trainig": {"max_steps": 10}}, "There is no section 'trainig'. Did you mean 'training'?"),
         ({"training": {"max_steps": "10"}}, "--training.max-steps '10' is not an integer. Use an integer."),
         ({"optimizer": {"max_lr": (3e-4,)}}, "--optimizer.max-lr (0.0003,) is not a number. Use a number."),
         ({"training": ({"max_steps": 10},)}, "training is ({'max_steps': 10},), not a dictionary. Remove a comma"),
