@@ -221,7 +221,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
 def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: bool) -> None:
     """Print the settings, the model, the data order, and warnings."""
     training = config.training
-    console.info(run_dir.settings_text(to_json(config)))
+    console.info(run_dir.format_settings(to_json(config)))
     micro_batches = training.batch_tokens // (order.block_size * training.micro_batch_size * ranks.world_size)
     bfloat16 = uses_bfloat16(ranks.device, training.dtype)
     kernel = training_backend(config.model, config.model.mask_rule, ranks.device, bfloat16, compiled)

@@ -92,7 +92,9 @@ class TokenizeStage:
                 self.earlier_tokens += int(tokens.sum())
                 self.on_done((unit, stem), (len(tokens), int(tokens.sum()), None))
             elif task is None:
-                raise UserError(f"{stem}.npz is missing, but {unit:05d}.json counts it. Delete {self.parts}.")
+                raise UserError(
+                    f"{stem}.npz is missing, but {unit:05d}.json counts it. Delete {self.parts} to start over."
+                )
             else:
                 self.queue.submit((unit, stem), tokenize_task, task, stem)
 
@@ -135,9 +137,8 @@ class TokenizeStage:
             return self.reached
         parts = list(takewhile(self.finished.__contains__, self.stems))
         kept = sum(plan_shards(parts, 0, None, self.buckets).tokens.values())
-        self.next_plan = self.tokens + max(
-            self.max_tokens - kept, self.max_tokens // 50
-        )  # rarely: a plan reads all indexes
+        # at most about 50 times, since a plan reads all indexes
+        self.next_plan = self.tokens + max(self.max_tokens - kept, self.max_tokens // 50)
         self.reached = kept >= self.max_tokens
         return self.reached
 

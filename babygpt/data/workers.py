@@ -95,10 +95,12 @@ def tokenize_task(task: Task, stem: str) -> tuple[int, int, str | None]:
             decisions.append(decision)
             hashes += hash_texts(batch.texts)
             sizes.extend(map(len, batch.texts))
-    hash_, tokens = np.frombuffer(hashes, ">u8").reshape(-1, 2), np.concatenate(lengths)
-    bytes_, decision = np.frombuffer(sizes, np.uint64), np.concatenate(decisions)
+    tokens = np.concatenate(lengths)
     with files.create(f"{stem}.npz") as file:
-        np.savez(file, hash=hash_, tokens=tokens, bytes=bytes_, decision=decision)
+        np.savez(
+            file, hash=np.frombuffer(hashes, ">u8").reshape(-1, 2), tokens=tokens,
+            bytes=np.frombuffer(sizes, np.uint64), decision=np.concatenate(decisions),
+        )  # fmt: skip
     return len(tokens), int(tokens.sum(dtype=np.int64)), message
 
 
@@ -134,8 +136,8 @@ def write_task(path: str, pieces: list[Piece], num_tokens: int, vocab_size: int,
             block_start, block_stop = int(ranges[0, 0]), int(ranges[-1, 1])
             is_dense = 4 * (stop - start) > block_stop - block_start  # then one read is faster than one per range
             block = read_tokens(stem, block_start, block_stop) if is_dense else None
-            for a, b in ranges.tolist():
-                yield read_tokens(stem, a, b) if block is None else block[a - block_start : b - block_start]
+            for first, end in ranges.tolist():
+                yield read_tokens(stem, first, end) if block is None else block[first - block_start : end - block_start]
 
     sha256 = write_shard(path, num_tokens, vocab_size, tokens())
     write_json(record_path, {"documents": documents, "sha256": sha256})

@@ -109,10 +109,10 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
             "intact: fix the cause (such as a full disk) and resume with --general.init-from resume."
         ) from error
     # checkpoints of later steps are corrupted, since this run resumed from an earlier one: they do not count
-    intact = [path for path in list_checkpoints(run) if step_of(path) <= step]
-    for old in intact[:-keep] if keep else []:
-        if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old, ignore_errors=True)
+    counted = [path for path in list_checkpoints(run) if step_of(path) <= step]
+    for path in counted[:-keep] if keep else []:
+        if not keep_every or step_of(path) % keep_every:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 

@@ -54,7 +54,7 @@ class Metrics:
             self.plot()
         self.bar.update()
         if self.console_every and step % self.console_every == 0:
-            console.info(console_line(row))
+            console.info(format_row(row))
         if step == self.start + 10:
             hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
             console.info(f"About {hours:.1f} hours of training remain, not counting evaluations")
@@ -85,7 +85,7 @@ def throughput(ms: float, tokens: int, flops_per_token: int | None, ranks: Ranks
     return columns
 
 
-def console_line(row: Row) -> str:
+def format_row(row: Row) -> str:
     """Format the row of a step for the console."""
     mfu = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     return (

@@ -97,7 +97,7 @@ def check_identity(path: Path, state: dict, identity: dict[str, dict]) -> None:
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the sections of config.json, or none if it is missing or corrupted: it only repeats a checkpoint."""
+    """Return the sections of config.json, or an empty dictionary if it is missing or corrupted."""
     try:
         sections = json.loads(path.read_text(encoding="utf-8"))
         return {name: section for name, section in sections.items() if isinstance(section, dict)}
@@ -129,7 +129,7 @@ def changed_settings(path: Path, config: dict) -> list[str]:
     ]
 
 
-def settings_text(config: dict) -> str:
+def format_settings(config: dict) -> str:
     """Format the settings for the console, one line per section."""
     return "\n".join(
         f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items())
@@ -145,7 +145,7 @@ def record_launch(launches: list[dict], step: int, settings: dict, ranks: Ranks)
 
 
 def provenance(ranks: Ranks) -> dict:
-    """Return everything that affects the rounding of a run's results: versions, device, ranks and threads."""
+    """Return what affects the rounding of results, apart from the settings: versions, device, ranks, threads."""
     is_cuda = ranks.device.type == "cuda"
     return {
         "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
