@@ -296,7 +296,7 @@ def preset(name: str) -> Config:
         if not hasattr(config, section):
             problems.append(f"There is no section {section!r}. {suggest(section, [f.name for f in fields(Config)])}")
         elif not isinstance(values, dict):
-            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove a comma after it.")
+            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove the comma after it.")
         else:
             known = [f.name for f in fields(ModernConfig if section == "model" else getattr(config, section))]
             unknown = [name for name in values if name not in known]
