@@ -4,13 +4,13 @@ N training tokens, T = block_size, S = num_streams, R = rows per step (batch_tok
 
 1. Chunks. A cursor is placed at every multiple of `chunk_tokens`. The EOT nearest to it starts the next chunk.
 
-       data   |E..E...E|E....E.|E...E..E..|E....|        E = end of text, | = start of a chunk, always at an E
-2. Shuffle. The chunks, sorted by a hash of (seed, epoch, chunk), are concatenated: the line.
+       data      |E..E...E|E....E.|E...E..E..|E....|        E = end of text, | = start of a chunk, always at an E
+2. Shuffle. The chunks are sorted by a hash of (seed, epoch, chunk) and concatenated.
 
-       line   |E...E..E..|E..E...E|E....|E....E.|
-3. Streams. The line is divided into S equal pieces of K rows of T tokens.
+       shuffled  |E...E..E..|E..E...E|E....|E....E.|
+3. Streams. The shuffled data is divided into S equal pieces of K rows of T tokens.
 
-       line   |----stream 0----|----stream 1----|----stream 2----| remainder, not read in this epoch
+       shuffled  |----stream 0----|----stream 1----|----stream 2----| remainder, not read in this epoch
 4. Rows. Row n of the epoch is row n // S of stream n mod S: T tokens and their T targets, shifted by one token.
    A step takes the next R rows, and rank r reads those with n mod W = r.
 
@@ -96,10 +96,10 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The line, streams and rows of one epoch."""
+    """The shuffled data, streams and rows of one epoch."""
 
-    chunks: np.ndarray  # (chunks, 2) int64: start and stop of each chunk in the data, in the order of the line
-    offsets: np.ndarray  # (chunks + 1,) int64: start of each chunk in the line, then the length of the line
+    chunks: np.ndarray  # (chunks, 2) int64: start and stop of each chunk in the data, in shuffled order
+    offsets: np.ndarray  # (chunks + 1,) int64: start of each chunk in the shuffled data, then its length
     block_size: int
     num_streams: int
 
@@ -113,7 +113,7 @@ class Epoch:
         return self.rows_per_stream * self.num_streams
 
     def row_start(self, n: int | np.ndarray) -> int | np.ndarray:
-        """Return the start of row n in the line; for an array of rows, (rows,) int64."""
+        """Return the start of row n in the shuffled data; for an array of rows, (rows,) int64."""
         return (n % self.num_streams * self.rows_per_stream + n // self.num_streams) * self.block_size
 
     def row(self, n: int) -> list[tuple[int, int]]:
@@ -123,7 +123,7 @@ class Epoch:
         """
         if not 0 <= n < self.num_rows:
             raise IndexError(f"Row {n} is out of range: the epoch has {self.num_rows} rows.")
-        start = int(self.row_start(n))  # in the line
+        start = int(self.row_start(n))  # in the shuffled data
         end = start + self.block_size + 1
         ranges: list[tuple[int, int]] = []
         chunk = int(np.searchsorted(self.offsets, start, side="right")) - 1
@@ -176,7 +176,7 @@ class Order:
         """Raise a ConfigError if an epoch has fewer rows than a step."""
         if self.rows_per_epoch < rows_per_step:
             raise ConfigError(
-                f"The data set has fewer rows than one step: {len(self.tokens):,} training tokens give "
+                f"The dataset has fewer rows than one step: {len(self.tokens):,} training tokens give "
                 f"{self.rows_per_epoch:,} rows of {self.block_size:,} tokens in {self.num_streams} streams, but a step "
                 f"takes {rows_per_step:,}. Use more data, or a smaller --training.batch-tokens, --data.num-streams or "
                 "--model.block-size."
@@ -219,7 +219,7 @@ class Order:
         """
         plan, shard_starts, size = self.epoch(epoch), self.tokens.starts, self.block_size + 1
         n = np.clip(np.array(rows, np.int64), 0, plan.num_rows - 1)
-        start = plan.row_start(n)  # in the line
+        start = plan.row_start(n)  # in the shuffled data
         chunk = np.searchsorted(plan.offsets, start, side="right") - 1
         first = plan.chunks[chunk, 0] + start - plan.offsets[chunk]  # in the data
         shard = np.searchsorted(shard_starts, first, side="right") - 1
@@ -319,8 +319,8 @@ def validation_batches(
     """
     if len(tokens) <= block_size:
         raise ConfigError(
-            f"The data set has {len(tokens):,} validation tokens, but one row takes block_size + 1 = "
-            f"{block_size + 1:,}. Prepare it with more --val-tokens."
+            f"The dataset has {len(tokens):,} validation tokens, but one row takes block_size + 1 = "
+            f"{block_size + 1:,} tokens. Prepare it with a larger --val-tokens."
         )
     order = Order(tokens, eot_id=-1, block_size=block_size, num_streams=1, seed=0, shuffle=False)
     rows = [n for n in range(validation_rows(tokens, block_size)) if n % world_size == rank]

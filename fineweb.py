@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Prepare a data set of token shards from a Hugging Face data set or from files.
+"""Prepare a dataset of token shards from a Hugging Face dataset or from files.
 
     python fineweb.py                                        # FineWeb-Edu 10BT into data/fineweb-edu-10BT
     python fineweb.py fineweb2-pl --tokenizer data/pl.json   # or fineweb-10BT, wikipedia-en, stdlib, OWNER/NAME
     python fineweb.py files --input 'pages/*.jsonl.gz' --out-dir data/pages
     python fineweb.py fineweb-edu-100BT --min-score 3.5 --out-dir s3://bucket/edu
-    python fineweb.py verify data/pages                      # check every byte of a data set
+    python fineweb.py verify data/pages                      # check every byte of a dataset
 
 Three stages. Tokenize: worker processes read, filter and encode the source, one task at a time. Plan: drop
 duplicates, choose validation documents, and place every document in a shard. Write: copy the tokens into shards.
-Each task is committed by a rename, so the same command resumes a stopped run. The bytes depend on the source and
-the settings, not on the number of workers.
+Each task is committed by a rename, so the same command resumes a stopped run. The dataset depends on the
+source and the settings, byte for byte, but not on the number of workers.
 """
 
 import os
@@ -47,24 +47,25 @@ class PrepareArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     # fineweb-edu-10BT, fineweb-edu-100BT, fineweb-10BT, fineweb2-pl (or another language), wikipedia-en, stdlib (source
-    # code of Python's standard library), files (with --input), or OWNER/NAME of a Hugging Face data set
+    # code of Python's standard library), files (with --input), or OWNER/NAME of a Hugging Face dataset
     source: Annotated[Positional[str], metavar("[SOURCE]")] = "fineweb-edu-10BT"
     # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt; .jsonl and .txt may be
     # compressed (.gz, .xz, .zst)
     input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
-    # directory of the data set, or a URL such as s3://bucket/name
+    # directory of the dataset, or a URL such as s3://bucket/name
     out_dir: Annotated[str | None, metavar("PATH|URL", "data/SOURCE")] = None
-    tokenizer: Annotated[str, metavar("gpt2|PATH")] = "gpt2"  # gpt2, or the path of a tokenizer.json
+    tokenizer: Annotated[str, metavar("gpt2|PATH")] = "gpt2"  # gpt2, or the path to a tokenizer.json
     # number of validation tokens, rounded up to whole documents
-    val_tokens: Annotated[int | None, Ge(0), Lt(2**31), metavar("TOKENS", "11 M, but at most 5 % of all tokens")] = None
+    val_tokens: Annotated[int | None, Ge(0), Lt(2**31), metavar("TOKENS", "11M, but at most 5% of all tokens")] = None
     shard_tokens: Annotated[int, Ge(1), Lt(2**31), metavar("TOKENS")] = 100_000_000  # tokens per shard
-    # keep documents in source order, up to the document that reaches this number of tokens
+    # stop after the document with which the total reaches this number of tokens
     max_tokens: Annotated[int | None, Ge(1), metavar("TOKENS", "no limit")] = None
     # drop documents with fewer characters
     min_chars: Annotated[int | None, Ge(0), metavar("CHARACTERS", "off")] = None
-    min_score: Threshold = None  # drop documents with a lower `score`, a column of FineWeb-Edu (0 to 5)
-    min_language_score: Threshold = None  # drop documents with a lower `language_score`, a column of FineWeb (0 to 1)
-    min_quality: Threshold = None  # drop documents that the --quality model scores lower (0 to 1)
+    min_score: Threshold = None  # drop documents whose `score`, a column of FineWeb-Edu, is lower (0 to 5)
+    # drop documents whose `language_score`, a column of FineWeb, is lower (0 to 1)
+    min_language_score: Threshold = None
+    min_quality: Threshold = None  # drop documents to which the --quality model gives a lower score (0 to 1)
     # quality model, written by tools.train_quality_filter
     quality: Annotated[Path | None, metavar("PATH")] = None
     # number of worker processes
@@ -73,7 +74,7 @@ class PrepareArgs:
     # address of the Ray cluster; auto: the cluster that this machine belongs to
     address: Annotated[str, metavar("ADDRESS")] = "auto"
     text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
-    config: Annotated[str | None, metavar("NAME", "chosen by the data set")] = None  # configuration of OWNER/NAME
+    config: Annotated[str | None, metavar("NAME", "the dataset's default")] = None  # configuration of OWNER/NAME
     split: Name = "train"  # split of OWNER/NAME
 
     def check(self) -> None:
@@ -81,19 +82,19 @@ class PrepareArgs:
         problems = violations(self)
         if (self.quality is None) != (self.min_quality is None):
             given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
-            problems.append(f"{given} has no effect alone. Use --quality and --min-quality together.")
+            problems.append(f"{given} has no effect on its own. Use --quality and --min-quality together.")
         if problems:
             raise UserError(summary(problems, "The arguments are invalid:"))
 
     @property
     def directory(self) -> str:
-        """Directory or URL of the data set."""
+        """Directory or URL of the dataset."""
         directory = self.out_dir or f"data/{self.source.split('/')[-1]}"
         directory = directory.removeprefix("file://").rstrip("/") or "/"
         return os.path.abspath(directory) if self.engine == "ray" and not files.is_remote(directory) else directory
 
     def settings(self, setup: Setup) -> dict[str, Any]:
-        """Return the settings that determine the bytes of the data set, except for the revision of the source."""
+        """Return the settings that determine the bytes of the dataset, except for the revision of the source."""
         return {
             "source": self.source, "config": self.config, "split": self.split, "text_column": self.text_column,
             "tokenizer_sha256": setup.tokenizer.sha256, "val_tokens": self.val_tokens,
@@ -103,7 +104,7 @@ class PrepareArgs:
 
 
 def prepare(args: PrepareArgs) -> None:
-    """Prepare a data set. Tasks that an earlier run with the same settings finished are skipped."""
+    """Prepare a dataset. Tasks that an earlier run with the same settings finished are skipped."""
     args.check()
     filters = Filters(args.min_chars, args.min_score, args.min_language_score, args.min_quality)
     source = find(args.source, args.input, (args.text_column, *filters.columns), args.config, args.split)
@@ -131,7 +132,7 @@ def create_worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> Abst
 
 
 def report(work: Workspace) -> None:
-    """Print the size of a complete data set and the command that trains on it."""
+    """Print the size of a complete dataset and the command that trains on it."""
     counts, shards = work.manifest["counts"], work.manifest["shards"]
     print(
         f"{work.directory}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} training tokens "
@@ -140,15 +141,15 @@ def report(work: Workspace) -> None:
     )
     if counts["documents"]["kept"] == 1:
         print(
-            "note: the data set is a single document (a .txt file is one document). Documents are not split, so there "
+            "note: the dataset is a single document (a .txt file is one document). Documents are not split, so there "
             "are no validation tokens. Use several files, or train with --general.mode train."
         )
 
 
-def verify_data_set(
-    directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY", help="directory or URL of the data set")],
+def verify_dataset(
+    directory: Annotated[Positional[str], tyro.conf.arg(metavar="DIRECTORY", help="directory or URL of the dataset")],
 ) -> None:
-    """Check every header, size, checksum, token and document count of a data set in a directory or at a URL."""
+    """Check the headers, sizes, checksums, tokens and document counts of a dataset in a directory or at a URL."""
     size = sum(path.stat().st_size for path in open_dataset(directory).directory.glob("*.bin"))
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         totals = verify(directory, bar.update)
@@ -157,7 +158,7 @@ def verify_data_set(
 
 def main() -> None:
     if sys.argv[1:2] == ["verify"]:
-        return parse_command_line(verify_data_set, "fineweb.py verify", verify_data_set.__doc__, args=sys.argv[2:])
+        return parse_command_line(verify_dataset, "fineweb.py verify", verify_dataset.__doc__, args=sys.argv[2:])
     preload_workers()
     prepare(parse_command_line(PrepareArgs, "fineweb.py", __doc__, config=(tyro.conf.DisallowNone,)))
 

@@ -1,16 +1,16 @@
-"""Evaluate a model on HellaSwag: accuracy in choosing among four endings of a text (arXiv:1905.07830).
+"""Evaluate a model on HellaSwag: accuracy at choosing the correct one of four endings of a text (arXiv:1905.07830).
 
     python hellaswag.py out/gpt2                       # all 10,042 examples of the validation set
     python hellaswag.py out/gpt2 --style lm-eval
-    python hellaswag.py gpt2 --limit 200               # OpenAI's weights, from the Hugging Face hub
+    python hellaswag.py gpt2 --limit 200               # OpenAI's weights, from the Hugging Face Hub
     python hellaswag.py out/babygpt-pl --language pl
 
 Each style prints two accuracies, which differ between the styles:
 
 - karpathy (build-nanogpt): scores " " + ending, given the context as it is. `acc` chooses the ending with the lowest
-  loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M has 0.2859 and 0.2955.
-- lm-eval (task hellaswag of lm-evaluation-harness): prepends the activity label and cleans the texts. `acc` chooses
-  the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M has 0.2892 and
+  loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
+- lm-eval (task hellaswag of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` chooses
+  the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M scores 0.2892 and
   0.3114.
 """
 
@@ -138,9 +138,9 @@ def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | N
                 break
             try:
                 row = json.loads(line)
-                row["label"] = int(row["label"])  # an integer in the authors' file, a string in tables of the hub
+                row["label"] = int(row["label"])  # an integer in the authors' file, a string in tables on the hub
                 if row["label"] not in range(4) or len(row["endings"]) != 4 or not all(row["endings"]):
-                    raise ValueError("an example has four non-empty endings and a label from 0 to 3")
+                    raise ValueError("an example must have four non-empty endings and a label from 0 to 3")
                 examples.append(render_example(row, tokenizer, style))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{path}, line {number} is not a HellaSwag example: {error!r}") from None
@@ -294,17 +294,17 @@ def evaluate(
 class HellaSwagArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
-    # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model of the Hugging Face hub:
+    # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model on the Hugging Face Hub:
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
     style: Style = "karpathy"  # scoring method
     # examples in HellaSwag's jsonl format
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
-    # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face hub)
+    # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
     language: Annotated[str, metavar("CODE")] = "en"
     limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
-    # data type of matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # rows of 512 tokens per forward pass; a row has about three examples
     batch_size: Annotated[Positive, metavar("ROWS")] = 16

@@ -49,10 +49,10 @@ DropoutRate = Annotated[float, Ge(0), Lt(1)]
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Architecture. The defaults are those of the smallest GPT-2 (124 M)."""
+    """Architecture. The defaults are those of the smallest GPT-2 (124M)."""
 
     block_size: Positive = 1024  # context length, in tokens
-    vocab_size: NonNegative = 50257  # vocabulary size; 0: that of the data set
+    vocab_size: NonNegative = 50257  # vocabulary size; 0: that of the dataset
     n_layer: Positive = 12  # number of blocks
     n_head: Positive = 12  # number of attention heads
     n_embd: Positive = 768  # width of the residual stream
@@ -271,7 +271,7 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of training on one token: 854.7 M for the smallest GPT-2.
+        """Return the FLOPs of training on one token: 854.7M for the smallest GPT-2.
 
         6 per weight of each matrix product, including padding (PaLM paper, appendix B: 2 forward, 4 backward), and
         12 L T C for the two products of attention, counted over the full context or window, without the causal mask.
@@ -310,14 +310,15 @@ class ModernConfig(GPTConfig):
     rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
     embedding_norm: bool = False  # RMS norm after the embedding
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
-    value_embeddings: NonNegative = 0  # value-embedding tables; blocks i and n_layer - value_embeddings + i use table i
+    # number of value embeddings; blocks i and n_layer - value_embeddings + i use embedding i
+    value_embeddings: NonNegative = 0
     x0_shortcut: bool = False  # the input of each block is a mix of the residual stream and the embedding
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
-    # replace the logits by cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
+    # replace the logits with cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
     logit_softcap: Annotated[PositiveFloat | None, metavar("CAP", "off")] = None
     attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None  # softmax scale
     document_mask: bool = False  # no attention across documents, each of which starts with eot_id
-    eot_id: Annotated[int | None, metavar("ID", "that of the data set")] = None  # end-of-text token for document_mask
+    eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text token for document_mask
     # sliding attention window, including the current token
     window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = None
 

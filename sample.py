@@ -50,14 +50,14 @@ def sample(
 class SampleArgs(SamplingParams):
     """The command line: each field is a flag, and its comment is the help."""
 
-    # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model of the Hugging Face hub:
+    # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model on the Hugging Face Hub:
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
     # one or several prompts
     prompt: Annotated[tuple[str, ...], metavar("TEXT [TEXT ...]", "ask for prompts until an empty line")] = ()
     num_samples: Positive = 1  # number of texts per prompt; all texts are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
-    # data type of matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     args = parse_arguments(SampleArgs, "sample.py", __doc__)
     with process_group(args.device) as ranks:
         if args.compile and ranks.device.type != "cuda":
-            raise UserError(f"--compile is slower on {ranks.device.type}. Use it only with --device cuda.")
+            raise UserError(f"--compile is not supported on {ranks.device.type}, where it is slower. Omit it.")
         model = GPT.from_pretrained(args.model, ranks.device)
         with autocast(ranks.device, args.dtype):
             if args.prompt:

@@ -287,7 +287,7 @@ def restore(path: Path, config: Config, identity: dict[str, dict]) -> Start:
         ) from None
     if step > config.training.max_steps:
         raise ConfigError(
-            f"{path} is beyond --training.max-steps {config.training.max_steps:,}. Use more steps, or another "
+            f"{path} is later than --training.max-steps {config.training.max_steps:,}. Use more steps, or a different "
             "--general.out-dir."
         )
     console.info(f"Resuming from {path}")
@@ -426,7 +426,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         (config.general.out_dir / (run_dir.STOPPED if stopping else run_dir.FINISHED)).touch()
     metrics.plot()
     if stopping:
-        console.info(f"Stopped at step {step} and saved. Resume with the same command and --general.init-from resume.")
+        console.info(f"Stopped and saved at step {step}. Resume with the same command and --general.init-from resume.")
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:

@@ -49,10 +49,10 @@ class General:
     # once, on the latest checkpoint in out_dir or on the model that init_from names
     mode: Annotated[tuple[Mode, ...], MinLen(1), metavar("MODE [MODE ...]")] = ("train", "val", "eval", "sample")
     # initial weights: scratch (random), resume (the latest checkpoint in out_dir; scratch if there is none), gpt2,
-    # gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face hub), or the path of a model
+    # gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face Hub), or the path to a model
     init_from: Annotated[str, metavar("WEIGHTS")] = "scratch"
     out_dir: Path = OUT_PRESET  # run directory
-    seed: Seed = 1337  # seed of the initial weights, the data order, and dropout
+    seed: Seed = 1337  # seed for the initial weights, the data order, and dropout
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     deterministic: bool = False  # use only deterministic CUDA kernels, which are slower
     # minutes that a rank waits for the other ranks before it aborts
@@ -61,11 +61,11 @@ class General:
 
 @dataclass(frozen=True)
 class Data:
-    """Data set and data order."""
+    """Dataset and data order."""
 
-    dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # data set directory, prepared by fineweb.py
+    dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # dataset directory, prepared by fineweb.py
     # approximate length of the chunks that are shuffled, in tokens
-    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at most 1 M")] = None
+    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at most 1M")] = None
     num_streams: Positive = 64  # number of equal parts of the shuffled data that are read in parallel
 
 
@@ -73,18 +73,18 @@ class Data:
 class Training:
     """Training loop."""
 
-    # optimizer steps; 19,073 steps of 524,288 tokens are 10 B tokens
+    # optimizer steps (19,073 steps of 524,288 tokens: 10B tokens)
     max_steps: Annotated[Positive, metavar("STEPS")] = 19_073
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
     # rows per forward pass on each rank; 0: as many as fit in GPU memory, at most 64; 16 on a CPU
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
-    # data type of matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16_activations: bool = False  # with bfloat16, keep the residual stream in bfloat16 too: less memory traffic
     compile: Literal["auto", "on", "off"] = "auto"  # compile the model with torch.compile; auto: on CUDA
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, but slower
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
-    compare_ranks_every_n_steps: Steps = 100  # steps between checks for bitwise equal weights on all ranks; 0: never
+    compare_ranks_every_n_steps: Steps = 100  # check every N steps that all ranks have equal weights; 0: never
     # skip updates whose loss is more than this number of standard deviations above the mean of recent losses
     skip_spikes: Annotated[float | None, Ge(1), metavar("DEVIATIONS", "off")] = None
 
@@ -94,13 +94,13 @@ class Optimizer:
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, and Adam for the rest
-    # peak learning rate; 6e-4 is that of the GPT-3 paper (table 2.1) for 125 M parameters; with muon: of the matrices
+    # peak learning rate (GPT-3 used 6e-4 for 125M parameters); with muon: peak learning rate of the matrices only
     max_lr: Rate = 6e-4
     min_lr_ratio: Fraction = 0.1  # learning rate at the last step, as a fraction of the peak
-    warmup_steps: Steps = 715  # steps of linear warmup; 715 are 375 M tokens, as in the GPT-3 paper
-    # final fraction of the steps, in which a constant learning rate decays linearly; None: cosine decay over all steps
+    warmup_steps: Steps = 715  # steps of linear warmup (GPT-3 used 375M tokens: 715 steps)
+    # fraction of the steps, at the end, in which the learning rate decays linearly after being constant; None: cosine
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
-    weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: only of the matrices
+    weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: of the matrices only
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate for the mean of gradients
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate for the mean of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
@@ -108,26 +108,27 @@ class Optimizer:
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings (modded-nanogpt)
     head_lr: Rate = 0.008  # with muon: peak learning rate of the head, including a tied one
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
-    momentum_warmup_steps: Steps = 300  # with muon: steps in which its momentum rises from 0.85 to 0.95
-    cautious: bool = False  # with muon: decay a weight only if the update shrinks it too
+    momentum_warmup_steps: Steps = 300  # with muon: steps in which Muon's momentum rises from 0.85 to 0.95
+    cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
 
 
 @dataclass(frozen=True)
 class Validation:
     """Loss on the validation split, always on the same tokens."""
 
-    every_n_steps: Steps = 250  # steps between validations, also before the first step and after the last; 0: never
+    # validate every N steps, before the first step and after the last one; 0: never
+    every_n_steps: Steps = 250
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracy on HellaSwag."""
 
-    every_n_steps: Steps = 250  # steps between evaluations, also after the last step; 0: never
+    every_n_steps: Steps = 250  # evaluate every N steps and after the last step; 0: never
     style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records only karpathy's acc_norm
     # examples in HellaSwag's jsonl format
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
-    # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face hub)
+    # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
     language: Annotated[str, metavar("CODE")] = "en"
     limit: Annotated[Positive | None, metavar("N", "all 10,042")] = None  # number of examples to evaluate
 
@@ -136,7 +137,7 @@ class Evaluation:
 class Sampling:
     """Text generated during training, written to samples.txt."""
 
-    every_n_steps: Steps = 250  # steps between samples, also after the last step; 0: never
+    every_n_steps: Steps = 250  # generate samples every N steps and after the last step; 0: never
     prompt: Annotated[str, metavar("TEXT")] = "Hello, I'm a language model,"  # text that every sample starts with
     num_samples: Positive = 4  # number of samples
     max_new_tokens: Annotated[Positive, metavar("TOKENS")] = 64  # maximum number of new tokens per sample
@@ -151,7 +152,7 @@ class Sampling:
 class Saving:
     """Checkpoints."""
 
-    # steps between checkpoints, also after the last step; 0: only when a stop is requested
+    # save a checkpoint every N steps and after the last step; 0: only when a stop is requested
     every_n_steps: Steps = 1000
     keep: NonNegative = 2  # number of latest checkpoints to keep; 0: all
     keep_every: Steps = 0  # also keep checkpoints whose step is a multiple of this number; 0: none
@@ -161,7 +162,7 @@ class Saving:
 class Logging:
     """Console output. log.csv records every step."""
 
-    every_n_steps: Steps = 1  # steps between lines on the console; 0: never
+    every_n_steps: Steps = 1  # print a line every N steps; 0: never
 
 
 @dataclass(frozen=True)
@@ -365,7 +366,9 @@ def conflicts(config: Config, world_size: int) -> list[str]:
         )
     if model.n_head % model.kv_heads:
         divisors = ", ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)
-        problems.append(f"--model.n-kv-head {model.n_kv_head} does not divide n_head {model.n_head}. Use {divisors}.")
+        problems.append(
+            f"--model.n-kv-head {model.n_kv_head} does not divide n_head {model.n_head}. Use one of {divisors}."
+        )
     if isinstance(model, ModernConfig):
         if model.rope and model.head_size % 4:
             problems.append(f"--model.rope needs a head size divisible by 4, not n_embd / n_head = {model.head_size}.")
@@ -380,7 +383,7 @@ def conflicts(config: Config, world_size: int) -> list[str]:
         names, numbers, others = ["block_size", "ranks"], [f"{model.block_size:,}", f"{world_size}"], ""
         if micro:
             names, numbers = ["micro_batch_size", *names], [f"{micro}", *numbers]
-            others = ", or another micro_batch_size"
+            others = ", or a different micro_batch_size"
         problems.append(
             f"--training.batch-tokens {training.batch_tokens:,} is not divisible by {' x '.join(names)} = "
             f"{' x '.join(numbers)} = {multiple:,}. Use a multiple of {multiple:,}, such as "
@@ -390,24 +393,24 @@ def conflicts(config: Config, world_size: int) -> list[str]:
 
 
 def bind(config: Config, dataset: Dataset) -> Config:
-    """Fill in vocab_size, eot_id and chunk_tokens from the data set. ConfigError lists all conflicts with it."""
+    """Fill in vocab_size, eot_id and chunk_tokens from the dataset. ConfigError lists all conflicts with it."""
     model, data, problems = config.model, config.data, []
     if model.vocab_size not in (0, dataset.vocab_size):
         problems.append(
-            f"--model.vocab-size {model.vocab_size:,} is not the {dataset.vocab_size:,} of {data.dataset}. Omit it. "
-            "The vocabulary is padded to a multiple of 128 automatically."
+            f"--model.vocab-size {model.vocab_size:,} does not match {data.dataset}, whose vocabulary size is "
+            f"{dataset.vocab_size:,}. Omit it. The vocabulary is padded to a multiple of 128 automatically."
         )
     config = variant(config, model={"vocab_size": dataset.vocab_size})
     if isinstance(model, ModernConfig):
         if model.eot_id not in (None, dataset.eot_id):
-            problems.append(f"--model.eot-id {model.eot_id} is not the {dataset.eot_id} of {data.dataset}. Omit it.")
+            problems.append(f"--model.eot-id {model.eot_id} does not match {data.dataset}: {dataset.eot_id}. Omit it.")
         config = variant(config, model={"eot_id": dataset.eot_id if model.document_mask else None})
     validates = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
     if validates and len(dataset.val) <= model.block_size:
         problems.append(
             f"{data.dataset} has {len(dataset.val):,} validation tokens, but one row takes --model.block-size + 1 = "
-            f"{model.block_size + 1:,}. Prepare it with more --val-tokens and more than one document, or remove val "
-            "from --general.mode."
+            f"{model.block_size + 1:,} tokens. Prepare it with a larger --val-tokens and more than one document, or "
+            "remove val from --general.mode."
         )
     if problems:
         raise ConfigError(summary(problems, f"The settings do not fit {data.dataset}:"))
@@ -493,4 +496,4 @@ def from_json(values: dict[str, Any]) -> Config:
         model = config_from_dict(sections.pop("model"))
         return variant(replace(Config(), model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"The settings were written by another version of BabyGPT ({error}).") from None
+        raise UserError(f"The settings were written by a different version of BabyGPT ({error}).") from None

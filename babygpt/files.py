@@ -52,7 +52,7 @@ def _filesystem(url: str | Path):
     try:
         return fsspec.core.url_to_fs(str(url), **options)
     except ImportError as error:
-        raise UserError(f"{url} needs another package: {error}") from None
+        raise UserError(f"{url} requires a package that is not installed: {error}") from None
     except ValueError as error:
         raise UserError(f"{url} is not supported: {error}") from None
 
@@ -65,7 +65,9 @@ def _convert_errors(path: str | Path) -> Iterator[None]:
     except Exception as error:  # every file system raises its own types
         if not is_remote(path) or isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read or written: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"{path} cannot be read or written ({type(error).__name__}: {error}). Check the path and your credentials."
+        ) from None
 
 
 @contextmanager
@@ -155,7 +157,7 @@ def size(path: str | Path) -> int:
         fs, remote_path = _filesystem(path)
         num_bytes = fs.size(remote_path)
     if num_bytes is None:
-        raise UserError(f"{path} has an unknown size: its server does not report it. Download the file first.")
+        raise UserError(f"{path} has an unknown size, because its server does not report it. Download the file first.")
     return num_bytes
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: resolve revisions, download and verify files, stream data sets, and retry failed requests.
+"""The Hugging Face hub: resolve revisions, download and verify files, stream datasets, and retry failed requests.
 
     >>> revision = hub.resolve_revision("HuggingFaceFW/fineweb-edu")
     >>> path = hub.download("openai-community/gpt2", "model.safetensors", None, Path("data/gpt2"), "model")
@@ -22,7 +22,7 @@ UNREACHABLE_ERRORS = ("ConnectError", "ConnectTimeout", "ConnectionError", "Offl
 
 
 class UnreachableError(UserError):
-    """The hub cannot be reached."""
+    """The Hugging Face Hub cannot be reached."""
 
 
 def client():
@@ -46,7 +46,7 @@ def resolve_revision(repo: str, revision: str | None = None, repo_type: str = "d
 def download(
     repo: str, name: str, revision: str | None, directory: Path, repo_type: str, sha256: str | None = None
 ) -> Path:
-    """Download a file of the hub to `directory`/`name`, and check its sha256 if given.
+    """Download a file from the hub to `directory`/`name`, and check its sha256 if given.
 
     If `revision` is None, an existing file of any revision is returned unchanged.
     """
@@ -86,22 +86,28 @@ def call_with_retries(
             is_unreachable = type(cause).__name__ in UNREACHABLE_ERRORS
             if is_unreachable and (fail_fast or delay is None):
                 raise UnreachableError(
-                    f"The hub cannot be reached for {what}: {cause}. Check the network, or set HF_ENDPOINT to a mirror."
+                    f"The Hugging Face Hub cannot be reached for {what}: {cause}. Check the network, or set "
+                    "HF_ENDPOINT to a mirror."
                 ) from None
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise UserError(f"{what} cannot be stored: {cause}") from None
             is_missing = not is_unreachable and isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
             if is_missing or (status is not None and status < 500 and status not in (408, 429)):
-                raise UserError(f"The hub does not provide {what}: {cause}") from None
+                raise UserError(f"{what} is not available on the Hugging Face Hub: {cause}") from None
             if delay is None:
-                raise UserError(f"The hub failed for {what}: {cause}\nRun the same command again later.") from None
-            print(f"\nThe hub failed for {what}. Retrying in {delay} s: {cause}", file=sys.stderr)
+                raise UserError(
+                    f"The request to the Hugging Face Hub for {what} failed: {cause}\nRun the same command again later."
+                ) from None
+            print(
+                f"\nThe request to the Hugging Face Hub for {what} failed ({cause}). Retrying in {delay} s.",
+                file=sys.stderr,
+            )
             time.sleep(delay)
     raise AssertionError("the last attempt returns or raises")
 
 
 def stream(repo: str, config: str | None, split: str, revision: str):
-    """Return a data set of the hub as an iterable of rows (dicts) that the library `datasets` downloads as needed."""
+    """Return a dataset on the hub as an iterable of rows (dicts) that the library `datasets` downloads as needed."""
     client()
     from datasets import load_dataset
 

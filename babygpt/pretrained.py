@@ -68,7 +68,7 @@ class Pretrained:
             if name not in may_differ
         ]:
             raise ConfigError(
-                f"The weights of {self.source} have another architecture:\n{''.join(lines)}"
+                f"The weights of {self.source} have a different architecture:\n{''.join(lines)}"
                 "Use the preset or the --model flags that match the weights."
             )
         tensors = dict(self.tensors)

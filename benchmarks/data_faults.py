@@ -1,12 +1,12 @@
-"""Kill the preparation of data sets, and corrupt prepared data sets.
+"""Kill the preparation of datasets, and corrupt prepared datasets.
 
     python benchmarks/data_faults.py [--kills 200] [--damages 200] [--out results/data/faults.md]
 
 Kills: the benchmark kills fineweb.py and its workers with SIGKILL at a random moment and starts it again until it
-completes; then it starts the next data set. The bytes must equal those of an uninterrupted run. Each run is forked from
+completes; then it starts the next dataset. The bytes must equal those of an uninterrupted run. Each run is forked from
 this process, which has imported all modules, so that no kill falls into the startup of Python.
 Corruptions: shards are truncated, extended, removed or rewritten, or a bit is flipped. The loader or `verify` must
-reject the data set with a message that names the file.
+reject the dataset with a message that names the file.
 """
 
 import argparse
@@ -121,12 +121,12 @@ def run_kills(num_kills: int, num_workers: int, rng: random.Random) -> str:
             different += os.waitstatus_to_exitcode(status) != 0 or not is_equal
             shutil.rmtree(directory.parent)
         stages = ", ".join(f"{number} {name}" for name, number in kills_per_stage.items())
-        outcome = f"{completed} completed data sets, {different} with different bytes"
+        outcome = f"{completed} completed datasets, {different} with different bytes"
         return f"| SIGKILL, workers: {num_workers} | {killed} ({stages}) | {outcome} |"
 
 
 def error_message(directory: Path, run_verify: bool) -> str | None:
-    """Return the error message of the loader (or of verify) for a data set, or None if it is accepted."""
+    """Return the error message of the loader (or of verify) for a dataset, or None if it is accepted."""
     try:
         open_dataset(directory)
         if run_verify:
@@ -202,7 +202,7 @@ def main() -> None:
     rng = random.Random(0)
     lines = [
         f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}", "",
-        "A corrupted data set counts as rejected if the message names the shard (for the tokenizer: its name).", "",
+        "A corrupted dataset counts as rejected if the message names the shard (for the tokenizer: its name).", "",
         "| fault | count | outcome |", "|---|---|---|",
     ]  # fmt: skip
     for num_workers in (1, 2):

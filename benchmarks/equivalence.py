@@ -6,14 +6,14 @@
 
 Each command runs on the CPU, with one thread per process. The points are
 
-- data: a tokenizer trained on a text sample, and the data sets of that sample for it and for GPT-2's tokenizer;
+- data: a tokenizer trained on a text sample, and the datasets of that sample for it and for GPT-2's tokenizer;
 - train: log.csv (without timing and memory), samples.txt, weights and optimizer tensors of 20 steps of the presets
   `gpt2` and `modern` at a tiny size, in float32 and bfloat16, with W = 1 and W = 2 processes. The runs use dropout and
   several micro-steps, cross the end of an epoch, and include validation, HellaSwag and samples;
 - hellaswag: the loss of each ending of 50 generated examples in both styles, in float32 and bfloat16;
 - sample: 64 greedy and 64 sampled tokens for each of two prompts, as the text that sample.py prints.
 
-A checkout reads only its own data sets and runs, so a difference in one point can reappear in later points. Differing
+A checkout reads only its own datasets and runs, so a difference in one point can reappear in later points. Differing
 values are printed as OLD / NEW. A relative difference is the largest absolute difference divided by the largest
 absolute value of OLD. Files with paths or timing (NAMES_ONLY) must exist in both, but their content is not compared.
 The exit code is 0 if all points are equal, 1 if not, 2 if a command fails.
@@ -156,7 +156,7 @@ def train_tokenizer(checkout: Checkout) -> Path:
 
 
 def prepare(checkout: Checkout, tokenizer: str) -> Path:
-    """Write the data set of the text sample, in several shards; `tokenizer` is "gpt2" or "trained"."""
+    """Write the dataset of the text sample, in several shards; `tokenizer` is "gpt2" or "trained"."""
     out = checkout.output / f"data-{tokenizer}"
     if not out.exists():
         checkout.python(
@@ -316,7 +316,7 @@ def compare_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) 
     pairs = {name: (old[name], new[name]) for name in old if name in new}
     for name, (o, n) in list(pairs.items()):
         if (o.shape, o.dtype) != (n.shape, n.dtype):
-            lines.append(f"{name}: {o.dtype} {[*o.shape]} / {n.dtype} {[*n.shape]}")
+            lines.append(f"{name}: {o.dtype} {[*o.shape]} in OLD, {n.dtype} {[*n.shape]} in NEW")
             del pairs[name]
     sizes = {name: (o.double() - n.double()).abs().max() for name, (o, n) in pairs.items() if not same_bits(o, n)}
     if sizes:
@@ -342,7 +342,7 @@ def results(point: str, checkouts: list[Checkout]) -> Iterator[tuple[str, list[P
     if point == "data":
         yield "trained tokenizer", [train_tokenizer(checkout) for checkout in checkouts]
         for tokenizer in ("gpt2", "trained"):
-            yield f"data set, {tokenizer} tokenizer", [prepare(checkout, tokenizer) for checkout in checkouts]
+            yield f"dataset, {tokenizer} tokenizer", [prepare(checkout, tokenizer) for checkout in checkouts]
     if point == "train":
         for run in product(PRESETS, ("float32", "bfloat16"), (1, 2)):
             yield "train {}, {}, W = {}".format(*run), [train(checkout, *run) for checkout in checkouts]

@@ -171,21 +171,22 @@ def time_saves(directory: Path) -> list[Row]:
         optimizer.step()
     weights, state = checkpoint.model_tensors(model), optimizer_state(optimizers, model)
     size = sum(t.nbytes for t in [*weights.values(), *(t for s in state.values() for t in s.values())])
-    blocked, total, torch_save = [], [], []
+    blocked_times, total_times, torch_save_times = [], [], []
     for step in range(3):
         start = time.perf_counter()
         with checkpoint.Saver(directory / "run", 1, 0) as saver:
             saver.save(step, weights, state, {"step": step})
-            blocked.append(time.perf_counter() - start)
+            blocked_times.append(time.perf_counter() - start)
             saver.wait()
-        total.append(time.perf_counter() - start)
+        total_times.append(time.perf_counter() - start)
         start = time.perf_counter()
         torch.save({"model": weights, "optimizer": state}, directory / "torch_save.pt")
-        torch_save.append(time.perf_counter() - start)
+        torch_save_times.append(time.perf_counter() - start)
     return [(
         f"save of GPT-2 124M, {size / 2**30:.1f} GiB with the optimizer (no fault)", "3",
-        f"blocks training for {statistics.median(blocked):.2f} s and is on disk after {statistics.median(total):.1f} "
-        f"s; torch.save, without fsync, would block it for {statistics.median(torch_save):.1f} s",
+        f"blocks training for {statistics.median(blocked_times):.2f} s and is on disk after "
+        f"{statistics.median(total_times):.1f} s; torch.save, without fsync, would block it for "
+        f"{statistics.median(torch_save_times):.1f} s",
     )]  # fmt: skip
 
 

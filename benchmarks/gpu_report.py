@@ -139,7 +139,7 @@ def main() -> None:
         "--minutes", type=float, default=45, help="time limit; the next run continues (default: %(default)s)"
     )
     parser.add_argument("--nanogpt", help="path of a nanoGPT checkout to measure as well")
-    parser.add_argument("--dataset", help="prepared data set for the run with train.py")
+    parser.add_argument("--dataset", help="prepared dataset for the run with train.py")
     parser.add_argument("--rehearse", action="store_true", help="run all stages on the CPU, with tiny sizes")
     parser.add_argument("--folder", type=Path, help="directory of the stages' results (default: out/gpu-report)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)

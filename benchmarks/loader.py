@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--tokens 10e9] [--out results/loader/speed.md]
 
-Planning: the data set has --tokens tokens in shards of 100 M, with an EOT about every 10,000 tokens. Its files are
+Planning: the dataset has --tokens tokens in shards of 100 M, with an EOT about every 10,000 tokens. Its files are
 sparse, in a temporary directory, and take a fifth of their size on disk. A new process opens it and creates an `Order`
 with default settings and the first epoch. The memory is the peak of the process, including pages of mapped files, minus
 its peak before.
@@ -42,7 +42,7 @@ STEP_TOKENS, NUM_STEPS, COMPUTE_S = 65_536, 300, 0.020
 
 
 # ---------------------------------------------------------------------------------------------------------
-# data sets
+# datasets
 
 
 def write_shards(directory: Path, sizes: list[int], write_tokens: Callable[[BinaryIO, int], None]) -> Path:
@@ -173,7 +173,7 @@ def run_python() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tokens", type=float, default=10e9, help="tokens of the data set that is planned (default: 10e9)"
+        "--tokens", type=float, default=10e9, help="tokens of the dataset that is planned (default: 10e9)"
     )
     parser.add_argument("--out", type=Path, help="Markdown file for the tables")
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)

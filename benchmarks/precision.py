@@ -3,7 +3,7 @@
     python benchmarks/precision.py DATASET [--steps 400] [--jobs 2] [--out results/speed/precision.md]
 
 Model and data are those of benchmarks/recipe.py: 4 layers, 4 heads, n_embd = 128, T = 256, 4,096 tokens per step, a
-prepared data set with a small vocabulary. All runs compute matrix products in bfloat16. Differences are between runs
+prepared dataset with a small vocabulary. All runs compute matrix products in bfloat16. Differences are between runs
 with the same seed.
 
     default             the residual stream and the gradients are float32
@@ -42,7 +42,7 @@ VARIANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared data set")
+    parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared dataset")
     parser.add_argument("--steps", type=int, default=400, help="training steps per run (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/precision", help="directory of the runs (default: %(default)s)")
@@ -71,7 +71,7 @@ def main() -> None:
         f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}",
         "",
-        f"4 layers, 4 heads, n_embd = 128, T = 256, {options.steps} steps of 4,096 tokens; data set: "
+        f"4 layers, 4 heads, n_embd = 128, T = 256, {options.steps} steps of 4,096 tokens; dataset: "
         f"{Path(options.dataset).name}.",
         f"Validation loss after the last step, seeds {', '.join(map(str, SEEDS))}.",
         "",

@@ -5,7 +5,7 @@
 DIRECTORY contains at least two Parquet files with the columns `text` and `source`. --good is a regular expression that
 matches the beginning of the sources of good text. The first file provides the training documents of the classifier
 and, disjoint from them, the good documents that both models are evaluated on. The other files, shuffled, are the pool:
-a tokenizer is trained on it, and two data sets with the same number of tokens are prepared from it, one with
+a tokenizer is trained on it, and two datasets with the same number of tokens are prepared from it, one with
 --min-quality and one without. All steps use the commands that users run. On two cores the benchmark takes about ten
 minutes, and about one minute with --quick, which only checks that it runs.
 """
@@ -59,7 +59,7 @@ def search(pattern: str, output: str) -> re.Match[str]:
 
 
 def read_counts(directory: Path) -> dict[str, dict[str, int]]:
-    """Return the counts in the manifest of a data set."""
+    """Return the counts in the manifest of a dataset."""
     if (manifest := open_dataset(directory).manifest) is None:
         sys.exit(f"error: {directory} contains no {MANIFEST}.")
     return manifest["counts"]

@@ -2,7 +2,7 @@
 
     python benchmarks/recipe.py DATASET [--steps 1600] [--jobs 2] [--out results/recipe]
 
-DATASET is a prepared data set with a small vocabulary (`python -m tools.train_tokenizer --vocab-size 8192`). Both
+DATASET is a prepared dataset with a small vocabulary (`python -m tools.train_tokenizer --vocab-size 8192`). Both
 recipes use 4 layers, 4 heads, n_embd = 128, T = 256 and 4,096 tokens per step. The benchmark runs
 
 - classic: the preset gpt2 with five learning rates and one seed, then the best learning rate with two more seeds;
@@ -140,7 +140,7 @@ def plot_losses(curves: dict[str, list[Path]], target_loss: float, out: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared data set")
+    parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared dataset")
     parser.add_argument("--steps", type=int, default=1600, help="steps of the classic recipe (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/recipe", help="directory of the runs (default: %(default)s)")
@@ -205,7 +205,7 @@ def main() -> None:
         f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
         "",
-        f"4 layers, 4 heads, n_embd = 128, T = 256, 4,096 tokens per step; data set: {Path(options.dataset).name}. The",
+        f"4 layers, 4 heads, n_embd = 128, T = 256, 4,096 tokens per step; dataset: {Path(options.dataset).name}. The",
         "validation loss is that after the last step.",
         "",
         "| recipe | learning rate | seeds | tokens | validation loss, mean (min to max) |",

@@ -3,7 +3,7 @@
     python benchmarks/shuffle.py --path PATH [--steps 500] [--out results/shuffle]
 
 PATH is a directory of Parquet files with the columns `source` and `text`. The benchmark takes an equal amount of text
-from each of the largest sources and sorts the documents by source. From these it prepares a data set with a vocabulary
+from each of the largest sources and sorts the documents by source. From these it prepares a dataset with a vocabulary
 of 4,096 and runs train.py twice, in a temporary directory. One run uses the default order (shuffled chunks, 64
 streams), the other reads the data front to back (one chunk, one stream). Nothing else differs, and both runs end within
 the first epoch. The benchmark writes shuffle.md, loss.png and loss.csv.
@@ -69,7 +69,7 @@ def run_script(name: str, *arguments: object) -> None:
 
 
 def prepare(documents: list[tuple[str, str]], directory: Path) -> tuple[Dataset, list[tuple[str, int]]]:
-    """Write the data set, in the order of the documents; return it and the first training token of each source."""
+    """Write the dataset, in the order of the documents; return it and the first training token of each source."""
     (directory / "sorted.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _, text in documents))
     run_script(
         "-m tools.train_tokenizer", "--input", directory / "sorted.jsonl", "--vocab-size", VOCAB_SIZE,

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a small data set and a training run on it, each made once."""
+"""Fixtures of all tests: a small dataset and a training run on it, each made once."""
 
 import os
 
@@ -25,7 +25,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def dataset(texts, tmp_path_factory) -> Path:
-    """The directory of a data set of about 2,300 training tokens, with a trained vocabulary of 300."""
+    """The directory of a dataset of about 2,300 training tokens, with a trained vocabulary of 300."""
     return make_tiny_dataset(texts, tmp_path_factory.mktemp("data"))
 
 

@@ -1,4 +1,4 @@
-"""Compare tokenizers by the number of tokens that they need for a text.
+"""Compare tokenizers by the number of tokens that they use to encode a text.
 
     python -m tools.compare_tokenizers gpt2 data/books-bpe.json --input 'books/*.txt'
 
@@ -40,7 +40,7 @@ def compare(specs: Iterable[str], texts: list[bytes]) -> str:
 class CompareArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
-    # tokenizers: gpt2, or paths of tokenizer.json files
+    # tokenizers: gpt2, or paths to tokenizer.json files
     tokenizers: Annotated[Positional[tuple[str, ...]], required("TOKENIZER [TOKENIZER ...]")] = ()
     # files, directories, glob patterns or URLs of text: .parquet, .jsonl or .txt (also .gz, .xz, .zst)
     input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
@@ -55,7 +55,7 @@ def main() -> None:
     misplaced = [path for path in args.input if path == "gpt2" or path.endswith(".json")]
     specs = [*args.tokenizers, *misplaced]
     if not specs:
-        raise UserError("No tokenizers are given. Use gpt2, or paths of tokenizer.json files.")
+        raise UserError("No tokenizers are given. Use gpt2, or paths to tokenizer.json files.")
     source = sources.find("files", tuple(path for path in args.input if path not in misplaced), (args.text_column,))
     texts, remaining = [], args.max_bytes
     for text in sources.read_first_documents(source, args.max_bytes):

@@ -2,10 +2,10 @@
 
     python -m tools.inspect_step out/gpt2 --step 1234
 
-A row has block_size + 1 tokens, the last of which is only a target. A row that crosses the end of a chunk or shard has
-one line for each part. A line has the shard, the index of the part's first token in the shard, the number of tokens,
-and the document of that token: the number of documents that have started in the shard so far. Document 0 started in
-the previous shard.
+A row has block_size + 1 tokens, the last of which is only a target. If a row crosses the end of a chunk or shard, each
+part has its own line. The line shows the shard, the position of the part's first token in the shard, the number of
+tokens, and the number of the document that contains the first token. The documents of a shard are numbered from 1;
+document 0 started in the previous shard.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,34 +36,36 @@ def position_of_step(step: int, rows: Sequence[int], order: Order) -> Position:
 
 
 def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
-    """Return the data set of a run, the data order, and the number of rows of each step, at least up to `step`.
+    """Return the dataset of a run, the data order, and the number of rows of each step, at least up to `step`.
 
     The numbers of rows follow from the tokens in log.csv, since a resume may change the batch size. Steps that are not
-    in the log yet use batch_tokens of config.json. UserError if files are missing or the data set has changed.
+    in the log yet use batch_tokens of config.json. UserError if files are missing or the dataset has changed.
     """
     config = read_config(run / "config.json")
     if not {"general", "data", "model", "training"} <= set(config):
         raise UserError(f"There is no run at {run}: it has no intact config.json. Use a directory that train.py wrote.")
     data, training, block_size = config["data"], config["training"], config["model"]["block_size"]
     if not 0 <= step < training["max_steps"]:
-        raise UserError(f"--step {step} is out of range: {run} has the steps 0 to {training['max_steps'] - 1}.")
+        raise UserError(f"--step {step} is out of range: {run} has steps 0 to {training['max_steps'] - 1}.")
     if not Path(data["dataset"]).is_dir():
         raise UserError(
-            f"The data set of {run} is not at {data['dataset']}. Restore it, or change to the directory in which "
+            f"The dataset of {run} is not at {data['dataset']}. Restore it, or change to the directory in which "
             "train.py ran."
         )
     dataset, checkpoint = open_dataset(data["dataset"]), latest(run)
     state = read_state(checkpoint) if checkpoint else None
     if state and state["data"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
-            f"{dataset.directory} is not the data set that {run} was trained on: its fingerprint is "
+            f"{dataset.directory} is not the dataset that {run} was trained on: its fingerprint is "
             f"{dataset.fingerprint[:16]}, but {checkpoint} has {state['data']['fingerprint'][:16]}. Restore the "
-            "original data set."
+            "original dataset."
         )
     log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
     tokens = [row["tokens"] for row in log]
     if [row["step"] for row in log] != list(range(len(log))):
-        raise UserError(f"{run / 'log.csv'} does not have every step from 0 on, so the rows of a step are unknown.")
+        raise UserError(
+            f"{run / 'log.csv'} lacks steps, so the rows that a step read are unknown. Restore the complete log.csv."
+        )
     if state and state["step"] == len(tokens):
         tokens.append(state["tokens"])  # a stopped run: the tokens after its last step
     rows = [(after - before) // block_size for before, after in pairwise(tokens)]
@@ -101,7 +103,7 @@ def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks
 class InspectArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
-    run: RunArgument  # run directory (out/NAME); its data set must be at the same path as during training
+    run: RunArgument  # run directory (out/NAME); its dataset must be at the same path as during training
     step: Annotated[int, metavar("STEP")]  # optimizer step, counted from 0 as in log.csv
     ranks: Positive = 1  # number of ranks of the run; row n was read by rank n mod this number
     chars: Annotated[NonNegative, metavar("CHARACTERS")] = 200  # maximum length of the text on each line

@@ -80,8 +80,8 @@ def find_segments(run: Path) -> list[Segment]:
         pairs.insert(0, (None, checkpoints[0]))
     if not pairs:
         raise UserError(
-            f"{run} has neither two checkpoints nor one that started from scratch, so no step can be trained again. "
-            "Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
+            f"{run} does not have two checkpoints, or one of a run that started from scratch, so it cannot be replayed."
+            " Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
         )
     try:
         return [Segment(*pair) for pair in pairs]
@@ -261,8 +261,8 @@ class ReplayArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     run: RunArgument  # run directory (out/NAME) with its checkpoints
-    samples: Positive = 5  # number of segments between two checkpoints to train again, chosen at random
-    seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0  # seed of the random choice
+    samples: Positive = 5  # number of segments to train again, each from one checkpoint to the next, chosen at random
+    seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0  # seed for the random choice
     device: Literal["auto", "cuda", "cpu"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
 
 

@@ -1,11 +1,11 @@
-"""Train a quality filter: a classifier that separates documents like a sample of good text from other documents.
+"""Train a quality filter: a classifier of documents, trained on samples of good and of ordinary text.
 
     python -m tools.train_quality_filter --good wikipedia-pl/ books.jsonl.gz --other pages.jsonl.gz \\
         --tokenizer data/pl.json --out data/pl-quality.safetensors
     python fineweb.py fineweb2-pl --tokenizer data/pl.json --quality data/pl-quality.safetensors --min-quality 0.5
 
-It works for any language. One tenth of the documents is held out, and the scores on these are printed. Requires
-scikit-learn.
+It works for any language. One tenth of the documents is held out, and the metrics on these documents are printed.
+Requires scikit-learn.
 """
 
 import json
@@ -140,7 +140,7 @@ def train_quality_filter(
         hashes = sorted(texts.keys() - shared, key=lambda hash: hash[::-1])
         if len(hashes) < MIN_DOCUMENTS:
             raise UserError(
-                f"--{name} has {len(hashes)} documents{' that the other class does not have' if shared else ''}, but "
+                f"--{name} has {len(hashes)} documents{' that are not in both samples' if shared else ''}, but "
                 f"at least {MIN_DOCUMENTS} are required, and thousands are better. Use more text (a .txt file is one "
                 "document)."
             )
@@ -222,12 +222,12 @@ class FilterArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     # good text, such as an encyclopedia or textbooks: files, directories, glob patterns or URLs of .parquet, .jsonl or
-    # txt files (also .gz, .xz, .zst)
+    # .txt files; .jsonl and .txt may be compressed (.gz, .xz, .zst)
     good: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
     # ordinary text, preferably a sample of the documents to be filtered; in the same formats
     other: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
     out: Path  # .safetensors file to write
-    # tokenizer of the data set to be filtered: gpt2, or the path of a tokenizer.json
+    # tokenizer of the dataset to be filtered: gpt2, or the path to a tokenizer.json
     tokenizer: Annotated[str, metavar("gpt2|PATH")] = "gpt2"
     text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
     # maximum number of documents from each of --good and --other, chosen by hash
@@ -245,7 +245,10 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     good, other = (sample_documents(source, args.max_documents) for source in sources)
     model = train_quality_filter(good, other, tokenizer, args.out)
-    print(f"{args.out}: for {model.tokenizer} (sha256 {model.tokenizer_sha256[:12]}), sha256 {model.sha256[:12]}")
+    print(
+        f"Wrote {args.out} (sha256 {model.sha256[:12]}) for the tokenizer {model.tokenizer} "
+        f"(sha256 {model.tokenizer_sha256[:12]})."
+    )
     print(format_report(model.metrics))
 
 

@@ -30,15 +30,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
     from tokenizers import pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise UserError(f"--vocab-size {vocab_size} is less than 257: 256 bytes and the end-of-text token. Use more.")
+        raise UserError(
+            f"--vocab-size {vocab_size} is too small. Use at least 257: 256 bytes and the end-of-text token."
+        )
     bpe = create_byte_level_bpe()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=progress)
     bpe.train_from_iterator(map(without_surrogates, texts), trainer)
     if bpe.get_vocab_size() != vocab_size - 1:
         raise UserError(
-            f"The text is too small for {vocab_size:,} tokens: it gives only {bpe.get_vocab_size() + 1:,}. Use more "
-            "text or a smaller --vocab-size."
+            f"The text is too short for a vocabulary of {vocab_size:,} tokens: it gives only "
+            f"{bpe.get_vocab_size() + 1:,}. Use more text or a smaller --vocab-size."
         )
     bpe.add_special_tokens([END_OF_TEXT])
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Encode large data sets with the library gigatoken, ten times faster than with tiktoken and `tokenizers`.
+"""Encode large datasets with the library gigatoken, ten times faster than with tiktoken and `tokenizers`.
 
 gigatoken is used if it is installed and encodes a sample of each task exactly as the tokenizer's own library does. That
 library also encodes the texts that may be split differently, so the ids do not depend on gigatoken.

@@ -1,4 +1,4 @@
-"""Plan a data set: which documents are kept, in which split, and where their tokens go.
+"""Plan a dataset: which documents are kept, in which split, and where their tokens go.
 
 The plan reads only the indexes of the tokenize stage. An index (`parts/N.npz`) has one row per document: xxh3-128 of
 its text as two uint64, tokens including EOT, bytes of UTF-8, and the decision of the filters. Duplicates and validation
@@ -23,7 +23,7 @@ VALIDATION = 255  # a decision, next to those of filters.py
 SPLIT_DECISIONS = {"val": VALIDATION, "train": KEPT}  # split -> decision on its documents
 DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a training run reads the first 20 x 524,288
 BUCKET_ROWS = 1 << 22  # documents sorted at once, in about 400 MB
-ROW = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u4")])
+BUCKET_DTYPE = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u4")])
 Piece = tuple[str, np.ndarray, int, int]  # (stem, in_split, start, stop), see `Plan.pieces`
 
 
@@ -42,11 +42,11 @@ class Buckets:
     def __init__(self, decisions: np.ndarray, directory: Path):
         self.bits = max(0, (len(decisions) - 1) // BUCKET_ROWS).bit_length()  # the bucket is the first bits of the hash
         self.decisions, self.directory = decisions, directory
-        self.buffer, self.num_buffered = [np.empty(0, ROW)], 0
+        self.buffer, self.num_buffered = [np.empty(0, BUCKET_DTYPE)], 0
 
     def add(self, index: dict[str, np.ndarray], first_document: int) -> None:
         kept = np.flatnonzero(index["decision"] == KEPT)
-        rows = np.empty(len(kept), ROW)
+        rows = np.empty(len(kept), BUCKET_DTYPE)
         rows["high"], rows["low"] = index["hash"][kept].T
         rows["document"], rows["tokens"] = first_document + kept, index["tokens"][kept]
         self.buffer.append(rows)
@@ -57,7 +57,7 @@ class Buckets:
     def flush(self) -> None:
         """Append the buffered rows to the files of their buckets."""
         rows = self.drop_duplicates(np.concatenate(self.buffer))
-        self.buffer, self.num_buffered = [np.empty(0, ROW)], 0
+        self.buffer, self.num_buffered = [np.empty(0, BUCKET_DTYPE)], 0
         bucket = rows["high"] >> np.uint64(64 - self.bits)
         for i, piece in enumerate(np.split(rows, np.searchsorted(bucket, np.arange(1, 2**self.bits, dtype=np.uint64)))):
             with open(self.directory / f"bucket-{i}", "ab") as file:
@@ -75,7 +75,9 @@ class Buckets:
         if self.bits:
             self.flush()
         for i in range(2**self.bits):
-            rows = np.fromfile(self.directory / f"bucket-{i}", ROW) if self.bits else np.concatenate(self.buffer)
+            rows = (
+                np.fromfile(self.directory / f"bucket-{i}", BUCKET_DTYPE) if self.bits else np.concatenate(self.buffer)
+            )
             yield self.drop_duplicates(rows)
 
 
@@ -114,7 +116,7 @@ class Plan:
         if self.documents["kept"] == 0 and self.documents["filtered"]:
             raise UserError("The source has no text that passes the filters. Use lower thresholds (--min-...).")
         if self.documents["kept"] == 0:
-            raise UserError("The source has no text. Use another source or --text-column.")
+            raise UserError("The source has no text. Use a different source or --text-column.")
         if val_tokens and self.tokens["val"] > 2 * val_tokens:
             print(
                 f"warning: the validation split has {self.tokens['val']:,} tokens instead of {val_tokens:,}, because "

@@ -1,4 +1,4 @@
-"""Read documents from parquet, jsonl and txt files, the latter two also compressed, and from streams of the hub.
+"""Read documents from parquet, jsonl and txt files, the latter two also compressed, and from streams from the hub.
 
 >>> for task in split_parquet("pages.parquet", ("text", "score")):
 ...     for batch in read(task):
@@ -129,9 +129,7 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
                     raise UserError(f"{path}: {column!r} is {rows.column(column).type}, not a number.") from None
             yield Batch([text or b"" for text in texts.cast(pa.large_binary()).to_pylist()], numbers)
     except KeyError:
-        raise UserError(
-            f"{path} has two columns with the same name, one of {', '.join(columns)}. Rename one of them."
-        ) from None
+        raise UserError(f"{path} has several columns called {' or '.join(columns)}. Rename all but one.") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is corrupted in {location}: {error}. Copy or download it again.") from None
 
@@ -181,7 +179,7 @@ def _read_jsonl(path: str, task: Task) -> Iterator[tuple]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{location} is not JSON: {error}") from None
+                raise UserError(f"{location} is not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{location} is not a JSON object: {line[:60]!r}")
             yield _select_columns(row, task.columns, location)

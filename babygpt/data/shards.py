@@ -1,6 +1,6 @@
-"""Data sets on disk: token shards with a manifest, read as one long array.
+"""Datasets on disk: token shards with a manifest, read as one long array.
 
-A data set is a directory: `<name>_val_000000.bin`, `<name>_train_000001.bin`, ... and `dataset.json`. A shard is a
+A dataset is a directory: `<name>_val_000000.bin`, `<name>_train_000001.bin`, ... and `dataset.json`. A shard is a
 header of 256 little-endian int32 (magic, version, token count, zeros), then the tokens: byte-compatible with the files
 of llm.c and modded-nanogpt. Vocabularies above 65,536 use uint32 with the magic of llm.c's Llama 3 shards.
 
@@ -106,7 +106,9 @@ def _open_npy(path: Path) -> np.ndarray:
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path} is corrupted: {error}. Copy or prepare it again.") from None
     if shard.ndim != 1 or shard.dtype != np.dtype("<u2"):
-        raise UserError(f"{path} contains {shard.dtype} of shape {shard.shape}, but a shard is uint16 of shape (n,).")
+        raise UserError(
+            f"{path} is an array of {shard.dtype} of shape {shard.shape}, but must be one of uint16 of shape (n,)."
+        )
     return shard
 
 
@@ -123,7 +125,7 @@ class Tokens:
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return tokens start ... stop - 1, (stop - start,) int64, written to `out` if given."""
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start} ... {stop - 1} of {len(self)}")
+            raise IndexError(f"Tokens {start} to {stop - 1} are out of range: there are {len(self)} tokens.")
         out, filled = np.empty(stop - start, np.int64) if out is None else out, 0
         for number, first, end in self.ranges(start, stop):
             out[filled : filled + end - first] = self.shards[number][first:end]
@@ -141,7 +143,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened data set. `manifest` is None if the directory has none, as with shards of other programs."""
+    """An opened dataset. `manifest` is None if the directory has none, as with shards of other programs."""
 
     directory: Path
     manifest: dict | None
@@ -154,25 +156,25 @@ class Dataset:
     fingerprint: str  # sha256 of the contents of the shards, independent of the path
 
     def check_tokenizer(self, tokenizer: Tokenizer, source: str) -> None:
-        """Raise a ConfigError if the data set was prepared with a different tokenizer than that of `source`."""
+        """Raise a ConfigError if the dataset was prepared with a different tokenizer than that of `source`."""
         if self.tokenizer_sha256 not in (None, tokenizer.sha256) or tokenizer.vocab_size != self.vocab_size:
             raise ConfigError(
-                f"{source} and the data set {self.directory} have different tokenizers, with vocabularies of "
-                f"{tokenizer.vocab_size:,} and {self.vocab_size:,} entries. Use a data set prepared with the tokenizer "
-                f"of {source}, or another model."
+                f"{source} and the dataset {self.directory} have different tokenizers, with vocabularies of "
+                f"{tokenizer.vocab_size:,} and {self.vocab_size:,} entries. Use a dataset prepared with the tokenizer "
+                f"of {source}, or a different model."
             )
 
 
 def open_dataset(directory: str | Path) -> Dataset:
-    """Open the data set of a directory or URL, and check headers, sizes and manifest without reading tokens.
+    """Open the dataset of a directory or URL, and check headers, sizes and manifest without reading tokens.
 
     Raises UserError if it is corrupted, ConfigError if there is none.
     """
     directory = download(str(directory)) if files.is_remote(directory) else Path(directory)
     if not os.path.isdir(directory):  # unlike Path.is_dir, this is False for a name that is too long
         raise ConfigError(
-            f"There is no data set at {directory}. Prepare it with `python fineweb.py` (its --help lists the sources), "
-            "or use another --data.dataset."
+            f"There is no dataset at {directory}. Prepare it with `python fineweb.py` (its --help lists the sources), "
+            "or use a different --data.dataset."
         )
     paths = {name: directory / name for name in files.list_names(directory) if _parse_split(name)}
     manifest = read_manifest(directory)
@@ -184,15 +186,15 @@ def open_dataset(directory: str | Path) -> Dataset:
                 f"{directory} does not match its {MANIFEST}:"
                 + "".join(f"\n  {name} is missing" for name in missing)
                 + "".join(f"\n  {name} is not in the manifest" for name in unlisted)
-                + "\nCopy the data set again, or prepare it again with fineweb.py."
+                + "\nCopy the dataset again, or prepare it again with fineweb.py."
             )
         counts = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     elif (directory / "parts").exists():
         raise UserError(f"{directory} is unfinished. Run the same `python fineweb.py` command again to finish it.")
     if (directory / "meta.pkl").exists():
         raise UserError(
-            f"{directory} has a meta.pkl: its tokens are nanoGPT's characters, not GPT-2's tokens. Prepare the text "
-            "with fineweb.py."
+            f"{directory} has a meta.pkl: its tokens are characters, as in nanoGPT's Shakespeare data, not "
+            "GPT-2's tokens. Prepare the text with fineweb.py."
         )
     stems = Counter(path.stem for path in paths.values())
     if duplicates := [stem for stem, count in stems.items() if count > 1]:
@@ -205,12 +207,12 @@ def open_dataset(directory: str | Path) -> Dataset:
         if manifest is not None and counts[name] != len(shard):
             raise UserError(
                 f"{directory / name} has {len(shard):,} tokens, but {MANIFEST} lists {counts[name]!r}. Copy or prepare "
-                "the data set again."
+                "the dataset again."
             )
         if manifest is not None and shard.dtype != token_dtype(manifest["vocab_size"]):
             raise UserError(
                 f"{directory / name} has {shard.dtype.name} tokens, but the vocabulary of {manifest['vocab_size']:,} "
-                f"in {MANIFEST} needs {token_dtype(manifest['vocab_size']).name}. Copy or prepare the data set again."
+                f"in {MANIFEST} needs {token_dtype(manifest['vocab_size']).name}. Copy or prepare the dataset again."
             )
     splits = {split: Tokens([s for name, s in shards.items() if _parse_split(name) == split]) for split in SPLITS}
     if manifest is not None:
@@ -231,7 +233,7 @@ def open_dataset(directory: str | Path) -> Dataset:
 
 
 def download(url: str) -> Path:
-    """Download a data set, once per node, and return its local directory.
+    """Download a dataset, once per node, and return its local directory.
 
     The sha256 of every shard is checked against the manifest. A file that passed is not read again while its size and
     modification time stay the same. The processes of a node do this one after the other: the first one downloads.
@@ -255,13 +257,13 @@ def _download(url: str, directory: Path) -> None:
             raise UserError(f"{url} is unfinished. Run the same `python fineweb.py` command again to finish it.")
         versions = {name: files.version(f"{url}/{name}") for name in files.list_names(url) if _parse_split(name)}
         if not versions:
-            raise UserError(f"There is no data set at {url}: it has no {MANIFEST} and no shards.")
+            raise UserError(f"There is no dataset at {url}: it has no {MANIFEST} and no shards.")
     else:
         versions = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         versions[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
     record = directory / "verified.json"  # file -> its size and time here, and its version
     for name in set(files.list_names(directory)) - {*versions, record.name, "lock"}:
-        (directory / name).unlink()  # of an earlier version of the data set
+        (directory / name).unlink()  # of an earlier version of the dataset
     verified = {}
     with suppress(OSError, ValueError):
         verified = json.loads(record.read_text())
@@ -287,7 +289,7 @@ def _allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < count:
         if hard != resource.RLIM_INFINITY and hard < count:
             raise UserError(
-                f"The data set needs {count:,} open files, but {hard:,} are allowed. Raise the limit: ulimit -n {count}"
+                f"The dataset needs {count:,} open files, but {hard:,} are allowed. Raise the limit: ulimit -n {count}"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
@@ -319,7 +321,7 @@ def read_manifest(directory: str | Path) -> dict | None:
         manifest["counts"]["tokens"]["train"], manifest["counts"]["documents"]["kept"]
         for name in [manifest["tokenizer"]["file"], *(shard["file"] for shard in manifest["shards"])]:
             if os.path.basename(name) != name:
-                raise ValueError(f"{name!r} is not a file name")
+                raise ValueError(f"{name!r} is not a plain file name")
         for shard in manifest["shards"]:
             shard["tokens"], shard["documents"], shard["sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -328,7 +330,7 @@ def read_manifest(directory: str | Path) -> dict | None:
 
 
 def verify(directory: str | Path, progress=lambda num_bytes: None) -> dict[str, int]:
-    """Compare every byte of a data set with its manifest; return the number of shards, tokens and documents.
+    """Compare every byte of a dataset with its manifest; return the number of shards, tokens and documents.
 
     Checks header, size, sha256, token range and documents (end-of-text tokens) of each shard, the totals, and the
     tokenizer file. UserError lists all problems. `progress` is called with the number of bytes after each read.
@@ -361,7 +363,7 @@ def verify(directory: str | Path, progress=lambda num_bytes: None) -> dict[str, 
         problems.append(f"{tokenizer} is missing or is not the tokenizer that the data was prepared with")
     if problems:
         problem_lines = "\n  ".join(problems)
-        raise UserError(f"{directory} is corrupted:\n  {problem_lines}\nCopy or prepare the data set again.")
+        raise UserError(f"{directory} is corrupted:\n  {problem_lines}\nCopy or prepare the dataset again.")
     return totals
 
 

@@ -1,8 +1,8 @@
-"""Sources of documents: named data sets of the Hugging Face hub, any hub data set, and local files.
+"""Sources of documents: named datasets on the Hugging Face Hub, any hub dataset, and local files.
 
     python fineweb.py fineweb-edu-10BT                       # a named source
     python fineweb.py files --input 'pages/*.jsonl.gz'       # parquet, jsonl, txt; the latter also .gz, .xz, .zst
-    python fineweb.py roneneldan/TinyStories                 # any hub data set, with the library `datasets`
+    python fineweb.py roneneldan/TinyStories                 # any hub dataset, with the library `datasets`
     >>> for text in read_documents(find("stdlib")): ...
 
 A source is a list of units (a file, or a batch of small files), and a unit is a list of tasks (a range of row groups
@@ -36,7 +36,7 @@ from babygpt.errors import UserError, suggest
 FULL_HASH_BYTES = 16 << 20  # larger files are hashed at their start, middle and end only
 HASH_SAMPLE_BYTES = 1 << 16  # at each of the three
 
-# name -> (hub data set, directory of its parquet files)
+# name -> (hub dataset, directory of its parquet files)
 HUB_SOURCES = {
     "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample/10BT"),
     "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample/100BT"),
@@ -62,7 +62,7 @@ class Unit:
     """The part of a source that one `fetch` downloads."""
 
     name: str
-    bytes: int  # on disk or in the hub, 0 if unknown
+    bytes: int  # on disk or on the hub, 0 if unknown
     sha256: str | None = None
 
 
@@ -189,12 +189,12 @@ def _list_standard_library() -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the Hugging Face hub
+# the Hugging Face Hub
 
 
 @dataclass
 class HubFiles(Source):
-    """Parquet files of a hub data set. Each is downloaded, tokenized and deleted."""
+    """Parquet files of a hub dataset. Each is downloaded, tokenized and deleted."""
 
     repo: str = ""
     prefix: str = ""
@@ -233,7 +233,7 @@ class HubFiles(Source):
 
 @dataclass
 class HubStream(Source):
-    """Any hub data set, streamed by the library `datasets`. Each shard of the stream is a unit."""
+    """Any hub dataset, streamed by the library `datasets`. Each shard of the stream is a unit."""
 
     repo: str = ""
     config: str | None = None
@@ -282,7 +282,7 @@ def find(
         return HubFiles(name, columns, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
     if name.count("/") == 1:
         return HubStream(name, columns, repo=name, config=config, split=split)
-    known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a hub data set)"]
+    known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a hub dataset)"]
     raise UserError(f"There is no source {name!r}. {suggest(name, known)}")
 
 

@@ -114,7 +114,7 @@ class FileTokenizer(BatchEncoder):
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise UserError(
-                f"{path} is not a tokenizer.json of the `tokenizers` library ({error}). Use another file."
+                f"{path} is not a tokenizer.json of the `tokenizers` library ({error}). Use a different file."
             ) from None
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -194,7 +194,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     path = Path(spec)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f'There is no tokenizer at {path}. Use "gpt2" or the path of a tokenizer.json (--tokenizer).')
+        raise UserError(f'There is no tokenizer at {path}. Use "gpt2" or the path to a tokenizer.json (--tokenizer).')
     return FileTokenizer(path)
 
 

@@ -1,7 +1,7 @@
-"""The directory of a data set during its preparation: lock, settings, finished tasks, commit.
+"""The directory of a dataset during its preparation: lock, settings, finished tasks, commit.
 
-dataset.json is written last, so a data set with a dataset.json is complete. Until then, `parts/` contains the finished
-tasks and the settings. A run with the same settings resumes, a run with other settings is refused.
+dataset.json is written last, so a dataset with a dataset.json is complete. Until then, `parts/` contains the finished
+tasks and the settings. A run with the same settings resumes, a run with different settings is refused.
 """
 
 import errno
@@ -26,7 +26,7 @@ FORMAT = 2  # of parts/; increase it when tasks, hashes or indexes change
 
 
 class Workspace:
-    """The directory or URL of a data set. `with` locks it and compares the settings with those of an earlier run."""
+    """The directory or URL of a dataset. `with` locks it and compares the settings with those of an earlier run."""
 
     def __init__(self, directory: str, settings: dict[str, Any], source: Source):
         self.directory, self.settings, self.source = directory, settings, source
@@ -34,7 +34,7 @@ class Workspace:
         self.parts = f"{directory}/parts"  # shared by all workers
         self.local = files.local_directory(directory)  # `directory`, or for a URL a directory on this machine
         self.scratch = self.local / "parts"  # temporary files of this machine
-        self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the data set is complete
+        self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the dataset is complete
 
     def __enter__(self) -> "Workspace":
         self._lock()
@@ -58,7 +58,9 @@ class Workspace:
         if isinstance(error, KeyboardInterrupt):
             print(f"\nStopped. {resume} again.", file=sys.stderr)
         elif isinstance(error, BrokenProcessPool):
-            raise UserError(f"A worker was killed, probably out of memory. {resume} with fewer --workers.") from None
+            raise UserError(
+                f"A worker was killed, probably because the machine ran out of memory. {resume} with fewer --workers."
+            ) from None
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"The disk is full. {resume} after freeing space.") from None
 
@@ -79,7 +81,7 @@ class Workspace:
             files.write(path, tokenizer.data)
         if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.written_settings:
             raise UserError(
-                f"Another fineweb.py with other settings is writing to {self.directory}. Use another "
+                f"Another fineweb.py with different settings is writing to {self.directory}. Use another "
                 "--out-dir for one of them."
             )
         counts = {"documents": plan.documents, "tokens": plan.tokens, "text_bytes": plan.text_bytes}
@@ -105,7 +107,7 @@ class Workspace:
                 raise PermissionError("it is read-only")
             self._lock_fd = os.open(self.local, os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be written to: {error}. Use another --out-dir.") from None
+            raise UserError(f"{self.directory} cannot be written to: {error}. Use a different --out-dir.") from None
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -113,10 +115,10 @@ class Workspace:
             raise UserError(f"Another fineweb.py is preparing {self.directory}. Wait for it, or stop it.") from None
 
     def _check_complete(self) -> None:
-        """Raise a UserError if the complete data set has other settings or lacks shards."""
+        """Raise a UserError if the complete dataset has different settings or lacks shards."""
         if not self.source.is_on_hub:  # the revision on the hub is not compared, since that requires a network
             self._open_source()
-        self._check_settings(self.manifest["settings"], "a complete data set with other settings")
+        self._check_settings(self.manifest["settings"], "a complete dataset with different settings")
         existing = files.list_names(self.directory)
         if missing := [shard["file"] for shard in self.manifest["shards"] if shard["file"] not in existing]:
             raise UserError(
@@ -127,18 +129,20 @@ class Workspace:
         files.remove(self.scratch)
 
     def _check_unfinished(self) -> None:
-        """Open the source, in the revision of an earlier run if there is one; UserError if it had other settings."""
+        """Open the source, in the revision of an earlier run, if any. UserError if that run had different settings."""
         names = files.list_names(self.parts)
         if "settings.json" in names and any(re.fullmatch(r"\d{5}(-\d{5}\.npz|\.json)", name) for name in names):
             earlier = json.loads(files.read_bytes(f"{self.parts}/settings.json"))  # of a run that finished a task
             if earlier.get("format") != FORMAT:
-                raise UserError(f"{self.parts} was written by another version of BabyGPT. Delete it to start over.")
-            self._check_settings(earlier, "an unfinished data set with other settings")
+                raise UserError(f"{self.parts} was written by a different version of BabyGPT. Delete it to start over.")
+            self._check_settings(earlier, "an unfinished dataset with different settings")
             self._open_source(earlier["revision"])
-            self._check_settings(earlier, "an unfinished data set of another revision of the source")
+            self._check_settings(earlier, "an unfinished dataset of a different revision of the source")
         else:
             if any(name.endswith(".bin") for name in files.list_names(self.directory)):
-                raise UserError(f"{self.directory} has shards but no {MANIFEST}. Move them or use another --out-dir.")
+                raise UserError(
+                    f"{self.directory} has shards but no {MANIFEST}. Move them or use a different --out-dir."
+                )
             self._open_source()
 
     def _open_source(self, revision: str | None = None) -> None:
@@ -152,5 +156,5 @@ class Workspace:
             raise UserError(
                 f"{self.directory} contains {description}:\n"
                 + "".join(f"  {key}: {earlier.get(key)!r} before, {self.settings[key]!r} now\n" for key in differing)
-                + f"Use the same settings or another --out-dir, or delete {self.directory} to start over."
+                + f"Use the same settings or a different --out-dir, or delete {self.directory} to start over."
             )

@@ -52,12 +52,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}). Copy or download it again.") from None
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
         model_type = values.get("model_type") if isinstance(values, dict) else None
-        raise UserError(f"{path} is not the configuration of a GPT-2: its model_type is {model_type!r}.")
+        raise UserError(f"{path} is not a GPT-2 configuration: its model_type is {model_type!r}.")
     for name, supported in SUPPORTED.items():
         if values.get(name, supported) != supported:
             raise UserError(f"{path}: {name} is {values[name]!r}, but only {supported!r} is supported.")
     if missing := [theirs for theirs in FIELDS if not isinstance(values.get(theirs), int)]:
-        raise UserError(f"{path} has no integer for {', '.join(missing)}. Copy or download it again.")
+        raise UserError(f"{path} lacks an integer value for {', '.join(missing)}. Copy or download it again.")
     config = {ours: values[theirs] for theirs, ours in FIELDS.items()}
     return config | {
         "n_kv_head": None, "dropout": 0.0, "bias": True, "tie_head": values.get("tie_word_embeddings", True)

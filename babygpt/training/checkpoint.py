@@ -57,7 +57,7 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if _shape(tensors, name) != _shape(parameters, name)
     ]
     if mismatches:
-        raise UserError(f"The weights do not fit the model:{''.join(mismatches[:10])}")
+        raise UserError(f"The weights do not match the model:{''.join(mismatches[:10])}")
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -236,11 +236,14 @@ def verify(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"The checkpoint {path} is incomplete ({error!r}).") from None
     if wrong:
-        raise UserError(f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after the save.")
+        raise UserError(
+            f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after the save. Delete "
+            "it to use an earlier one."
+        )
 
 
 def read_state(path: Path) -> dict:
-    """Return `state.json` of a verified checkpoint. UserError if it lacks required fields or has another format."""
+    """Return `state.json` of a verified checkpoint. UserError if it lacks required fields or has a different format."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         required = (state["step"], state["model"], state["tokenizer"]["name"])

@@ -169,8 +169,9 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
         ):
             raise
         raise UserError(
-            f"Another rank exited, or did not respond for {timeout_minutes:g} minutes, during {ranks.phase}; see its "
-            f"message ({str(error).splitlines()[0]}). Resume from the last checkpoint with --general.init-from resume."
+            f"Another rank exited, or did not respond for {timeout_minutes:g} minutes, during {ranks.phase} "
+            f"({str(error).splitlines()[0]}). See the message of that rank. Resume from the last "
+            "checkpoint with --general.init-from resume."
         ) from error
 
 

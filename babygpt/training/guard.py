@@ -110,7 +110,7 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
         raise ConfigError(
             f"Step {step}: the loss is {loss} and the gradient norm is {norm}"
             + (f" (non-finite on rank {', '.join(map(str, ranks))}). " if ranks else ". ")
-            + "The update was skipped, and no checkpoint contains it. Resume from the last checkpoint with a lower "
+            + "The update was skipped, so the checkpoints are unaffected. Resume from the last checkpoint with a lower "
             "learning rate: --general.init-from resume --optimizer.max-lr ..."
         )
     if norm == 0:
@@ -123,8 +123,8 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
     checksums = status.checksums.tolist()
     if differing := [rank for rank, value in enumerate(checksums) if value != statistics.mode(checksums)]:
         raise ConfigError(
-            f"Step {step}: the weights of rank {', '.join(map(str, differing))} differ from those of the other ranks. "
-            "Its GPU or memory may be faulty, or its GPU may be of another model. The ranks were last equal at step "
-            f"{max(0, step - compare_every)} or later. Delete the checkpoints after that step, and resume without that "
-            "GPU: --general.init-from resume."
+            f"Step {step}: the weights of rank {', '.join(map(str, differing))} differ from those of the other ranks, "
+            f"but were equal at step {max(0, step - compare_every)}. A GPU or its memory may be faulty, or the GPUs "
+            f"may be of different types. Delete the checkpoints after step {max(0, step - compare_every)}, and resume "
+            "without the faulty GPU: --general.init-from resume."
         )

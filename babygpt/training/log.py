@@ -56,7 +56,7 @@ def read_log(path: Path, before: float = math.inf) -> list[Row]:
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and tuple(lines[0].split(",")) != COLUMNS:
-        raise UserError(f"{path} is not a log.csv of BabyGPT: its columns are {lines[0]!r:.300}.")
+        raise UserError(f"{path} is not a log.csv that BabyGPT wrote: its columns are {lines[0]!r:.300}.")
     rows: list[Row] = []
     for number, line in enumerate(lines[1:], 2):
         try:

@@ -31,18 +31,18 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
         if not ranks.is_main:
             return None
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"--general.out-dir {out} is a file. Use the path of a directory.")
+            raise ConfigError(f"--general.out-dir {out} is a file. Use the path to a directory.")
         is_new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
             file = open(out / LOCK, "w")  # noqa: SIM115, open during the run
         except OSError as error:
-            raise ConfigError(f"--general.out-dir {out} cannot be written to ({error}). Use another one.") from None
+            raise ConfigError(f"--general.out-dir {out} cannot be written to ({error}). Use a different one.") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ConfigError(f"Another process is training in {out}. Use another --general.out-dir.") from None
+            raise ConfigError(f"Another process is training in {out}. Use a different --general.out-dir.") from None
         except OSError:  # the file system does not support locks
             pass
         if not (out / LOCK).exists():  # a failed launch has just deleted it
@@ -81,7 +81,7 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
     if path is None and (paths := checkpoint.list_checkpoints(out)):
         raise ConfigError(
             f"None of the {len(paths)} checkpoints of {out} is intact. Restore one of them, or start again with "
-            "another --general.out-dir."
+            "a different --general.out-dir."
         )
     return path
 
@@ -91,8 +91,8 @@ def check_identity(path: Path, state: dict, identity: dict[str, dict]) -> None:
     differing = differences({section: state[section] for section in identity}, identity)
     if lines := [f"  {name}: {earlier} before, {value} now\n" for name, earlier, value in differing]:
         raise ConfigError(
-            f"{path} cannot be resumed with another model, optimizer or data order:\n{''.join(lines)}Use the earlier "
-            "values, or start again with another --general.out-dir."
+            f"{path} cannot be resumed with a different model, optimizer or data order:\n{''.join(lines)}Use the "
+            "earlier values, or start again with a different --general.out-dir."
         )
 
 

@@ -30,7 +30,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
-        self.previous = {number: signal.signal(number, self._request) for number in self.NUMBERS}
+        self.previous = {number: signal.signal(number, self._request_stop) for number in self.NUMBERS}
         signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)  # Python writes each signal's number to it
         Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
@@ -41,7 +41,7 @@ class StopSignals:
             signal.signal(number, handler)
         os.close(self.write_end)  # the thread returns
 
-    def _request(self, *_: object) -> None:
+    def _request_stop(self, *_: object) -> None:
         self.requested = True
 
     def _watch(self, read_end: int) -> None:

@@ -40,7 +40,7 @@ def split_texts(paths: list[str], out: Path) -> None:
 
 
 def prepare(name: str, tokenizer: object, val_tokens: int) -> int:
-    """Write a data set and return the number of bytes of its validation text."""
+    """Write a dataset and return the number of bytes of its validation text."""
     directory = ROOT / "data" / f"polish-{name}"
     subprocess.run(["rm", "-rf", str(directory)], check=True)
     options = ("--tokenizer", tokenizer, "--val-tokens", val_tokens, "--out-dir", directory)
@@ -55,7 +55,7 @@ run_python("-m", "tools.train_tokenizer", "--input", pages, "--vocab-size", 3276
 run_python("-m", "tools.compare_tokenizers", "gpt2", bpe, "--input", pages)
 val_bytes = prepare("gpt2", "gpt2", 50_000)
 val_tokens = 20_000
-while prepare("own", bpe, val_tokens) < val_bytes:  # until both data sets validate on the same documents
+while prepare("own", bpe, val_tokens) < val_bytes:  # until both datasets validate on the same documents
     val_tokens += 300
 for name in ("gpt2", "own"):
     run = ("train.py", "gpt2", "--general.mode", "train", "val", "--general.out-dir", f"out/polish-{name}")

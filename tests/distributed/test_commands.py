@@ -1,6 +1,6 @@
 """The commands of README.md and the other documents.
 
-The test runs them in the order of the documents, in a directory with a small data set at the default path. Additional
+The test runs them in the order of the documents, in a directory with a small dataset at the default path. Additional
 flags make training small. NOT_RUN lists the commands that need something that the tests do not have.
 """
 
@@ -37,7 +37,7 @@ NOT_RUN = {
         "bash runs/test.sh -k optimizer",
         "source .venv/bin/activate",
     ],
-    "the Hugging Face hub": [
+    "the Hugging Face Hub": [
         "python fineweb.py",
         "python fineweb.py fineweb-10BT",
         "python fineweb.py fineweb2-pl",
@@ -135,7 +135,7 @@ def small(command: str) -> str:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the repository, by links, with a data set at the default path and the files that the commands read."""
+    """A copy of the repository, by links, with a dataset at the default path and the files that the commands read."""
     for path in ROOT.iterdir():
         if path.name not in ("data", "out", ".git") and not path.name.startswith(".venv"):
             (tmp_path / path.name).symlink_to(path)

@@ -1,4 +1,4 @@
-"""files.py: data sets in object stores, on a local S3 server: the bytes of a local data set, only complete files."""
+"""files.py: datasets in object stores, on a local S3 server: the bytes of a local dataset, only complete files."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def contents(url: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["s3", "file"])
-def test_remote_data_set_has_the_bytes_of_a_local_one(bucket, tmp_path, pages, local, kind):
+def test_remote_dataset_has_the_bytes_of_a_local_one(bucket, tmp_path, pages, local, kind):
     url = f"{bucket}/set" if kind == "s3" else f"file://{tmp_path}/remote/set"
     prepare(tmp_path, "files", "--input", pages, "--out-dir", url, *OPTIONS)
     assert contents(url) == snapshot(local)
@@ -101,13 +101,13 @@ def test_killed_remote_preparation_resumes_on_another_machine(bucket, tmp_path, 
 
 @pytest.fixture
 def remote(bucket, local, tmp_path, monkeypatch) -> str:
-    """The URL of the data set in the bucket; the cache is in tmp_path."""
+    """The URL of the dataset in the bucket; the cache is in tmp_path."""
     fsspec.filesystem("s3").put([str(p) for p in local.iterdir()], f"{bucket}/set/")
     monkeypatch.chdir(tmp_path)
     return f"{bucket}/set"
 
 
-def test_remote_data_set_is_downloaded_once_and_verified(remote, local):
+def test_remote_dataset_is_downloaded_once_and_verified(remote, local):
     expected, dataset = open_dataset(local), open_dataset(remote)
     assert dataset.fingerprint == expected.fingerprint
     assert dataset.train.read(0, len(dataset.train)).tolist() == expected.train.read(0, len(expected.train)).tolist()
@@ -165,7 +165,7 @@ def test_ranks_of_a_node_download_every_shard_once(remote, tmp_path, requests, l
 
 
 @pytest.mark.parametrize(
-    ("url", "message"), [("s3://no-such-bucket/set", "no data set at"), ("nosuch://bucket/set", "Protocol not known")]
+    ("url", "message"), [("s3://no-such-bucket/set", "no dataset at"), ("nosuch://bucket/set", "Protocol not known")]
 )
 def test_missing_bucket_or_protocol_is_one_message(requests, tmp_path, pages, url, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -227,7 +227,7 @@ def test_cache_follows_changed_shards_without_a_manifest(bucket, local, tmp_path
     assert len(dataset.train.shards) == len(shards) - 1
 
 
-def test_incomplete_remote_data_set_is_not_opened(bucket, local, tmp_path, monkeypatch):
+def test_incomplete_remote_dataset_is_not_opened(bucket, local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     system = fsspec.filesystem("s3")
     system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")

@@ -1,4 +1,4 @@
-"""Downloads from a local server with the endpoints of the Hugging Face hub: truncated bodies, 5xx, 404, no network."""
+"""Downloads from a local server with the endpoints on the Hugging Face Hub: truncated bodies, 5xx, 404, no network."""
 
 import io
 import json
@@ -144,7 +144,7 @@ def test_file_with_another_sha256_is_downloaded_again(prepare, server, tmp_path)
     assert "its sha256 differs" in done.stderr
 
 
-def test_any_data_set_of_the_hub_is_streamed(prepare, tmp_path):
+def test_any_dataset_of_the_hub_is_streamed(prepare, tmp_path):
     done = prepare("owner/tiny", "--val-tokens", 0)
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "data" / "tiny" / "dataset.json").read_text())["counts"]["documents"]
@@ -178,8 +178,8 @@ def test_hellaswag_and_translations_are_downloaded(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["owner/none"], "The hub does not provide owner/none"),
-        (["fineweb2-pl"], "The hub does not provide HuggingFaceFW/fineweb-2"),
+        (["owner/none"], "owner/none is not available on the Hugging Face Hub"),
+        (["fineweb2-pl"], "HuggingFaceFW/fineweb-2 is not available on the Hugging Face Hub"),
         (["owner/tiny", "--text-column", "body"], "has no column 'body': it has text, id"),
         (["owner/tiny", "--split", "dev"], "Bad split: dev"),
         (["fineweb-edu-10BT", "--text-column", "body"], "no column 'body': it has text, id"),

@@ -35,7 +35,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> tuple[Path, tuple]:
-    """A data set prepared by local processes, and the arguments of its preparation except for --out-dir."""
+    """A dataset prepared by local processes, and the arguments of its preparation except for --out-dir."""
     directory = tmp_path_factory.mktemp("local")
     save_pages(directory / "pages", "jsonl")
     train_tokenizer(TEXTS, 300, directory / "bpe.json", progress=False)

@@ -85,7 +85,7 @@ def test_changed_settings_and_ranks_are_replayed(dataset, tmp_path, capsys):
 
 
 def test_launch_without_a_new_checkpoint_is_ignored(original, settings, dataset, tmp_path, capsys):
-    """A launch with other settings that saves no checkpoint changes neither config.json nor the verification."""
+    """A launch with different settings that saves no checkpoint changes neither config.json nor the verification."""
     run = tmp_path / "run"
     shutil.copytree(original, run)
     config = json.loads((run / "config.json").read_text())

@@ -126,7 +126,7 @@ def raise_user_error(error: SystemExit) -> None:
 
 
 def make_small_dataset(directory: Path) -> Path:
-    """Prepare a valid data set of a few documents."""
+    """Prepare a valid dataset of a few documents."""
     rng = random.Random(0)
     texts = [
         " ".join(rng.choices(["the", "a", "of", "and", "model", "data", "token", "loss", "step"], k=30))
@@ -143,7 +143,7 @@ class MalformedInputs:
     """Each method `fuzz_KIND` writes a malformed input into a directory and reads it."""
 
     def __init__(self, dataset: Path, directory: Path):
-        """`dataset` is the directory of a small, valid data set. The inputs are written into `directory`."""
+        """`dataset` is the directory of a small, valid dataset. The inputs are written into `directory`."""
         self.dataset, self.directory = dataset, directory
         self.tokenizer = load_tokenizer(dataset)
         self.questions = save_hellaswag(directory / "valid.jsonl", 5).read_text()
@@ -233,7 +233,7 @@ class MalformedInputs:
         path.write_bytes(data if kind else corrupt(self.questions.encode(), rng))
         load_examples(path, self.tokenizer, rng.choice(("karpathy", "lm-eval")))
 
-    def fuzz_data_set(self, rng: random.Random) -> None:
+    def fuzz_dataset(self, rng: random.Random) -> None:
         directory = self.copy(self.dataset)
         path = rng.choice([path for path in directory.iterdir() if path.is_file()])
         if path.suffix == ".json" and rng.random() < 0.8:

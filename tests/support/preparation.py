@@ -1,4 +1,4 @@
-"""Prepare small data sets with fineweb.py."""
+"""Prepare small datasets with fineweb.py."""
 
 import subprocess
 import sys

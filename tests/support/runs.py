@@ -24,11 +24,11 @@ from tools.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TIMING_COLUMNS = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
-STEPS = 14  # an epoch of the data set has 8 steps
+STEPS = 14  # an epoch of the dataset has 8 steps
 
 
 def make_tiny_dataset(texts: list[str], directory: Path, vocab_size: int = 300) -> Path:
-    """Prepare a data set of a few short texts with fineweb.py, with a tokenizer trained on them."""
+    """Prepare a dataset of a few short texts with fineweb.py, with a tokenizer trained on them."""
     train_tokenizer(texts, vocab_size, directory / "bpe.json", progress=False)
     save_jsonl(directory / "texts.jsonl", texts)
     call(

@@ -1,4 +1,4 @@
-"""A local S3 server for tests, and pages to prepare small data sets from."""
+"""A local S3 server for tests, and pages to prepare small datasets from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -57,14 +57,16 @@ def test_epoch_reads_every_token_once():
             continue
         trials += 1
         epoch = order.epoch(int(rng.integers(0, 3)))
-        line = np.concatenate([np.arange(a, b) for a, b in epoch.chunks])
-        assert np.array_equal(np.sort(line), np.arange(N)), "the line is a permutation of the data"
+        shuffled = np.concatenate([np.arange(a, b) for a, b in epoch.chunks])
+        assert np.array_equal(np.sort(shuffled), np.arange(N)), "the shuffled data is a permutation of the data"
         rows = []
         for n in range(K * S):
             rows.append(np.concatenate([np.arange(a, b) for a, b in epoch.row(n)]))
             assert len(rows[-1]) == T + 1
-        assert Counter(np.concatenate([row[:-1] for row in rows]).tolist()) == Counter(line[: K * S * T].tolist())
-        assert Counter(np.concatenate([row[1:] for row in rows]).tolist()) == Counter(line[1 : K * S * T + 1].tolist())
+        assert Counter(np.concatenate([row[:-1] for row in rows]).tolist()) == Counter(shuffled[: K * S * T].tolist())
+        assert Counter(np.concatenate([row[1:] for row in rows]).tolist()) == Counter(
+            shuffled[1 : K * S * T + 1].tolist()
+        )
         steps = K * S // R
         assert N - steps * R * T < (R + S) * T, "an epoch leaves fewer than (R + S) T tokens unread"
         rows_of_ranks = [[n for n in range(steps * R) if n % W == r] for r in range(W)]
@@ -116,12 +118,12 @@ def test_rank_reads_its_streams_from_start_to_end():
     order = Order(make_tokens(9000, 60, np.random.default_rng(1)), EOT, 16, 8, seed=3)
     K = order.rows_per_epoch // 8
     loader = DataLoader(order, Position(), 8, 2, rank=1, world_size=4)
-    line = np.concatenate([np.arange(a, b) for a, b in order.epoch(0).chunks])
+    shuffled = np.concatenate([np.arange(a, b) for a, b in order.epoch(0).chunks])
     for step in range(3):
         rows = torch.cat(next(loader).micro_batches)
         for row, stream in zip(rows, (1, 5), strict=True):
             start = (stream * K + step) * 16
-            ids = [int(order.tokens.read(i, i + 1)[0]) for i in line[start : start + 17]]
+            ids = [int(order.tokens.read(i, i + 1)[0]) for i in shuffled[start : start + 17]]
             assert row.tolist() == ids
     loader.close()
 

@@ -50,7 +50,7 @@ def test_filters_drop_documents_below_each_threshold(tmp_path, kind):
     assert counts["filtered_by"] == {"min_chars": 2, "min_score": 2, "min_language_score": 1}
 
 
-def test_filters_are_settings_of_a_data_set(tmp_path):
+def test_filters_are_settings_of_a_dataset(tmp_path):
     source = write(tmp_path, "jsonl")
     arguments = ("files", "--input", source, "--out-dir", tmp_path / "d", "--val-tokens", 0)
     call(fineweb.main, *arguments, *OPTIONS)

@@ -225,7 +225,7 @@ def test_bytes_depend_on_source_and_settings_alone(tmp_path, pages, finished, mo
 # killed and resumed
 
 
-def test_rerun_of_a_complete_data_set_changes_nothing(finished, pages, capsys):
+def test_rerun_of_a_complete_dataset_changes_nothing(finished, pages, capsys):
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished.rglob("*")}
     (finished / "parts").mkdir()  # as if the run had been killed while it deleted them
     prepare(finished, pages, workers=2, **SETTINGS)
@@ -314,11 +314,11 @@ def test_parts_of_another_version_are_refused(tmp_path, pages, unfinished):
     directory = shutil.copytree(unfinished, tmp_path / "d")
     settings = json.loads((directory / "parts" / "settings.json").read_text())
     (directory / "parts" / "settings.json").write_text(json.dumps(settings | {"format": 1}))
-    with pytest.raises(UserError, match="another version"):
+    with pytest.raises(UserError, match="a different version"):
         prepare(directory, pages, **SETTINGS)
 
 
-def test_complete_data_set_without_a_shard_is_refused(tmp_path, pages, finished):
+def test_complete_dataset_without_a_shard_is_refused(tmp_path, pages, finished):
     """The message names the missing shard and says what to delete."""
     directory = shutil.copytree(finished, tmp_path / "d")
     (directory / "d_train_000001.bin").unlink()
@@ -327,7 +327,7 @@ def test_complete_data_set_without_a_shard_is_refused(tmp_path, pages, finished)
 
 
 def test_tokenizer_changed_during_the_run_is_not_copied(tmp_path, pages):
-    """The data set contains the tokenizer that encoded it."""
+    """The dataset contains the tokenizer that encoded it."""
     path = train_tokenizer(TEXTS * 2, 300, tmp_path / "bpe.json", progress=False).file
     data = path.read_bytes()
 
@@ -355,7 +355,7 @@ def test_max_tokens_may_be_reached_before_an_empty_part(tmp_path):
     assert documents(tmp_path / "d") == expected(["the only one"], 0)
 
 
-def test_incomplete_data_set_is_not_opened(unfinished):
+def test_incomplete_dataset_is_not_opened(unfinished):
     with pytest.raises(UserError, match=r"fineweb\.py"):
         open_dataset(unfinished)
 
@@ -368,7 +368,7 @@ def test_changed_settings_are_refused_by_name(tmp_path, request, pages, state):
     directory = request.getfixturevalue(state)
     before = snapshot(directory)
     for name, value in CHANGED_SETTINGS:
-        with pytest.raises(UserError, match=rf"(?s)other settings.*{name}.*{value}"):
+        with pytest.raises(UserError, match=rf"(?s)different settings.*{name}.*{value}"):
             prepare(directory, pages, **SETTINGS | {name: value})
     train_tokenizer(TEXTS * 2, 300, tmp_path / "bpe.json", progress=False)
     with pytest.raises(UserError, match="tokenizer"):
@@ -381,7 +381,7 @@ def test_changed_settings_are_refused_by_name(tmp_path, request, pages, state):
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 def test_changed_input_is_refused(tmp_path, request, state):
     other = save_jsonl(tmp_path / "other.jsonl", ["Something else."])
-    with pytest.raises(UserError, match="other"):
+    with pytest.raises(UserError, match="different"):
         prepare(request.getfixturevalue(state), other, **SETTINGS)
 
 
@@ -405,7 +405,7 @@ def test_disk_check_subtracts_what_is_already_written(tmp_path, pages, unfinishe
 def test_small_disk_is_refused_before_anything_is_written(tmp_path, pages):
     with (
         mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=100)),
-        pytest.raises(UserError, match="is too small"),
+        pytest.raises(UserError, match="Not enough disk space"),
     ):
         prepare(tmp_path / "d", pages)
     assert not (tmp_path / "d").exists()
@@ -443,7 +443,7 @@ def test_invalid_arguments_are_reported_together(tmp_path, pages):
         "The arguments are invalid:",
         "  --val-tokens -1 is out of range. Use at least 0 and less than 2,147,483,648.",
         "  --workers 0 is out of range. Use at least 1 and at most 10,000.",
-        "  --quality model.safetensors has no effect alone. Use --quality and --min-quality together.",
+        "  --quality model.safetensors has no effect on its own. Use --quality and --min-quality together.",
     ]
     assert not (tmp_path / "d").exists()
 

@@ -84,7 +84,7 @@ def test_config_is_read_from_hugging_face_config(tmp_path):
     reference().config.save_pretrained(tmp_path)
     assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"is not the configuration of a GPT-2: its model_type is 'llama'"):
+    with pytest.raises(UserError, match=r"is not a GPT-2 configuration: its model_type is 'llama'"):
         read_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="its model_type is None"):
@@ -208,7 +208,7 @@ def test_weights_with_another_tokenizer_are_refused(dataset, tmp_path):
 
 
 def test_tokenizer_json_of_gpt2_is_recognized(tmp_path):
-    """A directory with GPT-2's tokenizer.json has the tokenizer that data sets call "gpt2"; a modified one does not."""
+    """A directory with GPT-2's tokenizer.json has the tokenizer that datasets call "gpt2"; a modified one does not."""
     gpt2 = load_tokenizer("gpt2")
     character = bytes_to_unicode()
     ranks = sorted(gpt2.ranks, key=gpt2.ranks.get)
@@ -278,7 +278,7 @@ def test_corrupted_config_is_refused(foreign, tmp_path):
     shutil.copytree(foreign, tmp_path / "bad")
     for text, message in (
         ("{", "config.json is not JSON"),
-        ('{"model_type": "gpt2"}', "config.json has no integer for n_positions"),
+        ('{"model_type": "gpt2"}', "config.json lacks an integer value for n_positions"),
     ):
         (tmp_path / "bad" / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -22,7 +22,7 @@ from tools.inspect_step import position_of_step
 
 @pytest.fixture(scope="module")
 def sharded(dataset, tmp_path_factory) -> Path:
-    """The small data set in several shards."""
+    """The small dataset in several shards."""
     directory, source = tmp_path_factory.mktemp("data") / "sharded", dataset.parent
     call(
         fineweb.main, "files", "--input", source / "texts.jsonl", "--tokenizer", source / "bpe.json",
@@ -79,7 +79,7 @@ def test_past_steps_show_the_tokens_they_read(resumed_run, sharded, capsys):
 
 
 def test_past_steps_show_epoch_rank_document_text(resumed_run, sharded, capsys):
-    """The printed epoch, rank, document and text agree with the data set."""
+    """The printed epoch, rank, document and text agree with the dataset."""
     run, _ = resumed_run
     opened = open_dataset(sharded)
     tokenizer, shards = load_tokenizer(opened.tokenizer), {Path(s.filename).name: s for s in opened.train.shards}
@@ -125,7 +125,7 @@ def test_position_of_step_counts_rows_and_starts_epochs():
 
 
 def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_path, capsys):
-    """A missing run, a step out of range, a missing or changed data set, and an incomplete log are refused by name."""
+    """A missing run, a step out of range, a missing or changed dataset, and an incomplete log are refused by name."""
 
     def copy(name: str, without: str = "", **sections: dict) -> Path:
         path = tmp_path / name
@@ -148,11 +148,11 @@ def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_
     (incomplete / "log.csv").write_text("".join([lines[0], *lines[3:]]))
     for run, step, message in (
         (tmp_path / "none", 3, "There is no run at .*none"),
-        (resumed_run[0], -1, "--step -1 is out of range: .* has the steps 0 to 29"),
-        (resumed_run[0], 30, "--step 30 is out of range: .* has the steps 0 to 29"),
-        (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "data set of .*gone is not at .*away"),
-        (copy("wrong", data={"dataset": str(other)}), 3, "other is not the data set that .*wrong was trained on"),
-        (incomplete, 3, "does not have every step from 0 on"),
+        (resumed_run[0], -1, "--step -1 is out of range: .* has steps 0 to 29"),
+        (resumed_run[0], 30, "--step 30 is out of range: .* has steps 0 to 29"),
+        (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "dataset of .*gone is not at .*away"),
+        (copy("wrong", data={"dataset": str(other)}), 3, "other is not the dataset that .*wrong was trained on"),
+        (incomplete, 3, "lacks steps, so the rows"),
     ):
         with pytest.raises(UserError, match=message):
             call(inspect_step.main, run, "--step", step)

@@ -1,4 +1,4 @@
-"""plan.py: the plan of a data set equals that of a simple implementation, one document and one token at a time."""
+"""plan.py: the plan of a dataset equals that of a simple implementation, one document and one token at a time."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""shards.py: shards are byte-compatible with llm.c, and a corrupted data set is refused with the name of the file."""
+"""shards.py: shards are byte-compatible with llm.c, and a corrupted dataset is refused with the name of the file."""
 
 import hashlib
 import json
@@ -167,7 +167,7 @@ def test_read_outside_the_tokens_is_an_error(start, stop):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# opening a data set
+# opening a dataset
 
 
 def test_dataset_has_its_splits_and_tokenizer(tmp_path):
@@ -178,7 +178,7 @@ def test_dataset_has_its_splits_and_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["my_val_set", "my_train_set", "a_val_1"])
-def test_splits_do_not_depend_on_the_data_set_name(tmp_path, name):
+def test_splits_do_not_depend_on_the_dataset_name(tmp_path, name):
     """A name may contain `_val_` or `_train_`."""
     dataset = open_dataset(make_dataset(tmp_path / name))
     assert (len(dataset.val), len(dataset.train)) == (3, 8)
@@ -262,9 +262,9 @@ def test_corrupted_manifest_is_refused_by_name(tmp_path, content):
 
 
 def test_missing_or_empty_directory_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"no data set at .*nowhere"):
+    with pytest.raises(UserError, match=r"no dataset at .*nowhere"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no data set at aaa"):
+    with pytest.raises(UserError, match="no dataset at aaa"):
         open_dataset("a" * 5000)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         open_dataset(tmp_path)

@@ -116,7 +116,7 @@ def test_each_line_of_a_large_jsonl_file_is_in_one_task(tmp_path, monkeypatch, e
 def test_bad_line_of_a_later_task_is_reported_by_offset(tmp_path, monkeypatch):
     save(tmp_path / "a.jsonl", b'{"text": "a"}\n' * 10 + b"{\n")
     monkeypatch.setattr(readers, "TASK_BYTES", 50)
-    with pytest.raises(UserError, match=r"a\.jsonl, the line at byte 140 is not JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl, the line at byte 140 is not valid JSON"):
         list(read_documents(local_files(tmp_path)))
 
 

@@ -267,9 +267,9 @@ def test_training_replaces_lone_surrogates(tmp_path):
 
 def test_impossible_vocabulary_size_is_refused(tmp_path):
     """The text is too small for the vocabulary, or the vocabulary too small for 256 bytes and EOT."""
-    with pytest.raises(UserError, match="too small for 4,096 tokens"):
+    with pytest.raises(UserError, match="too short for a vocabulary of 4,096 tokens"):
         train_tokenizer(CORPUS, 4096, tmp_path / "t.json", progress=False)
-    with pytest.raises(UserError, match="256 is less than 257"):
+    with pytest.raises(UserError, match="256 is too small"):
         train_tokenizer(CORPUS, 256, tmp_path / "t.json", progress=False)
     assert not (tmp_path / "t.json").exists()
     assert train_tokenizer(CORPUS, 257, tmp_path / "t.json", progress=False).encode("cat") != []

@@ -117,7 +117,7 @@ def test_sigterm_saves_and_exits_with_code_0(uninterrupted_run, dataset, tmp_pat
             break
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    stopped_at = int(re.search(r"Stopped at step (\d+) and saved", stdout).group(1))
+    stopped_at = int(re.search(r"Stopped and saved at step (\d+)", stdout).group(1))
     assert 4 <= stopped_at < STEPS
     assert [row["step"] for row in read_log(out / "log.csv")] == list(range(stopped_at))
     call(train.main, *flags(dataset, out, saving__every_n_steps=1000, general__init_from="resume"))
@@ -349,7 +349,7 @@ def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dat
 
 
 def test_resume_beyond_max_steps_is_refused(uninterrupted_run, dataset):
-    with pytest.raises(ConfigError, match=r"step_00000014 is beyond --training.max-steps 5"):
+    with pytest.raises(ConfigError, match=r"step_00000014 is later than --training.max-steps 5"):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
 
 
@@ -400,12 +400,12 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
     [
         ({"training__batch_tokens": 250}, "--training.batch-tokens 250 is not divisible by micro_batch_size x"),
         ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by n_head 3"),
-        ({"data__dataset": "data/none"}, "There is no data set at data/none"),
+        ({"data__dataset": "data/none"}, "There is no dataset at data/none"),
         ({"training__batch_tokens": 4096}, "fewer rows than one step"),
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
-        ({"model__vocab_size": 200}, "--model.vocab-size 200 is not the 300"),
-        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not the 299"),
+        ({"model__vocab_size": 200}, "--model.vocab-size 200 does not match"),
+        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 does not match"),
         ({"preset": "modern", "model__value_embeddings": 2}, "--model.value-embeddings 2 is more than half of n_layer"),
         ({"model__rope": []}, "--model.rope: the preset gpt2 is a classic GPT-2"),
         (

@@ -211,7 +211,7 @@ def test_modern_switch_on_a_classic_preset_is_refused():
 
 
 def test_resolve_reads_no_files(monkeypatch):
-    """A data set in an object store is not downloaded to check a configuration."""
+    """A dataset in an object store is not downloaded to check a configuration."""
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
     monkeypatch.setattr("os.stat", lambda *_, **__: pytest.fail("os.stat was called"))
     config = variant(preset("modern"), data={"dataset": "s3://bucket/data"})
