@@ -78,8 +78,8 @@ def _read_window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
     the data, it would read all of it.
     """
     parts = []
-    for number, first, end in tokens.ranges(start, stop):
-        shard = tokens.shards[number]
+    for shard_index, first, end in tokens.ranges(start, stop):
+        shard = tokens.shards[shard_index]
         if isinstance(shard, np.memmap):
             offset = shard.offset + first * shard.itemsize
             parts.append(np.fromfile(str(shard.filename), shard.dtype, end - first, offset=offset))

@@ -7,7 +7,7 @@
 
 Each style prints two accuracies, which differ between the styles:
 
-- karpathy (build-nanogpt): scores " " + ending, given the context as it is. `acc` chooses the ending with the lowest
+- karpathy (build-nanogpt): scores " " + ending, given the unmodified context. `acc` chooses the ending with the lowest
   loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
 - lm-eval (task hellaswag of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` chooses
   the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M scores 0.2892 and
@@ -216,13 +216,13 @@ def losses(
                 token_losses.append(F.cross_entropy(logits, targets, reduction="none"))
         loss_indices.append(batch.loss_indices)
         if progress is not None:
-            new = {segment.example for row in batch_rows for segment in row} - done
-            done |= new
-            progress(len(new))
-    sums = torch.zeros(4 * len(examples), dtype=torch.float64)
+            new_examples = {segment.example for row in batch_rows for segment in row} - done
+            done |= new_examples
+            progress(len(new_examples))
+    loss_sums = torch.zeros(4 * len(examples), dtype=torch.float64)
     if token_losses:
-        sums.index_add_(0, torch.cat(loss_indices), torch.cat(token_losses).cpu().double())
-    return sums.view(len(examples), 4)
+        loss_sums.index_add_(0, torch.cat(loss_indices), torch.cat(token_losses).cpu().double())
+    return loss_sums.view(len(examples), 4)
 
 
 def check_length(examples: list[Example], block_size: int) -> None:
@@ -235,13 +235,13 @@ def check_length(examples: list[Example], block_size: int) -> None:
         )
 
 
-def predictions(sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
+def predictions(loss_sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
     """Return the index of the ending with the least loss, and with the least loss per unit of length, of each example.
 
-    `sums`, (examples, 4), are the losses; the lengths are those in `Example.lengths`.
+    `loss_sums`, (examples, 4), are the losses; the lengths are those in `Example.lengths`.
     """
     lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # also without examples
-    return sums.argmin(dim=1).tolist(), (sums / lengths).argmin(dim=1).tolist()
+    return loss_sums.argmin(dim=1).tolist(), (loss_sums / lengths).argmin(dim=1).tolist()
 
 
 @dataclass(frozen=True)
@@ -276,11 +276,11 @@ def evaluate(
     model.eval()
     local_examples = examples[ranks.rank :: ranks.world_size]
     with tqdm(total=len(local_examples), desc="hellaswag", leave=False, disable=None if ranks.is_main else True) as bar:
-        sums = losses(model, local_examples, ranks.device, dtype, batch_size, bar.update, stop)
+        loss_sums = losses(model, local_examples, ranks.device, dtype, batch_size, bar.update, stop)
     model.train(was_training)
     correct = [
         sum(ending == example.label for ending, example in zip(predicted, local_examples, strict=True))
-        for predicted in predictions(sums, local_examples)
+        for predicted in predictions(loss_sums, local_examples)
     ]
     acc, acc_norm, total, stops = map(int, ranks.sum([*correct, len(local_examples), stop()]))
     if stops:

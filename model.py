@@ -317,8 +317,8 @@ class ModernConfig(GPTConfig):
     # replace the logits with cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
     logit_softcap: Annotated[PositiveFloat | None, metavar("CAP", "off")] = None
     attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None  # softmax scale
-    document_mask: bool = False  # no attention across documents, each of which starts with eot_id
-    eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text token for document_mask
+    document_mask: bool = False  # attend within documents only; a document starts at each eot_id
+    eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
     # sliding attention window, including the current token
     window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = None
 

@@ -2,7 +2,7 @@
 
     python sample.py out/gpt2 --prompt "The meaning of life is" --num-samples 3
     python sample.py out/gpt2 --prompt "In the beginning" "Once upon a time" --temperature 0
-    python sample.py out/gpt2                          # ask for prompts
+    python sample.py out/gpt2                          # read prompts from the terminal
     python sample.py gpt2-xl --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
 
 The prompt is preceded by an end-of-text token, as every document of the training data is.
@@ -53,7 +53,7 @@ class SampleArgs(SamplingParams):
     # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model on the Hugging Face Hub:
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
-    # one or several prompts
+    # one or more prompts
     prompt: Annotated[tuple[str, ...], metavar("TEXT [TEXT ...]", "ask for prompts until an empty line")] = ()
     num_samples: Positive = 1  # number of texts per prompt; all texts are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU

@@ -105,7 +105,7 @@ class Optimizer:
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate for the mean of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
-    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings (modded-nanogpt)
+    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings; the default is modded-nanogpt's
     head_lr: Rate = 0.008  # with muon: peak learning rate of the head, including a tied one
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
     momentum_warmup_steps: Steps = 300  # with muon: steps in which Muon's momentum rises from 0.85 to 0.95

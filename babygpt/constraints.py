@@ -38,8 +38,6 @@ def metavar(name: str, none: str = "none") -> Any:
         text = " ".join(shlex.split(default))  # tyro quotes it for the shell
         if text in ("", "None"):
             text = none
-        elif text.isdecimal():
-            text = f"{int(text):,}"
         elif text != default:
             text = f'"{text}"'
         return f"(default: {text})"
@@ -103,9 +101,9 @@ def check(values: Any) -> None:
         raise UserError(summary(problems, "The arguments are invalid:"))
 
 
-def parse_arguments(arguments: type[Parsed], prog: str, description: str | None) -> Parsed:
+def parse_arguments(arguments_type: type[Parsed], prog: str, description: str | None) -> Parsed:
     """Parse and check a command line. Each field of a dataclass is a flag, and its comment is the help."""
-    parsed = parse_command_line(arguments, prog, description)
+    parsed = parse_command_line(arguments_type, prog, description)
     check(parsed)
     return parsed
 

@@ -105,9 +105,9 @@ def nanogpt(files: list[str], out: Path, processes: int) -> None:
     encoded = splits.map(_encode_row, remove_columns=rows.column_names, num_proc=processes)
     for name, split in encoded.items():
         bin_ = np.memmap(out / f"{name}.bin", np.uint16, "w+", shape=(int(np.sum(split["len"], dtype=np.uint64)),))
-        offset, batches = 0, min(1024, len(split))
-        for i in range(batches):
-            ids = np.concatenate(split.shard(batches, i, contiguous=True).with_format("numpy")["ids"])
+        offset, num_batches = 0, min(1024, len(split))
+        for i in range(num_batches):
+            ids = np.concatenate(split.shard(num_batches, i, contiguous=True).with_format("numpy")["ids"])
             bin_[offset : offset + len(ids)] = ids
             offset += len(ids)
         bin_.flush()

@@ -296,15 +296,15 @@ def difference_size(old: torch.Tensor, new: torch.Tensor) -> str:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read weights, optimizer tensors or losses, by name."""
     if path.suffix == ".safetensors":
-        return {rename(name): tensor for name, tensor in load_file(path).items()}
+        return {map_name(name): tensor for name, tensor in load_file(path).items()}
     if path.suffix == ".pt":
         parameters = torch.load(path, map_location="cpu", weights_only=True)
-        return {f"{rename(name)} {key}": t for name, tensors in parameters.items() for key, t in tensors.items()}
+        return {f"{map_name(name)} {key}": t for name, tensors in parameters.items() for key, t in tensors.items()}
     rows = json.loads(path.read_text())
     return {name: torch.tensor(list(map(float.fromhex, row)), dtype=torch.float64) for name, row in rows.items()}
 
 
-def rename(name: str) -> str:
+def map_name(name: str) -> str:
     for pattern, replacement in RENAMES.items():
         name = re.sub(pattern, replacement, name)
     return name
@@ -388,7 +388,7 @@ def main() -> int:
                 differences = compare(*paths)
                 print("\n  ".join([f"{name}: {'different' if differences else 'equal'}", *differences]), flush=True)
                 total, equal = total + 1, equal + (not differences)
-    print(f"{equal} of {total} points are equal")
+    print(f"{equal} of {total} results are equal")
     return 0 if equal == total else 1
 
 

@@ -98,9 +98,9 @@ def format_report(results: dict[str, Result], options: argparse.Namespace) -> st
         if matmul_peak and copy_peak and flops:
             fraction = f"{step['TFLOP/s'] / matmul_peak:.3f}"
             if name in predicted:
-                compute = flops * 1e6 / (matmul_peak * 1e12)  # seconds per token
-                traffic = float(predicted[name]["KB per token"]) * 1e3 / (copy_peak * 1e9)
-                prediction = format_value(1 / (compute + traffic))
+                compute_seconds = flops * 1e6 / (matmul_peak * 1e12)  # seconds per token
+                traffic_seconds = float(predicted[name]["KB per token"]) * 1e3 / (copy_peak * 1e9)
+                prediction = format_value(1 / (compute_seconds + traffic_seconds))
         mfu = f"{step['MFU']:.1%}" if step.get("MFU") else ""
         lines.append(
             f"| {name} | {format_value(step['tokens/s'])} | {prediction} | {fraction} | {mfu} "

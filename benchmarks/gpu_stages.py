@@ -370,8 +370,8 @@ def prepare_dataset(options: argparse.Namespace, directory: Path) -> Path:
     if not (directory / "data" / "dataset.json").exists():
         tokenizer = directory / "tokenizer.json"
         vocabulary = ["-m", "tools.train_tokenizer", "stdlib", "--vocab-size", "4096", "--out", str(tokenizer)]
-        data = ["fineweb.py", "stdlib", "--tokenizer", str(tokenizer), "--val-tokens", "50000"]
-        for command in (vocabulary, [*data, "--out-dir", str(directory / "data")]):
+        prepare_command = ["fineweb.py", "stdlib", "--tokenizer", str(tokenizer), "--val-tokens", "50000"]
+        for command in (vocabulary, [*prepare_command, "--out-dir", str(directory / "data")]):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
     return directory / "data"
 
@@ -399,14 +399,14 @@ def kill_and_resume(sizes: Sizes, options: argparse.Namespace) -> Result:
                     time.sleep(0.05)
                 process.send_signal(signal.SIGKILL)
                 if process.wait() != -signal.SIGKILL:
-                    raise AssertionError(f"{name}: The run exited before it was killed.")
+                    raise AssertionError(f"{name}: the run exited before it was killed.")
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             losses[kind] = [row["loss"] for row in read_log(out / "log.csv") if row["loss"] is not None]
         result[f"{name}, first 20 losses"] = [round(loss, 4) for loss in losses["uninterrupted"]]
         difference = max(abs(a - b) / a for a, b in zip(losses["uninterrupted"], losses["killed"], strict=True))
         result[f"{name}, largest relative difference after the kill"] = difference
         if difference > (0 if sizes.rehearse else 1e-2):
-            raise AssertionError(f"{name}: The losses of the resumed run differ: {losses}")
+            raise AssertionError(f"{name}: the losses of the resumed run differ: {losses}")
     return result
 
 

@@ -75,7 +75,7 @@ class Runs:
     ) -> str:
         """Train the run unless it has finished, and return its name."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        threads = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
+        thread_environment = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
         command = [
             *(torchrun if ranks > 1 else [sys.executable]), "train.py", preset,
             "--general.out-dir", str(self.out / name), "--general.init-from", "resume",
@@ -86,7 +86,7 @@ class Runs:
         ]  # fmt: skip
         if (self.out / name / "log.csv").exists() and read_log(self.out / name / "log.csv")[-1]["step"] == steps:
             return name
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | threads)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | thread_environment)
         if done.returncode:
             sys.exit(f"error: {name} failed:\n{done.stderr[-3000:]}")
         print(f"{name}: {self.final_loss(name):.4f}", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ from dataloader import Order  # noqa: E402
 
 NUM_SOURCES, SOURCE_CHARS, VOCAB_SIZE = 12, 800_000, 4096
 T, BATCH_TOKENS, WINDOW = 128, 4096, 20
-MODEL = {"n-layer": 2, "n-head": 4, "n-embd": 128, "block-size": T}
+MODEL_FLAGS = {"n-layer": 2, "n-head": 4, "n-embd": 128, "block-size": T}
 
 
 def load_documents(directory: Path) -> list[tuple[str, str]]:
@@ -101,7 +101,9 @@ def train(dataset: Dataset, out: Path, steps: int, *order: object) -> list[dict]
         "--evaluation.every-n-steps", 0, "--sampling.every-n-steps", 0, "--saving.every-n-steps", 0,
         "--logging.every-n-steps", 0,
     ]  # fmt: skip
-    run_script("train.py", *arguments, *(part for name, value in MODEL.items() for part in (f"--model.{name}", value)))
+    run_script(
+        "train.py", *arguments, *(part for name, value in MODEL_FLAGS.items() for part in (f"--model.{name}", value))
+    )
     return read_log(out / "log.csv")
 
 

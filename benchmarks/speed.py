@@ -384,16 +384,16 @@ def format_table(stage: str, results: dict[str, list[dict]]) -> list[str]:
     ]
     for name, runs in results.items():
         ms, speedups = [run["ms"] for run in runs], [a["ms"] / b["ms"] for a, b in zip(base, runs, strict=True)]
-        median = {
+        medians = {
             key: statistics.median(run[key] for run in runs) if runs[0].get(key) is not None else None
             for key in ("tokens_per_s", "mfu", "first_ms", "memory_mib")
         }
-        rate = f"{median['tokens_per_s']:,.0f}" if median["tokens_per_s"] else ""
-        mfu = f"{median['mfu']:.1%}" if median["mfu"] else ""
-        first = f"{median['first_ms'] / 1e3:.2f}" if median["first_ms"] else ""
+        rate = f"{medians['tokens_per_s']:,.0f}" if medians["tokens_per_s"] else ""
+        mfu = f"{medians['mfu']:.1%}" if medians["mfu"] else ""
+        first = f"{medians['first_ms'] / 1e3:.2f}" if medians["first_ms"] else ""
         lines.append(
             f"| {name} | {statistics.median(ms):,.1f} ({min(ms):,.1f} to {max(ms):,.1f}) | {rate} | "
-            f"{statistics.median(speedups):.2f} | {mfu} | {first} | {median['memory_mib']:,.0f} |"
+            f"{statistics.median(speedups):.2f} | {mfu} | {first} | {medians['memory_mib']:,.0f} |"
         )
     if stage == "hellaswag":
         lines.append("")

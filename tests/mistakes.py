@@ -77,7 +77,7 @@ MISTAKES = [
     (13, "the ending is truncated instead of the context", "unit/test_hellaswag.py",
      [("babygpt/evaluation/packing.py", "example.context[-max_context[k] :], {k: ending}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
     (13, "acc_norm uses the sum of the losses instead of the mean", "unit/test_hellaswag.py",
-     [("hellaswag.py", "(sums / lengths).argmin(dim=1)", "sums.argmin(dim=1)")]),
+     [("hellaswag.py", "(loss_sums / lengths).argmin(dim=1)", "loss_sums.argmin(dim=1)")]),
     (13, "the padding of the vocabulary is scored", "unit/test_hellaswag.py -k padding",
      [("model.py", '        logits[..., self.config.vocab_size :] = float("-inf")\n', "")]),
     (14, "a resume deletes the log", "unit/test_log.py",

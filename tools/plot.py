@@ -1,4 +1,4 @@
-"""Plot one or several runs from their log.csv files.
+"""Plot one or more runs from their log.csv files.
 
     python -m tools.plot out/gpt2                          # writes out/gpt2/plot.png
     python -m tools.plot out/gpt2 out/modern --out compare.png --x tokens

@@ -102,8 +102,8 @@ def check_records(run: Path) -> Iterator[str]:
             yield f"step {state['step']:,}: its launches are not those that the last checkpoint records"
     steps = [row["step"] for row in read_log(run / "log.csv")]
     if steps != list(range(len(steps))):
-        row = next(i for i, step in enumerate(steps) if step != i)
-        yield f"log.csv: row {row} has step {steps[row]}, but every step must occur once, in order"
+        row_index = next(i for i, step in enumerate(steps) if step != i)
+        yield f"log.csv: row {row_index} has step {steps[row_index]}, but every step must occur once, in order"
     if len(steps) < newest["step"]:
         yield f"log.csv ends at step {steps[-1] if steps else 0}, but the last checkpoint is at step {newest['step']}"
     current, sections = read_config(run / "config.json"), ("data", "model", "training", "optimizer")

@@ -30,7 +30,7 @@ from babygpt.errors import UserError, run
 
 MIN_DOCUMENTS = 20  # per class
 BATCH_DOCUMENTS = 256  # converted to features at once
-HELD_OUT = 10  # one document in 10 of each class is held out
+HOLD_OUT_ONE_IN = 10  # one document in 10 of each class is held out
 HASH_SEED = 1  # not that of fineweb.py, whose validation documents have the smallest hashes: the sample would be these
 GIGATOKEN_SAMPLE = 100_000  # bytes for which gigatoken must give the same tokens as the tokenizer
 # scikit-learn's C; with idf scaling, the best or second best on unseen documents (results/quality/variants.md)
@@ -151,8 +151,8 @@ def train_quality_filter(
     if message:
         print(message, file=sys.stderr)
     ids = {name: [d for d in tokenizer.encode_batch(texts) if len(d)] for name, texts in classes.items()}
-    held_out = {name: documents[: len(documents) // HELD_OUT] for name, documents in ids.items()}
-    training = {name: documents[len(documents) // HELD_OUT :] for name, documents in ids.items()}
+    held_out = {name: documents[: len(documents) // HOLD_OUT_ONE_IN] for name, documents in ids.items()}
+    training = {name: documents[len(documents) // HOLD_OUT_ONE_IN :] for name, documents in ids.items()}
     weights = train_classifier(training["good"], training["other"], tokenizer.vocab_size)
 
     model = QualityModel(out, weights["tokens"], weights["pairs"], float(weights["bias"][0]), "", "", {}, "")

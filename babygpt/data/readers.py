@@ -71,13 +71,15 @@ def split_parquet(path: str, columns: tuple[str, ...]) -> list[Task]:
     check_columns(columns, metadata.schema.to_arrow_schema().names, path)
     text_column = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns[0]), None)
     if text_column is None:
-        raise UserError(f"{path}: the column {columns[0]!r} is nested, not text. Use --text-column.")
-    tasks, first, size = [], 0, 0
+        raise UserError(
+            f"{path}: the column {columns[0]!r} is nested, not text. Choose another column with --text-column."
+        )
+    tasks, first_group, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).column(text_column).total_uncompressed_size
         if size >= TASK_BYTES or group == metadata.num_row_groups - 1:
-            tasks.append(Task("parquet", (path,), columns, (first, group + 1)))
-            first, size = group + 1, 0
+            tasks.append(Task("parquet", (path,), columns, (first_group, group + 1)))
+            first_group, size = group + 1, 0
     return tasks
 
 
@@ -119,7 +121,10 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
             if any(is_type(texts.type) for is_type in convertible):
                 texts = texts.cast(pa.large_string())
             if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-                raise UserError(f"{path}: the column {columns[0]!r} is {texts.type}, not text. Use --text-column.")
+                raise UserError(
+                    f"{path}: the column {columns[0]!r} is {texts.type}, not text. Choose another column with "
+                    "--text-column."
+                )
             texts.validate(full=True)  # checks that it is UTF-8
             numbers = {}
             for column in columns[1:]:
@@ -190,7 +195,9 @@ def _select_columns(row: dict, columns: tuple[str, ...], location: str) -> tuple
     check_columns(columns, list(row), location)
     text, *numbers = (row[column] for column in columns)
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{location}: {columns[0]!r} is {type(text).__name__}, not text. Use --text-column.")
+        raise UserError(
+            f"{location}: {columns[0]!r} is {type(text).__name__}, not text. Choose another column with --text-column."
+        )
     for column, number in zip(columns[1:], numbers, strict=True):
         if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):
             shown = f"{type(number).__name__} {number!r:.40}"

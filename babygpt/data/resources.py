@@ -29,8 +29,8 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
     plan_memory = tokens // 1000 + min(tokens // 1000, BUCKET_ROWS) * 100  # a FineWeb document has 1,000 tokens
     available = _available_memory()
     if workers is None:
-        affordable = _cores() if available is None else (available - plan_memory) // WORKER_MEMORY
-        workers = max(1, min(_cores(), affordable))
+        affordable_workers = _cores() if available is None else (available - plan_memory) // WORKER_MEMORY
+        workers = max(1, min(_cores(), affordable_workers))
     memory = plan_memory + workers * WORKER_MEMORY
     if source_bytes:
         print(

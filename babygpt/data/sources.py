@@ -116,7 +116,7 @@ class LocalFiles(Source):
                 for offset in offsets:
                     digest.update(files.read_bytes(path, offset, offset + length))
             except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+                raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
             starts_unit = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
             if starts_unit or sizes[-1] + size > readers.TASK_BYTES:
                 self.batches.append([path])

@@ -21,17 +21,17 @@ from babygpt.files import write_json
 
 
 class TaskQueue:
-    """Tasks submitted to a pool, at most `limit` at once. `on_done(key, result)` is called after each task."""
+    """Tasks submitted to a pool, at most `max_running` at once. `on_done(key, result)` is called after each task."""
 
-    def __init__(self, pool: Pool, on_done: Callable[[Any, Any], None], limit: int | None = None):
-        self.pool, self.on_done, self.limit = pool, on_done, limit or max(8, 2 * pool.workers)
+    def __init__(self, pool: Pool, on_done: Callable[[Any, Any], None], max_running: int | None = None):
+        self.pool, self.on_done, self.max_running = pool, on_done, max_running or max(8, 2 * pool.workers)
         self.running: dict[Future, Any] = {}  # future -> key
 
     def submit(self, key: Any, function: Callable, *arguments: Any) -> None:
         self.running[self.pool.submit(function, *arguments)] = key
 
     def is_full(self) -> bool:
-        return len(self.running) >= self.limit
+        return len(self.running) >= self.max_running
 
     def wait_while(self, condition: Callable[[], object]) -> None:
         """Handle tasks as they finish, until `condition` is false."""

@@ -194,11 +194,11 @@ def ray_workers(address: str, setup: Setup) -> Iterator[Pool]:
         count = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
         print(f"Ray: {count} cores on {len(nodes)} machines")
         remote = ray.remote(num_cpus=1, max_retries=3)(_run_on_ray)  # retry tasks of a lost machine
-        reference = [ray.put(setup)]  # in a list, Ray passes the reference instead of the value
+        boxed_reference = [ray.put(setup)]  # in a list, Ray passes the reference instead of the value
 
         def submit(function: Callable, /, *arguments: Any) -> Future:
             future: Future = Future()
-            ray_future = remote.remote(reference, function, *arguments).future()
+            ray_future = remote.remote(boxed_reference, function, *arguments).future()
             ray_future.add_done_callback(lambda ray_future: _copy_result(ray_future, future))
             return future
 
@@ -246,11 +246,11 @@ def _copy_result(ray_future: Future, future: Future) -> None:
 _setup_id = None  # of the reference from which this process has loaded its Setup
 
 
-def _run_on_ray(reference: list, function: Callable, *arguments: Any) -> Any:
+def _run_on_ray(boxed_reference: list, function: Callable, *arguments: Any) -> Any:
     global _setup_id
-    if _setup_id != reference[0].hex():
+    if _setup_id != boxed_reference[0].hex():
         import ray
 
-        set_up(ray.get(reference[0]))
-        _setup_id = reference[0].hex()
+        set_up(ray.get(boxed_reference[0]))
+        _setup_id = boxed_reference[0].hex()
     return function(*arguments)

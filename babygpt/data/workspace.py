@@ -81,7 +81,7 @@ class Workspace:
             files.write(path, tokenizer.data)
         if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.written_settings:
             raise UserError(
-                f"Another fineweb.py with different settings is writing to {self.directory}. Use another "
+                f"Another fineweb.py process with different settings is writing to {self.directory}. Use another "
                 "--out-dir for one of them."
             )
         counts = {"documents": plan.documents, "tokens": plan.tokens, "text_bytes": plan.text_bytes}
@@ -112,7 +112,9 @@ class Workspace:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock_fd)
-            raise UserError(f"Another fineweb.py is preparing {self.directory}. Wait for it, or stop it.") from None
+            raise UserError(
+                f"Another fineweb.py process is preparing {self.directory}. Wait for it, or stop it."
+            ) from None
 
     def _check_complete(self) -> None:
         """Raise a UserError if the complete dataset has different settings or lacks shards."""

@@ -151,7 +151,7 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
         yield Ranks(0, 0, 1, device)
         return
     if device.type == "mps":
-        raise ConfigError("--general.device mps is a single device. Start train.py without torchrun.")
+        raise ConfigError("--general.device mps supports one process only. Start train.py without torchrun.")
     ranks, timeout = Ranks(rank, local_rank, world_size, device), timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Plot one or several runs from their log.csv.
+"""Plot one or more runs from their log.csv.
 
 >>> plot([Path("out/gpt2"), Path("out/modern")], Path("compare.png"), x="tokens")
 """

@@ -23,10 +23,10 @@ from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from tools.train_quality_filter import BATCH_DOCUMENTS, HASH_SEED, HELD_OUT, compute_frequencies
 
 SCALES = {  # scale of a feature from n documents, the number with the feature, its mean square and its mean
-    "none": lambda n, count, square, mean: np.ones(len(count)),
-    "idf": lambda n, count, square, mean: np.log((1 + n) / (1 + count)) + 1,
-    "1 / sqrt(mean)": lambda n, count, square, mean: 1 / np.sqrt(mean),
-    "1 / root mean square": lambda n, count, square, mean: 1 / np.sqrt(square),
+    "none": lambda n, count, mean_square, mean: np.ones(len(count)),
+    "idf": lambda n, count, mean_square, mean: np.log((1 + n) / (1 + count)) + 1,
+    "1 / sqrt(mean)": lambda n, count, mean_square, mean: 1 / np.sqrt(mean),
+    "1 / root mean square": lambda n, count, mean_square, mean: 1 / np.sqrt(mean_square),
 }
 STRENGTHS = (1, 10, 100, 1000, 10000)
 
@@ -66,10 +66,12 @@ def main() -> None:
         count, n = train_matrix.getnnz(axis=0), train_matrix.shape[0]
         used = np.flatnonzero(count)
         train_matrix, test_matrix = train_matrix[:, used], test_matrix[:, used]
-        square, mean = (np.asarray(matrix.mean(axis=0)).ravel() for matrix in (train_matrix.power(2), train_matrix))
+        mean_square, mean = (
+            np.asarray(matrix.mean(axis=0)).ravel() for matrix in (train_matrix.power(2), train_matrix)
+        )
         for name, compute_scale in SCALES.items():
-            scale = compute_scale(n, count[used], square, mean).astype(np.float32)
-            scale /= np.sqrt(square @ scale**2)  # rows have unit length on average
+            scale = compute_scale(n, count[used], mean_square, mean).astype(np.float32)
+            scale /= np.sqrt(mean_square @ scale**2)  # rows have unit length on average
             cells = []
             for strength in STRENGTHS:
                 regression = LogisticRegression(C=strength, class_weight="balanced", tol=1e-6, max_iter=300)

@@ -67,7 +67,7 @@ def compare_compiled_with_eager(rank: int, case: str, directory: str) -> None:
     expected = compute_gradients(model, model, all_batches, single_rank)
 
     ranks, graphs = Ranks(rank, rank, WORLD_SIZE, torch.device("cpu")), []
-    several_buckets = partial(DistributedDataParallel, bucket_cap_mb=0.05)
+    ddp_with_small_buckets = partial(DistributedDataParallel, bucket_cap_mb=0.05)
     dist._DEFAULT_FIRST_BUCKET_BYTES = 50_000
     if case == "FlexAttention":
         mock.patch("babygpt.nn.attention.FLEX_DEVICES", ("cpu",)).start()
@@ -80,7 +80,7 @@ def compare_compiled_with_eager(rank: int, case: str, directory: str) -> None:
 
     for bf16 in (False, True) if case == "gpt2" else (False,):
         torch._dynamo.reset()
-        with mock.patch.object(distributed, "DistributedDataParallel", several_buckets):
+        with mock.patch.object(distributed, "DistributedDataParallel", ddp_with_small_buckets):
             wrapped = ranks.data_parallel(torch.compile(model, backend=aot_eager, dynamic=False), bf16)
         actual = compute_gradients(model, wrapped, list(batches[rank]), ranks)
         for (name, _), a, b in zip(model.named_parameters(), actual, expected, strict=True):

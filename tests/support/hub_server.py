@@ -34,10 +34,10 @@ class File:
     def __init__(self, path, content):
         self.path, self.source = path, content if isinstance(content, bytes) else Path(content)
         self.size = len(content) if isinstance(content, bytes) else self.source.stat().st_size
-        sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self.size)
+        sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self.size)
         for chunk in self.chunks(0, self.size):
-            sha256.update(chunk), git.update(chunk)
-        self.oid, self.lfs, self.etag = git.hexdigest(), None, git.hexdigest()
+            sha256.update(chunk), git_sha1.update(chunk)
+        self.oid, self.lfs, self.etag = git_sha1.hexdigest(), None, git_sha1.hexdigest()
         if path.endswith(LFS_SUFFIXES):  # on the hub, the ETag is the sha256 of an LFS file, or the oid of a git file
             self.etag = sha256.hexdigest()
             self.lfs = {"oid": self.etag, "sha256": self.etag, "size": self.size, "pointerSize": 134}

@@ -72,9 +72,9 @@ def torchrun(
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def fork_ranks(world_size: int, *arguments: object, fault: str = "") -> None:

@@ -109,11 +109,11 @@ def test_validation_reads_losses_once_at_the_end(monkeypatch):
     item = torch.Tensor.item
 
     def item_of_integers(tensor: torch.Tensor) -> object:
-        assert not tensor.is_floating_point(), "a loss was read"
+        assert not tensor.is_floating_point(), "the host read a loss and waited for the device"
         return item(tensor)
 
     def raise_error(tensor: torch.Tensor) -> None:
-        raise AssertionError("a loss was read")
+        raise AssertionError("the host read a loss and waited for the device")
 
     monkeypatch.setattr(torch.Tensor, "item", item_of_integers)
     monkeypatch.setattr(torch.Tensor, "__float__", item_of_integers)

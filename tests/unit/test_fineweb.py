@@ -495,6 +495,6 @@ def test_full_disk_is_reported(tmp_path, pages):
         prepare(tmp_path / "d", pages)
 
 
-def test_single_document_prints_a_note_on_validation(tmp_path, capsys):
+def test_single_document_prints_a_note_about_validation(tmp_path, capsys):
     prepare(tmp_path / "d", save(tmp_path / "input.txt", b"All the world's a stage. " * 50))
     assert "a single document" in capsys.readouterr().out

@@ -34,10 +34,10 @@ def sharded(dataset, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def resumed_run(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]:
     """A run of three epochs that was resumed at step 5 with half the batch size, and the rows of each step."""
-    out, steps, train_step = tmp_path_factory.mktemp("runs") / "resumed", [], train.train_step
+    out, rows_by_step, train_step = tmp_path_factory.mktemp("runs") / "resumed", [], train.train_step
 
     def recording_train_step(state, batch, *args, **kwargs):
-        steps.append([row.tolist() for micro_batch in batch.micro_batches for row in micro_batch])
+        rows_by_step.append([row.tolist() for micro_batch in batch.micro_batches for row in micro_batch])
         return train_step(state, batch, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -46,8 +46,8 @@ def resumed_run(sharded, tmp_path_factory) -> tuple[Path, list[list[list[int]]]]
         call(train.main, *flags(sharded, out, training__max_steps=5, **settings))
         settings |= {"general__init_from": "resume", "training__batch_tokens": 128, "training__max_steps": 30}
         call(train.main, *flags(sharded, out, **settings))
-    assert [len(step) for step in steps] == [16] * 5 + [8] * 25
-    return out, steps
+    assert [len(step) for step in rows_by_step] == [16] * 5 + [8] * 25
+    return out, rows_by_step
 
 
 def inspect(run: Path, step: int, capsys: pytest.CaptureFixture, *options: object) -> tuple[str, list[re.Match]]:
@@ -61,9 +61,9 @@ def inspect(run: Path, step: int, capsys: pytest.CaptureFixture, *options: objec
 
 def test_past_steps_show_the_tokens_they_read(resumed_run, sharded, capsys):
     """For every step of a run, the printed rows, shards and tokens are those that training read."""
-    run, steps = resumed_run
+    run, rows_by_step = resumed_run
     parts = 0
-    for step, expected in enumerate(steps):
+    for step, expected in enumerate(rows_by_step):
         _, lines = inspect(run, step, capsys)
         rows: dict[int, list[int]] = {}
         for line in lines:
@@ -75,7 +75,7 @@ def test_past_steps_show_the_tokens_they_read(resumed_run, sharded, capsys):
         assert list(rows) == list(range(min(rows), min(rows) + len(expected)))
         assert list(rows.values()) == expected
         parts += len(lines)
-    assert parts > sum(map(len, steps)), "some rows cross the end of a chunk or a shard"
+    assert parts > sum(map(len, rows_by_step)), "some rows cross the end of a chunk or a shard"
 
 
 def test_past_steps_show_epoch_rank_document_text(resumed_run, sharded, capsys):

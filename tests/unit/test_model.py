@@ -83,8 +83,8 @@ def test_initial_weights_have_gpt2_standard_deviations():
     model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
     assert abs(model.wte.weight.std() - 0.02) < 0.001
     assert abs(model.h[3].mlp.c_fc.weight.std() - 0.02) < 0.001
-    for residual in (model.h[3].mlp.c_proj.weight, model.h[5].attn.c_proj.weight):
-        assert abs(residual.std() - 0.02 / math.sqrt(16)) < 0.0005
+    for projection in (model.h[3].mlp.c_proj.weight, model.h[5].attn.c_proj.weight):
+        assert abs(projection.std() - 0.02 / math.sqrt(16)) < 0.0005
     assert (model.h[0].attn.c_attn.bias == 0).all()
     assert (model.ln_f.weight == 1).all()
 

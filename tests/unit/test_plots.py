@@ -1,4 +1,4 @@
-"""Plots of one or several runs from their log.csv."""
+"""Plots of one or more runs from their log.csv."""
 
 import pytest
 from support.helpers import call

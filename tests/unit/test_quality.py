@@ -55,8 +55,8 @@ def random_model() -> QualityModel:
     """A model of random weights."""
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=VOCAB_SIZE).astype(np.float32)
-    pairs = rng.normal(size=1 << BIGRAM_BITS).astype(np.float32)
-    return QualityModel(Path("m"), tokens, pairs, 0.3, "gpt2", "0" * 64, {}, "")
+    bigram_weights = rng.normal(size=1 << BIGRAM_BITS).astype(np.float32)
+    return QualityModel(Path("m"), tokens, bigram_weights, 0.3, "gpt2", "0" * 64, {}, "")
 
 
 def make_ids(sizes: list[int], seed: int = 0) -> list[np.ndarray]:

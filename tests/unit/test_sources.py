@@ -78,7 +78,7 @@ def test_small_files_share_a_task_and_large_ones_do_not(tmp_path, monkeypatch):
     assert file_names(open_files(tmp_path)) == [["a.txt", "b.txt"], ["c.txt"], ["d.txt"], ["e.txt", "f.txt"]]
 
 
-def test_opening_small_files_reads_each_size_a_few_times_only(tmp_path, monkeypatch):
+def test_opening_small_files_reads_each_size_only_a_few_times(tmp_path, monkeypatch):
     for i in range(200):
         save(tmp_path / f"{i:03d}.txt", b"x")
     calls, getsize = [], os.path.getsize

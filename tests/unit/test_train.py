@@ -319,8 +319,8 @@ def test_ranks_that_see_different_checkpoints_are_refused(uninterrupted_run, dat
 
 def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
     """A changed switch is refused even if it adds no parameters, so that the weights would load."""
-    off = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet"]
-    switches = [f"--model.no-{name}" for name in off] + ["--model.bias", "--model.tie-head"]
+    disabled = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet"]
+    switches = [f"--model.no-{name}" for name in disabled] + ["--model.bias", "--model.tie-head"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
     call(train.main, *flags(dataset, tmp_path / "run", "modern", **changes), *switches)
     with pytest.raises(ConfigError, match=r"model\.qk_norm: True before, None now") as raised:
