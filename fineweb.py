@@ -141,8 +141,8 @@ def report(work: Workspace) -> None:
     )
     if counts["documents"]["kept"] == 1:
         print(
-            "note: the dataset is a single document (a .txt file is one document). Documents are not split, so there "
-            "are no validation tokens. Use several files, or train with --general.mode train."
+            "note: the dataset is a single document (a .txt file is one document). A document is never divided, so "
+            "there are no validation tokens. Use several files, or train with --general.mode train."
         )
 
 

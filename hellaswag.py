@@ -9,7 +9,7 @@ Each style prints two accuracies, which differ between the styles:
 
 - karpathy (build-nanogpt): scores " " + ending, given the unmodified context. `acc` chooses the ending with the lowest
   loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
-- lm-eval (task hellaswag of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` chooses
+- lm-eval (the hellaswag task of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` chooses
   the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M scores 0.2892 and
   0.3114.
 """
@@ -306,7 +306,7 @@ class HellaSwagArgs:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # rows of 512 tokens per forward pass; a row has about three examples
+    # rows of 512 tokens per forward pass; a row holds about three examples
     batch_size: Annotated[Positive, metavar("ROWS")] = 16
 
 

@@ -76,7 +76,7 @@ class Training:
     # optimizer steps (19,073 steps of 524,288 tokens: 10B tokens)
     max_steps: Annotated[Positive, metavar("STEPS")] = 19_073
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
-    # rows per forward pass on each rank; 0: as many as fit in GPU memory, at most 64; 16 on a CPU
+    # rows per forward pass on each rank; 0: on a GPU, as many as fit in its memory, up to 64; on a CPU, 16
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
     # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -106,7 +106,7 @@ class Optimizer:
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings; the default is modded-nanogpt's
-    head_lr: Rate = 0.008  # with muon: peak learning rate of the head, including a tied one
+    head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
     momentum_warmup_steps: Steps = 300  # with muon: steps in which Muon's momentum rises from 0.85 to 0.95
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
@@ -125,7 +125,9 @@ class Evaluation:
     """Accuracy on HellaSwag."""
 
     every_n_steps: Steps = 250  # evaluate every N steps and after the last step; 0: never
-    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records only karpathy's acc_norm
+    style: Literal["karpathy", "lm-eval"] = (
+        "karpathy"  # scoring method; log.csv records the acc_norm of style karpathy only
+    )
     # examples in HellaSwag's jsonl format
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
@@ -371,7 +373,9 @@ def conflicts(config: Config, world_size: int) -> list[str]:
         )
     if isinstance(model, ModernConfig):
         if model.rope and model.head_size % 4:
-            problems.append(f"--model.rope needs a head size divisible by 4, not n_embd / n_head = {model.head_size}.")
+            problems.append(
+                f"--model.rope requires a head size divisible by 4, but n_embd / n_head = {model.head_size}."
+            )
         if 2 * model.value_embeddings > model.n_layer:
             problems.append(
                 f"--model.value-embeddings {model.value_embeddings} is more than half of n_layer {model.n_layer}. Use "

@@ -1,12 +1,12 @@
-"""Verify a run: train again from some of its checkpoints to the next ones, and compare the results.
+"""Verify a run: train again from some of its checkpoints to the next, and compare the results.
 
     python -m tools.replay out/gpt2 --samples 5
     torchrun --standalone --nproc_per_node=8 -m tools.replay out/gpt2
 
-Each checkpoint records the settings, the fingerprint of the data, and the versions that produced it. On a CPU, with the
-same versions and number of ranks, the logged numbers, weights and optimizer state must be bitwise equal. Otherwise they
-must agree within a tolerance, and the distance between the weights is printed. The run directory is not modified. The
-exit code is 1 if the verification fails.
+Each checkpoint records the settings, the fingerprint of the data, and the software versions that produced it. On a CPU,
+with the same versions and number of ranks, the logged numbers, weights and optimizer state must be bitwise equal.
+Otherwise they must agree within a tolerance, and the distance between the weights is printed. The run directory is not
+modified. The exit code is 1 if the verification fails.
 """
 
 import hashlib

@@ -19,7 +19,7 @@ from babygpt import files
 from babygpt.data.filters import DUPLICATE, EMPTY, FILTERED, KEPT
 from babygpt.errors import UserError
 
-VALIDATION = 255  # a decision, next to those of filters.py
+VALIDATION = 255  # a decision, in addition to those of filters.py
 SPLIT_DECISIONS = {"val": VALIDATION, "train": KEPT}  # split -> decision on its documents
 DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a training run reads the first 20 x 524,288
 BUCKET_ROWS = 1 << 22  # documents sorted at once, in about 400 MB

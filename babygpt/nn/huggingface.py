@@ -76,11 +76,14 @@ def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> d
             continue  # causal masks, and the second name of wte.weight
         if name.endswith(("wpe.weight", *TABLES, *TRANSPOSED)) and tensor.dim() != 2:
             raise UserError(
-                f"{name} has shape {tuple(tensor.shape)}, but must have two dimensions. Copy or download it again."
+                f"{name} has shape {tuple(tensor.shape)}, but must have two dimensions. Download the model again."
             )
         if name in TABLES:
             if len(tensor) < vocab_size:
-                raise UserError(f"{name} has {len(tensor):,} rows, fewer than the vocabulary's {vocab_size:,}.")
+                raise UserError(
+                    f"{name} has {len(tensor):,} rows, fewer than the vocabulary's {vocab_size:,}. Download the "
+                    "model again."
+                )
             tensor = F.pad(tensor[:vocab_size], (0, 0, 0, padded_vocab_size(vocab_size) - vocab_size))
         tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
     return tensors

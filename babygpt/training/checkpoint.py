@@ -273,5 +273,5 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
         ) from None
     except Exception as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read, although its hashes are correct: {error!r:.300}."
+            f"The checkpoint {path} cannot be read, although its hashes are correct ({error!r:.300})."
         ) from None

@@ -67,7 +67,7 @@ def flip_bit(path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     ("vocab_size", "magic", "version", "code"), [(50257, 20240520, 1, "H"), (128256, 20240801, 7, "I")]
 )
-def test_shard_has_the_bytes_of_llm_c(tmp_path, vocab_size, magic, version, code):
+def test_shard_bytes_match_llm_c(tmp_path, vocab_size, magic, version, code):
     ids = [vocab_size - 1, 0, 1, 300]
     write_shard(tmp_path / "a.bin", 4, vocab_size, [np.array(ids[:1]), np.array(ids[1:])])
     header = struct.pack("<256i", magic, version, len(ids), *[0] * 253)
