@@ -125,9 +125,7 @@ class Evaluation:
     """Accuracy on HellaSwag."""
 
     every_n_steps: Steps = 250  # evaluate every N steps and after the last step; 0: never
-    style: Literal["karpathy", "lm-eval"] = (
-        "karpathy"  # scoring method; log.csv records the acc_norm of style karpathy only
-    )
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv has acc_norm of karpathy only
     # examples in HellaSwag's jsonl format
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
@@ -373,9 +371,7 @@ def conflicts(config: Config, world_size: int) -> list[str]:
         )
     if isinstance(model, ModernConfig):
         if model.rope and model.head_size % 4:
-            problems.append(
-                f"--model.rope requires a head size divisible by 4, but n_embd / n_head = {model.head_size}."
-            )
+            problems.append(f"--model.rope requires a head size divisible by 4; n_embd / n_head = {model.head_size}.")
         if 2 * model.value_embeddings > model.n_layer:
             problems.append(
                 f"--model.value-embeddings {model.value_embeddings} is more than half of n_layer {model.n_layer}. Use "

@@ -123,7 +123,7 @@ def test_second_preparation_of_a_directory_is_refused(tmp_path, long_pages):
     first = start(tmp_path / "d", long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))
-        with pytest.raises(UserError, match=r"Another fineweb\.py is preparing"):
+        with pytest.raises(UserError, match=r"Another fineweb\.py process is preparing"):
             prepare(tmp_path / "d", long_pages, workers=1)
     finally:
         kill_group(first)
