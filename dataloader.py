@@ -53,21 +53,21 @@ def find_chunk_starts(tokens: Tokens, eot_id: int, chunk_tokens: int) -> tuple[n
     A chunk starts at the EOT nearest to a cursor, or at the earlier one of two. The search window doubles until it
     contains an EOT, up to max(WINDOW, chunk_tokens) tokens on both sides. Without one, the chunk starts at the cursor.
     """
-    max_width = max(WINDOW, chunk_tokens)
+    max_radius = max(WINDOW, chunk_tokens)
     starts, without_eot = [0], 0
     for cursor in range(chunk_tokens, len(tokens), chunk_tokens):
-        width = 1000  # about the length of a web document, so most cursors need one or two reads
+        radius = 1000  # about the length of a web document, so most cursors need one or two reads
         while True:
-            start, stop = max(0, cursor - width), min(len(tokens), cursor + width + 1)
+            start, stop = max(0, cursor - radius), min(len(tokens), cursor + radius + 1)
             eots = start + np.flatnonzero(_read_window(tokens, start, stop) == eot_id)
             if len(eots):
                 starts.append(int(eots[np.argmin(np.abs(eots - cursor))]))  # argmin returns the earlier of two
                 break
-            if width == max_width:
+            if radius == max_radius:
                 starts.append(cursor)
                 without_eot += 1
                 break
-            width = min(2 * width, max_width)
+            radius = min(2 * radius, max_radius)
     return np.unique(np.array(starts, np.int64)), without_eot
 
 

@@ -9,8 +9,8 @@
 
 Three stages. Tokenize: worker processes read, filter and encode the source, one task at a time. Plan: drop
 duplicates, choose validation documents, and place every document in a shard. Write: copy the tokens into shards.
-Each task is committed by a rename, so the same command resumes a stopped run. The dataset depends on the
-source and the settings, byte for byte, but not on the number of workers.
+Each task is committed by a rename, so the same command resumes a stopped run. The source and the settings
+determine the dataset, byte for byte; the number of workers does not affect it.
 """
 
 import os
@@ -58,7 +58,7 @@ class PrepareArgs:
     # number of validation tokens, rounded up to whole documents
     val_tokens: Annotated[int | None, Ge(0), Lt(2**31), metavar("TOKENS", "11M, but at most 5% of all tokens")] = None
     shard_tokens: Annotated[int, Ge(1), Lt(2**31), metavar("TOKENS")] = 100_000_000  # tokens per shard
-    # stop after the document with which the total reaches this number of tokens
+    # stop after the document that brings the total to this number of tokens
     max_tokens: Annotated[int | None, Ge(1), metavar("TOKENS", "no limit")] = None
     # drop documents with fewer characters
     min_chars: Annotated[int | None, Ge(0), metavar("CHARACTERS", "off")] = None

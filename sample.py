@@ -65,7 +65,7 @@ def main() -> None:
     args = parse_arguments(SampleArgs, "sample.py", __doc__)
     with process_group(args.device) as ranks:
         if args.compile and ranks.device.type != "cuda":
-            raise UserError(f"--compile is not supported on {ranks.device.type}, where it is slower. Omit it.")
+            raise UserError(f"--compile is supported on CUDA only, not on {ranks.device.type}. Omit it.")
         model = GPT.from_pretrained(args.model, ranks.device)
         with autocast(ranks.device, args.dtype):
             if args.prompt:

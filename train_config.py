@@ -85,7 +85,7 @@ class Training:
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, but slower
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
     compare_ranks_every_n_steps: Steps = 100  # check every N steps that all ranks have equal weights; 0: never
-    # skip updates whose loss is more than this number of standard deviations above the mean of recent losses
+    # skip the update if the loss is more than this number of standard deviations above the mean of recent losses
     skip_spikes: Annotated[float | None, Ge(1), metavar("DEVIATIONS", "off")] = None
 
 
@@ -108,7 +108,7 @@ class Optimizer:
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings; the default is modded-nanogpt's
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
-    momentum_warmup_steps: Steps = 300  # with muon: steps in which Muon's momentum rises from 0.85 to 0.95
+    momentum_warmup_steps: Steps = 300  # with muon: steps over which Muon's momentum rises from 0.85 to 0.95
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
 
 
@@ -130,7 +130,7 @@ class Evaluation:
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
     language: Annotated[str, metavar("CODE")] = "en"
-    limit: Annotated[Positive | None, metavar("N", "all 10,042")] = None  # number of examples to evaluate
+    limit: Annotated[Positive | None, metavar("N", "all 10,042")] = None  # evaluate only the first N examples
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     misplaced, config = parse_command_line(
         command,
         "train.py",
-        f"Train, validate, evaluate and sample a GPT. The defaults are those of the preset {name}.",
+        f"Train, validate and evaluate a GPT, and sample from it. The defaults are those of the preset {name}.",
         args=rest,
         console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",  # one rank per node prints errors
     )
@@ -403,7 +403,7 @@ def bind(config: Config, dataset: Dataset) -> Config:
     config = variant(config, model={"vocab_size": dataset.vocab_size})
     if isinstance(model, ModernConfig):
         if model.eot_id not in (None, dataset.eot_id):
-            problems.append(f"--model.eot-id {model.eot_id} does not match {data.dataset}: {dataset.eot_id}. Omit it.")
+            problems.append(f"--model.eot-id {model.eot_id} is not that of {data.dataset}, {dataset.eot_id}. Omit it.")
         config = variant(config, model={"eot_id": dataset.eot_id if model.document_mask else None})
     validates = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
     if validates and len(dataset.val) <= model.block_size:

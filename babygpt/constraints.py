@@ -65,7 +65,7 @@ LIMITS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
     Gt: (operator.gt, "more than {:,}"),
     Le: (operator.le, "at most {:,}"),
     Lt: (operator.lt, "less than {:,}"),
-    MinLen: (lambda value, length: len(value) >= length, "at least {:,} item"),
+    MinLen: (lambda value, min_length: len(value) >= min_length, "at least {:,} item"),
 }
 
 

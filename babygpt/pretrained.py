@@ -47,7 +47,8 @@ class Pretrained:
             model = make(self.config)
         except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise UserError(
-                f"{self.source} does not contain the model that its configuration describes: {error!r:.300}."
+                f"{self.source} has weights that do not match its configuration ({error!r:.300}). Copy or "
+                "download the model again."
             ) from None
         checkpoint.load_model_tensors(model, self.tensors)
         return model

@@ -57,7 +57,7 @@ MISTAKES = [
     (9, "duplicates are kept, so a document is in both splits", "unit/test_fineweb.py",
      [("babygpt/data/plan.py", "        return rows[~is_duplicate]\n", "        self.decisions[rows[\"document\"][is_duplicate]] = KEPT\n        return rows\n")]),
     (10, "the search window for an EOT never widens", "unit/test_dataloader.py -k nearest",
-     [("dataloader.py", "            if width == max_width:", "            if True:")]),
+     [("dataloader.py", "            if radius == max_radius:", "            if True:")]),
     (10, "the last target is beyond the end of the data", "unit/test_dataloader.py -k every_token_once",
      [("dataloader.py", "max(0, int(self.offsets[-1]) - 1) //", "max(0, int(self.offsets[-1])) //")]),
     (11, "rows are drawn with replacement", "unit/test_dataloader.py -k every_token_once",

@@ -55,7 +55,7 @@ def main() -> None:
     misplaced = [path for path in args.input if path == "gpt2" or path.endswith(".json")]
     specs = [*args.tokenizers, *misplaced]
     if not specs:
-        raise UserError("No tokenizers are given. Use gpt2, or paths to tokenizer.json files.")
+        raise UserError("No tokenizers given. Use gpt2, or paths to tokenizer.json files.")
     source = sources.find("files", tuple(path for path in args.input if path not in misplaced), (args.text_column,))
     texts, remaining = [], args.max_bytes
     for text in sources.read_first_documents(source, args.max_bytes):

@@ -3,7 +3,7 @@
     python -m tools.inspect_step out/gpt2 --step 1234
 
 A row has block_size + 1 tokens, the last of which is only a target. If a row crosses the end of a chunk or shard, each
-part has its own line. The line shows the shard, the position of the part's first token in the shard, the number of
+piece has its own line. Each line shows the shard, the position of the piece's first token in the shard, the number of
 tokens, and the number of the document that contains the first token. The documents of a shard are numbered from 1;
 document 0 started in the previous shard.
 """
@@ -105,7 +105,7 @@ class InspectArgs:
 
     run: RunArgument  # run directory (out/NAME); its dataset must be at the same path as during training
     step: Annotated[int, metavar("STEP")]  # optimizer step, counted from 0 as in log.csv
-    ranks: Positive = 1  # number of ranks of the run; row n was read by rank n mod this number
+    ranks: Positive = 1  # number of ranks of the run; row n was read by rank n mod N
     chars: Annotated[NonNegative, metavar("CHARACTERS")] = 200  # maximum length of the text on each line
 
 

@@ -30,7 +30,7 @@ class PlotArgs:
 def main() -> None:
     args = parse_arguments(PlotArgs, "python -m tools.plot", __doc__)
     if not args.runs:
-        raise UserError("No run is given. Use python -m tools.plot out/NAME.")
+        raise UserError("No run given. Use python -m tools.plot out/NAME.")
     for path in args.runs:
         if not (path / "log.csv").exists():
             raise UserError(f"There is no run at {path}: it has no log.csv. Use a directory that train.py wrote.")

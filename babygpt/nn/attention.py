@@ -61,7 +61,7 @@ def token_positions(idx: torch.Tensor, cache: KVCache | None, block_size: int) -
     """
     T, start = idx.size(1), cache.length if cache is not None else 0
     if start + T > block_size:
-        raise ValueError(f"{start + T} tokens are more than the block size of {block_size}")
+        raise ValueError(f"{start + T} tokens exceed the block size of {block_size}")
     positions = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
     if cache is not None and cache.starts is not None:
         positions = (positions - cache.starts[:, None]).clamp(min=0)  # (B, T)

@@ -206,7 +206,7 @@ def test_documented_links_exist():
                 assert heading in ("", *anchors), f"{name}: {target}"
 
 
-def test_messages_of_troubleshooting_exist():
+def test_messages_quoted_in_troubleshooting_exist():
     """The messages that docs/troubleshooting.md quotes are in the code."""
     strings = []
     for path in (*ROOT.glob("*.py"), *(ROOT / "babygpt").rglob("*.py")):

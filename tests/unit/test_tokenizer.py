@@ -336,7 +336,7 @@ def test_comparison_without_words_or_tokenizers_is_refused(tmp_path):
     source = save(tmp_path / "a.txt", b" \n")
     with pytest.raises(UserError, match="no words"):
         call(compare_tokenizers.main, "gpt2", "--input", source)
-    with pytest.raises(UserError, match="No tokenizers are given"):
+    with pytest.raises(UserError, match="No tokenizers given"):
         call(compare_tokenizers.main, "--input", source)
     with pytest.raises(UserError, match=r"no tokenizer at .*none\.json"):
         call(compare_tokenizers.main, "--input", save(tmp_path / "b.txt", b"word"), tmp_path / "none.json")

@@ -405,7 +405,7 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 does not match"),
-        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 does not match"),
+        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not that of"),
         ({"preset": "modern", "model__value_embeddings": 2}, "--model.value-embeddings 2 is more than half of n_layer"),
         ({"model__rope": []}, "--model.rope: the preset gpt2 is a classic GPT-2"),
         (
