@@ -194,7 +194,7 @@ class Order:
         ]
         if self.chunks_without_eot:
             lines.append(
-                f"{self.chunks_without_eot:,} chunks start inside a document, because no end of text is nearby"
+                f"{self.chunks_without_eot:,} chunks start inside a document, because no end-of-text token is nearby"
             )
         return "\n".join(lines)
 
@@ -225,8 +225,8 @@ class Order:
         shard = np.searchsorted(shard_starts, first, side="right") - 1
         in_one_chunk = (n == rows) & (start + size <= plan.offsets[chunk + 1])
         is_contiguous = in_one_chunk & (first + size <= shard_starts[shard + 1])
-        sources = (is_contiguous.tolist(), shard.tolist(), (first - shard_starts[shard]).tolist())
-        for row, out_row, single_copy, number, offset in zip(rows, out, *sources, strict=True):
+        columns = (is_contiguous.tolist(), shard.tolist(), (first - shard_starts[shard]).tolist())
+        for row, out_row, single_copy, number, offset in zip(rows, out, *columns, strict=True):
             if single_copy:
                 out_row[:] = np.asarray(self.tokens.shards[number])[offset : offset + size]  # slicing a memmap is slow
             else:

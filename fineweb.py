@@ -60,12 +60,12 @@ class PrepareArgs:
     shard_tokens: Annotated[int, Ge(1), Lt(2**31), metavar("TOKENS")] = 100_000_000  # tokens per shard
     # stop after the document that brings the total to this number of tokens
     max_tokens: Annotated[int | None, Ge(1), metavar("TOKENS", "no limit")] = None
-    # drop documents with fewer characters
+    # drop documents with fewer characters than this
     min_chars: Annotated[int | None, Ge(0), metavar("CHARACTERS", "off")] = None
-    min_score: Threshold = None  # drop documents whose `score`, a column of FineWeb-Edu, is lower (0 to 5)
-    # drop documents whose `language_score`, a column of FineWeb, is lower (0 to 1)
+    min_score: Threshold = None  # drop documents whose `score` (0 to 5, a column of FineWeb-Edu) is below this value
+    # drop documents whose `language_score` (0 to 1, a column of FineWeb) is below this value
     min_language_score: Threshold = None
-    min_quality: Threshold = None  # drop documents to which the --quality model gives a lower score (0 to 1)
+    min_quality: Threshold = None  # drop documents whose score by the --quality model (0 to 1) is below this value
     # quality model, written by tools.train_quality_filter
     quality: Annotated[Path | None, metavar("PATH")] = None
     # number of worker processes

@@ -496,5 +496,5 @@ def build_model(config: GPTConfig) -> GPT:
 
 def config_from_dict(values: dict[str, Any]) -> GPTConfig:
     """Return a GPTConfig, or a ModernConfig if `values` has fields of it. Raises TypeError for an unknown field."""
-    classic = {field.name for field in fields(GPTConfig)}
-    return GPTConfig(**values) if values.keys() <= classic else ModernConfig(**values)
+    gpt_fields = {field.name for field in fields(GPTConfig)}
+    return GPTConfig(**values) if values.keys() <= gpt_fields else ModernConfig(**values)

@@ -54,8 +54,10 @@ class SampleArgs(SamplingParams):
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
     # one or more prompts
-    prompt: Annotated[tuple[str, ...], metavar("TEXT [TEXT ...]", "ask for prompts until an empty line")] = ()
-    num_samples: Positive = 1  # number of texts per prompt; all texts are generated as one batch
+    prompt: Annotated[
+        tuple[str, ...], metavar("TEXT [TEXT ...]", "read prompts from the terminal, until an empty line")
+    ] = ()
+    num_samples: Positive = 1  # number of samples per prompt; all samples are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

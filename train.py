@@ -129,7 +129,7 @@ def train_step(
 
 
 @dataclass
-class Start:
+class InitialState:
     """The state in which training starts, new or from a checkpoint."""
 
     model: GPT
@@ -149,7 +149,7 @@ class Run:
     dataset: Dataset
     tokenizer: Tokenizer
     order: Order
-    start: Start
+    start: InitialState
     ranks: Ranks
     raw_model: GPT  # used for checkpoints, HellaSwag and samples
     fast_model: nn.Module  # raw_model, compiled if requested: used for validation, and wrapped by state.model
@@ -237,7 +237,7 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
 
 def restore_or_initialize(
     config: Config, dataset: Dataset, identity: dict[str, dict], tokenizer: Tokenizer, ranks: Ranks
-) -> Start:
+) -> InitialState:
     """Return the state in which training starts, from --general.init-from; write config.json and the tokenizer."""
     out, init_from = config.general.out_dir, config.general.init_from
     path = None
@@ -254,12 +254,12 @@ def restore_or_initialize(
     if path:
         start = restore(path, config, identity)
     elif init_from == "scratch":
-        start = Start(build_model(config.model))
+        start = InitialState(build_model(config.model))
     else:
         console.info(f"Starting from the weights of {init_from}")
         weights = ranks.main_process_first(lambda: read_pretrained(init_from))
         dataset.check_tokenizer(weights.tokenizer, init_from)
-        start = Start(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)))
+        start = InitialState(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)))
 
     settings = to_json(variant(config, general={"init_from": init_from}))
     run_dir.record_launch(start.launches, start.step, settings, ranks)
@@ -273,7 +273,7 @@ def restore_or_initialize(
     return start
 
 
-def restore(path: Path, config: Config, identity: dict[str, dict]) -> Start:
+def restore(path: Path, config: Config, identity: dict[str, dict]) -> InitialState:
     """Load a checkpoint to resume from. ConfigError if its identity is not that of this run."""
     loaded = checkpoint.load(path)
     try:
@@ -287,7 +287,7 @@ def restore(path: Path, config: Config, identity: dict[str, dict]) -> Start:
         ) from None
     if step > config.training.max_steps:
         raise ConfigError(
-            f"{path} is later than --training.max-steps {config.training.max_steps:,}. Use more steps, or a different "
+            f"{path} is past --training.max-steps {config.training.max_steps:,}. Increase it, or use a different "
             "--general.out-dir."
         )
     console.info(f"Resuming from {path}")
@@ -295,7 +295,7 @@ def restore(path: Path, config: Config, identity: dict[str, dict]) -> Start:
         console.info(line)
     model = build_model(config.model)
     checkpoint.load_model_tensors(model, loaded.model)
-    return Start(model, loaded.optimizer, step, tokens, position, losses, launches)
+    return InitialState(model, loaded.optimizer, step, tokens, position, losses, launches)
 
 
 # ---------------------------------------------------------------------------------------------------------

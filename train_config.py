@@ -38,7 +38,7 @@ OUT_PRESET = Path("out/PRESET")  # PRESET stands for the name of the preset
 
 Mode = Literal["train", "val", "eval", "sample"]
 Rate = Annotated[float, Ge(0)]
-Steps = Annotated[NonNegative, metavar("STEPS")]
+Steps = Annotated[NonNegative, metavar("N")]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Data:
 class Training:
     """Training loop."""
 
-    # optimizer steps (19,073 steps of 524,288 tokens: 10B tokens)
-    max_steps: Annotated[Positive, metavar("STEPS")] = 19_073
+    # number of optimizer steps (19,073 steps of 524,288 tokens: 10B tokens)
+    max_steps: Annotated[Positive, metavar("N")] = 19_073
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
-    # rows per forward pass on each rank; 0: on a GPU, as many as fit in its memory, up to 64; on a CPU, 16
+    # rows per forward pass on each rank; 0: up to 64 on a GPU, by its memory, and 16 on a CPU
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
     # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -97,18 +97,18 @@ class Optimizer:
     # peak learning rate (GPT-3 used 6e-4 for 125M parameters); with muon: peak learning rate of the matrices only
     max_lr: Rate = 6e-4
     min_lr_ratio: Fraction = 0.1  # learning rate at the last step, as a fraction of the peak
-    warmup_steps: Steps = 715  # steps of linear warmup (GPT-3 used 375M tokens: 715 steps)
-    # fraction of the steps, at the end, in which the learning rate decays linearly after being constant; None: cosine
+    warmup_steps: Steps = 715  # number of steps of linear warmup (GPT-3 used 375M tokens: 715 steps)
+    # fraction of the steps, at the end, over which a constant learning rate decays linearly; None: cosine decay
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
     weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: of the matrices only
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate for the mean of gradients
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate for the mean of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
-    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings; the default is modded-nanogpt's
+    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
-    momentum_warmup_steps: Steps = 300  # with muon: steps over which Muon's momentum rises from 0.85 to 0.95
+    momentum_warmup_steps: Steps = 300  # with muon: number of steps over which Muon's momentum rises from 0.85 to 0.95
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
 
 
@@ -141,10 +141,10 @@ class Sampling:
     prompt: Annotated[str, metavar("TEXT")] = "Hello, I'm a language model,"  # text that every sample starts with
     num_samples: Positive = 4  # number of samples
     max_new_tokens: Annotated[Positive, metavar("TOKENS")] = 64  # maximum number of new tokens per sample
-    temperature: Rate = 1.0  # sampling temperature; 0: greedy decoding
-    # sample from the N most probable tokens; None: from all tokens
+    temperature: Rate = 1.0  # softmax temperature; 0: greedy decoding
+    # sample from the N most probable tokens; None: all tokens
     top_k: Annotated[Positive | None, metavar("N", "all tokens")] = 50
-    # sample from the most probable tokens with this total probability
+    # sample from the smallest set of most probable tokens whose total probability reaches this value
     top_p: Annotated[Probability | None, metavar("PROBABILITY", "off")] = None
 
 
@@ -198,7 +198,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
         "optimizer": {"max_lr": 2e-4},
     },
-    # the smallest size with the improvements of the public speed records: "The modern recipe" in the README
+    # the smallest size with the improvements of the public speed records (docs/modern.md)
     "modern": {
         "model": {
             "bias": False,
@@ -239,7 +239,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "saving": {"every_n_steps": 200},
         "logging": {"every_n_steps": 10},
     },
-    # recipes of other projects; the README has the results that their authors report
+    # recipes of other projects; docs/recipes.md has the results that their authors report
     "babygpt-en": {"data": {"dataset": "data/fineweb-10BT", "chunk_tokens": 30_000_000}},
     "babygpt-pl": {
         "data": {"dataset": "data/fineweb2-pl", "chunk_tokens": 30_000_000},
@@ -297,7 +297,7 @@ def preset(name: str) -> Config:
         if not hasattr(config, section):
             problems.append(f"There is no section {section!r}. {suggest(section, [f.name for f in fields(Config)])}")
         elif not isinstance(values, dict):
-            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove the comma after it.")
+            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove a comma after its closing brace.")
         else:
             known = [f.name for f in fields(ModernConfig if section == "model" else getattr(config, section))]
             unknown = [name for name in values if name not in known]
@@ -398,12 +398,12 @@ def bind(config: Config, dataset: Dataset) -> Config:
     if model.vocab_size not in (0, dataset.vocab_size):
         problems.append(
             f"--model.vocab-size {model.vocab_size:,} does not match {data.dataset}, whose vocabulary size is "
-            f"{dataset.vocab_size:,}. Omit it. The vocabulary is padded to a multiple of 128 automatically."
+            f"{dataset.vocab_size:,}. Omit it: the vocabulary is padded to a multiple of 128."
         )
     config = variant(config, model={"vocab_size": dataset.vocab_size})
     if isinstance(model, ModernConfig):
         if model.eot_id not in (None, dataset.eot_id):
-            problems.append(f"--model.eot-id {model.eot_id} is not that of {data.dataset}, {dataset.eot_id}. Omit it.")
+            problems.append(f"--model.eot-id {model.eot_id} is not the dataset's EOT id, {dataset.eot_id}. Omit it.")
         config = variant(config, model={"eot_id": dataset.eot_id if model.document_mask else None})
     validates = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
     if validates and len(dataset.val) <= model.block_size:
@@ -496,4 +496,4 @@ def from_json(values: dict[str, Any]) -> Config:
         model = config_from_dict(sections.pop("model"))
         return variant(replace(Config(), model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"The settings were written by a different version of BabyGPT ({error}).") from None
+        raise UserError(f"A different version of BabyGPT wrote these settings ({error}). Use that version.") from None

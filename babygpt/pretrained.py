@@ -41,7 +41,7 @@ class Pretrained:
         try:
             layers = max(self.config["n_layer"], self.config.get("value_embeddings", 0))
             if layers > len(self.tensors):
-                raise ValueError(f"{layers:,} layers, but only {len(self.tensors)} tensors")
+                raise ValueError(f"it has {layers:,} layers, but only {len(self.tensors)} tensors")
             with torch.device("meta"):
                 checkpoint.check_fit(make(self.config), self.tensors)
             model = make(self.config)
@@ -64,8 +64,8 @@ class Pretrained:
             may_differ.add("model.block_size")
         differing = differences({"model": self.config}, {"model": config})
         if lines := [
-            f"  {name}: {weights_value} in the weights, {value} in the settings\n"
-            for name, weights_value, value in differing
+            f"  {name}: {weights_value} in the weights, {config_value} in the settings\n"
+            for name, weights_value, config_value in differing
             if name not in may_differ
         ]:
             raise ConfigError(

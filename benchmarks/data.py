@@ -166,8 +166,8 @@ def process_tree_memory(pid: int) -> int:
     return total
 
 
-def measure(name: str, files: list[str], processes: int, memory: bool = False) -> float:
-    """Run an implementation as a command. Return its time in seconds or, with `memory`, its peak memory in bytes.
+def measure(name: str, files: list[str], processes: int, measure_memory: bool = False) -> float:
+    """Run an implementation as a command. Return its seconds or, with `measure_memory`, its peak memory in bytes.
 
     The two are separate runs, because sampling the memory takes time.
     """
@@ -176,12 +176,12 @@ def measure(name: str, files: list[str], processes: int, memory: bool = False) -
         log, start, peak = Path(out) / "log", time.perf_counter(), 0
         with open(log, "wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
-        while memory and process.poll() is None:
+        while measure_memory and process.poll() is None:
             peak = max(peak, process_tree_memory(process.pid))
             time.sleep(0.1)
         if process.wait():
             sys.exit(f"error: {name} failed:\n{log.read_text()[-3000:]}")
-        return peak if memory else time.perf_counter() - start
+        return peak if measure_memory else time.perf_counter() - start
 
 
 def measure_stages(files: list[str]) -> dict[str, float]:
@@ -256,7 +256,9 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=3, help="runs per implementation (default: %(default)s)")
     parser.add_argument("--copies", type=int, default=0, help="use this many distinct copies of the files")
-    parser.add_argument("--ways", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS, help="implementations")
+    parser.add_argument(
+        "--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS, help="implementations"
+    )
     parser.add_argument("--out", type=Path, help="Markdown file for the tables")
     parser.add_argument("--way", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
@@ -282,19 +284,19 @@ def compare(files: list[str], options: argparse.Namespace) -> None:
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "gigatoken", "datasets", "pyarrow")),
         "",
-        f"| implementation | processes | seconds, median (min to max) | MB of text/s | speedup over {options.ways[0]} "
-        "| peak memory |",
+        "| implementation | processes | seconds, median (min to max) | MB of text/s | speedup over "
+        f"{options.implementations[0]} | peak memory |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for processes in options.processes:
-        runs: dict[str, list[float]] = {name: [] for name in options.ways}
+        runs: dict[str, list[float]] = {name: [] for name in options.implementations}
         for _ in range(options.runs):
-            for name in options.ways:
+            for name in options.implementations:
                 runs[name].append(measure(name, files, processes))
                 print(f"{name}, {processes} processes: {runs[name][-1]:.2f} s", file=sys.stderr, flush=True)
         for name, seconds in runs.items():
-            speedups = [base / own for base, own in zip(runs[options.ways[0]], seconds, strict=True)]
-            peak = measure(name, files, processes, memory=True)
+            speedups = [base / other for base, other in zip(runs[options.implementations[0]], seconds, strict=True)]
+            peak = measure(name, files, processes, measure_memory=True)
             lines.append(
                 f"| {name} | {processes} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
                 f"| {size / 1e6 / statistics.median(seconds):,.1f} | {statistics.median(speedups):.1f} "

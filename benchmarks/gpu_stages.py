@@ -406,7 +406,9 @@ def kill_and_resume(sizes: Sizes, options: argparse.Namespace) -> Result:
         difference = max(abs(a - b) / a for a, b in zip(losses["uninterrupted"], losses["killed"], strict=True))
         result[f"{name}, largest relative difference after the kill"] = difference
         if difference > (0 if sizes.rehearse else 1e-2):
-            raise AssertionError(f"{name}: the losses of the resumed run differ: {losses}")
+            raise AssertionError(
+                f"{name}: the losses of the killed and resumed run differ from those of the uninterrupted run: {losses}"
+            )
     return result
 
 

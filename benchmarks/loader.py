@@ -188,15 +188,15 @@ def main() -> None:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
-        shards = round(options.tokens / SHARD_TOKENS)
-        large = write_shards(Path(directory) / "large", [SHARD_TOKENS] * shards, write_sparse)
-        disk = sum(path.stat().st_blocks * 512 for path in large.iterdir())
+        num_shards = round(options.tokens / SHARD_TOKENS)
+        large = write_shards(Path(directory) / "large", [SHARD_TOKENS] * num_shards, write_sparse)
+        disk_bytes = sum(path.stat().st_blocks * 512 for path in large.iterdir())
         for name, prepare in (("not in the page cache", drop_page_cache), ("in the page cache", lambda _: None)):
             prepare(large)
             planning = measure_planning(large)
             lines.append(
-                f"| {name} | {shards * SHARD_TOKENS:,} | {shards} | {disk / 1e9:.1f} GB | {planning['chunks']:,} "
-                f"| {planning['seconds']:.2f} | {planning['bytes'] / 2**20:,.0f} MiB |"
+                f"| {name} | {num_shards * SHARD_TOKENS:,} | {num_shards} | {disk_bytes / 1e9:.1f} GB | "
+                f"{planning['chunks']:,} | {planning['seconds']:.2f} | {planning['bytes'] / 2**20:,.0f} MiB |"
             )
             print(lines[-1], file=sys.stderr, flush=True)
         datasets = {

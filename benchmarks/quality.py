@@ -141,10 +141,10 @@ def main() -> None:
 
         # more than the runs read: an epoch drops fewer than (rows + streams) x block_size tokens
         max_tokens = ("--max-tokens", size["steps"] * batch_tokens + 100 * size["block_size"], "--val-tokens", 0)
-        quality = ("--quality", model, "--min-quality", options.min_quality)
+        filter_flags = ("--quality", model, "--min-quality", options.min_quality)
         datasets = {
             "random": prepare("random", "pool", *max_tokens),
-            "filtered": prepare("filtered", "pool", *max_tokens, *quality),
+            "filtered": prepare("filtered", "pool", *max_tokens, *filter_flags),
         }
         evaluation_set = prepare("evaluation", "held-out", "--val-tokens", 2**31 - 1)  # all documents except one
 

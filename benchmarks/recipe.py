@@ -156,9 +156,9 @@ def main() -> None:
         return (f"modern-{fraction:g}-{seed}", "modern", round(fraction * steps), seed)
 
     rate_runs = runs.train_all([classic_run(rate, SEEDS[0]) for rate in LEARNING_RATES])
-    rates = dict(zip(LEARNING_RATES, rate_runs, strict=True))
-    best = min(rates, key=lambda rate: runs.final_loss(rates[rate]))
-    classic = runs.train_all([classic_run(best, seed) for seed in SEEDS])
+    runs_by_lr = dict(zip(LEARNING_RATES, rate_runs, strict=True))
+    best_lr = min(runs_by_lr, key=lambda lr: runs.final_loss(runs_by_lr[lr]))
+    classic = runs.train_all([classic_run(best_lr, seed) for seed in SEEDS])
     modern, needed = {}, None
     for fraction in FRACTIONS:
         modern[fraction] = runs.train_all([modern_run(fraction, seed) for seed in SEEDS])
@@ -170,11 +170,11 @@ def main() -> None:
         (
             change,
             (
-                "-".join([kind, *(f.replace("BEST", f"{best:g}").strip("-") for f in flags)]),
+                "-".join([kind, *(f.replace("BEST", f"{best_lr:g}").strip("-") for f in flags)]),
                 "modern",
                 round(0.25 * steps),
                 SEEDS[0],
-                *(f.replace("BEST", str(best)) for f in flags),
+                *(f.replace("BEST", str(best_lr)) for f in flags),
             ),
         )
         for kind, table in (("without", REMOVED), ("with", ADDED))
@@ -210,8 +210,8 @@ def main() -> None:
         "",
         "| recipe | learning rate | seeds | tokens | validation loss, mean (min to max) |",
         "|---|---:|---:|---:|---:|",
-        *(row("classic", f"{rate:g}", 1.0, [name]) for rate, name in rates.items()),
-        row("classic", f"{best:g}", 1.0, classic),
+        *(row("classic", f"{rate:g}", 1.0, [name]) for rate, name in runs_by_lr.items()),
+        row("classic", f"{best_lr:g}", 1.0, classic),
         *(row("modern", "preset default", fraction, names) for fraction, names in sorted(modern.items())),
         "",
         summary,

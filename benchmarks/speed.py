@@ -335,8 +335,8 @@ def make_benchmarks(options: argparse.Namespace) -> dict[str, dict[str, Benchmar
     for dtype in dict.fromkeys(("float32", dtype_auto)):
         scores[f"build-nanogpt's method, {dtype}"] = partial(hellaswag_build_nanogpt, dtype, options)
         scores[f"ours, {dtype}"] = partial(hellaswag_ours, dtype, options)
-    muons: dict[str, Benchmark] = {f"world size {n}": partial(muon_step, n) for n in (1, 2, 4)}
-    stages = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muons}
+    muon_steps: dict[str, Benchmark] = {f"world size {n}": partial(muon_step, n) for n in (1, 2, 4)}
+    stages = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muon_steps}
     return {
         stage: {name: run for name, run in runs.items() if options.nanogpt or not name.startswith("nanoGPT")}
         for stage, runs in stages.items()

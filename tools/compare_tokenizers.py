@@ -42,7 +42,8 @@ class CompareArgs:
 
     # tokenizers: gpt2, or paths to tokenizer.json files
     tokenizers: Annotated[Positional[tuple[str, ...]], required("TOKENIZER [TOKENIZER ...]")] = ()
-    # files, directories, glob patterns or URLs of text: .parquet, .jsonl or .txt (also .gz, .xz, .zst)
+    # files, directories, glob patterns or URLs of text: .parquet, .jsonl or .txt; .jsonl and .txt may be
+    # compressed (.gz, .xz, .zst)
     input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
     text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
     # number of bytes of text to encode, from the start of the input

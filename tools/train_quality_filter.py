@@ -76,15 +76,15 @@ def train_classifier(good: Sequence[np.ndarray], other: Sequence[np.ndarray], vo
     idf = np.log((1 + len(ids)) / (1 + document_frequency)) + 1
     scale = np.where(document_frequency > 0, idf, 0).astype(np.float32)
     matrix.data *= scale[matrix.indices]
-    row_length = np.float32(np.sqrt(np.square(matrix.data).sum() / len(ids)))
-    matrix.data /= row_length
+    rms_row_norm = np.float32(np.sqrt(np.square(matrix.data).sum() / len(ids)))
+    matrix.data /= rms_row_norm
     labels = np.repeat([1, 0], [len(good), len(other)])
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, class_weight="balanced", tol=1e-6, max_iter=300)
     with threadpool_limits(
         1
     ):  # the sums of several threads are rounded differently: the file would depend on the cores
         regression.fit(matrix, labels)
-    weights = (regression.coef_[0] * (scale / row_length)).astype(np.float32)
+    weights = (regression.coef_[0] * (scale / rms_row_norm)).astype(np.float32)
     bias = regression.intercept_.astype(np.float32)
     return {"tokens": weights[:vocab_size], "pairs": weights[vocab_size:], "bias": bias}
 
@@ -140,7 +140,8 @@ def train_quality_filter(
         hashes = sorted(texts.keys() - shared, key=lambda hash: hash[::-1])
         if len(hashes) < MIN_DOCUMENTS:
             raise UserError(
-                f"--{name} has {len(hashes)} documents{' that are not in both samples' if shared else ''}, but "
+                f"--{name} has {len(hashes)} documents{' that are not also in the other sample' if shared else ''}, "
+                "but "
                 f"at least {MIN_DOCUMENTS} are required, and thousands are better. Use more text (a .txt file is one "
                 "document)."
             )

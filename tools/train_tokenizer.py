@@ -56,7 +56,8 @@ class TokenizerArgs:
     source: Annotated[Positional[str], metavar("[SOURCE]")] = "files"
     vocab_size: Annotated[int, metavar("N")]  # number of tokens, including the end-of-text token
     out: Path  # tokenizer.json file to write
-    # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt (also .gz, .xz, .zst)
+    # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt; .jsonl and .txt may be
+    # compressed (.gz, .xz, .zst)
     input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
     text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
     max_bytes: Annotated[int, metavar("BYTES")] = 1_000_000_000  # maximum number of bytes of text to train on

@@ -94,11 +94,11 @@ def hash_bigrams(ids: np.ndarray) -> np.ndarray:
 
 
 def check_tokenizer(model: QualityModel, tokenizer: Tokenizer) -> None:
-    """Raise a UserError if the model was trained with a different tokenizer: its weights are those of other tokens."""
+    """Raise a UserError if the model was trained with a different tokenizer: its weights belong to other tokens."""
     if model.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
             f"The quality model {model.path} was trained with the tokenizer {model.tokenizer} (sha256 "
-            f"{model.tokenizer_sha256[:12]}), but the tokenizer is {tokenizer.file} (sha256 {tokenizer.sha256[:12]}). "
+            f"{model.tokenizer_sha256[:12]}), but this tokenizer is {tokenizer.file} (sha256 {tokenizer.sha256[:12]}). "
             "Train a quality model for this tokenizer: python -m tools.train_quality_filter --tokenizer "
             f"{'gpt2' if tokenizer.name == 'gpt2' else tokenizer.file}"
         )

@@ -117,8 +117,8 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
         file = pq.ParquetFile(_path_or_file(path))
         for rows in file.iter_batches(BATCH_DOCUMENTS, row_groups=groups, columns=columns, use_threads=False):
             texts = rows.column(columns[0])
-            convertible = (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_null)
-            if any(is_type(texts.type) for is_type in convertible):
+            text_like_types = (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_null)
+            if any(is_type(texts.type) for is_type in text_like_types):
                 texts = texts.cast(pa.large_string())
             if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
                 raise UserError(
@@ -155,7 +155,8 @@ def _read_files(task: Task) -> Iterator[tuple]:
             else:
                 if task.columns[1:]:
                     raise UserError(
-                        f"{path} is a text file without a column {task.columns[1]!r}. Use jsonl or parquet to filter."
+                        f"{path} is a text file, which has no column {task.columns[1]!r}. Filter by columns in jsonl "
+                        "or parquet files."
                     )
                 with _open_decompressed(path) as file:
                     text = file.read()
@@ -172,7 +173,7 @@ def _read_jsonl(path: str, task: Task) -> Iterator[tuple]:
     with _open_decompressed(path) as file:
         if offset > 0:
             file.seek(offset - 1)
-            offset += len(file.readline()) - 1  # a line that starts before the range belongs to the task before
+            offset += len(file.readline()) - 1  # a line that starts before the range belongs to the previous task
         from_start = offset == 0  # of the file, so that line numbers are known
         for number, line in enumerate(file, 1):  # a binary file splits at \n only, not at U+2028 in a text
             if offset >= stop:
@@ -201,7 +202,7 @@ def _select_columns(row: dict, columns: tuple[str, ...], location: str) -> tuple
     for column, number in zip(columns[1:], numbers, strict=True):
         if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):
             shown = f"{type(number).__name__} {number!r:.40}"
-            raise UserError(f"{location}: {column!r} is {shown}, not a number of at most 1e300.")
+            raise UserError(f"{location}: {column!r} is {shown}, not a number between -1e300 and 1e300.")
     return (without_surrogates(text or "").encode(), *numbers)
 
 

@@ -107,7 +107,8 @@ def _open_npy(path: Path) -> np.ndarray:
         raise UserError(f"{path} is corrupted: {error}. Copy or prepare it again.") from None
     if shard.ndim != 1 or shard.dtype != np.dtype("<u2"):
         raise UserError(
-            f"{path} is an array of {shard.dtype} of shape {shard.shape}, but must be one of uint16 of shape (n,)."
+            f"{path} is a {shard.dtype} array of shape {shard.shape}, not a uint16 array of shape (n,). Prepare it "
+            "again."
         )
     return shard
 
@@ -261,12 +262,12 @@ def _download(url: str, directory: Path) -> None:
     else:
         versions = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         versions[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
-    record = directory / "verified.json"  # file -> its size and time here, and its version
-    for name in set(files.list_names(directory)) - {*versions, record.name, "lock"}:
+    record_path = directory / "verified.json"  # file -> its size and time here, and its version
+    for name in set(files.list_names(directory)) - {*versions, record_path.name, "lock"}:
         (directory / name).unlink()  # of an earlier version of the dataset
     verified = {}
     with suppress(OSError, ValueError):
-        verified = json.loads(record.read_text())
+        verified = json.loads(record_path.read_text())
 
     def describe(path: Path) -> list:
         return [path.stat().st_size, path.stat().st_mtime_ns, versions[path.name]]
@@ -278,7 +279,7 @@ def _download(url: str, directory: Path) -> None:
         return verified.get(path.name) == describe(path) or (manifest is not None and is_valid(path))
 
     files.download(url, sorted(versions), directory, is_current, is_valid, quiet)
-    files.write_json(record, {name: describe(directory / name) for name in versions})
+    files.write_json(record_path, {name: describe(directory / name) for name in versions})
     if manifest is not None:
         files.write_json(directory / MANIFEST, manifest)
 
@@ -289,7 +290,8 @@ def _allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < count:
         if hard != resource.RLIM_INFINITY and hard < count:
             raise UserError(
-                f"The dataset needs {count:,} open files, but {hard:,} are allowed. Raise the limit: ulimit -n {count}"
+                f"The dataset needs {count:,} open files, but only {hard:,} are allowed. Raise the limit: ulimit -n "
+                f"{count}"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
@@ -352,11 +354,13 @@ def verify(directory: str | Path, progress=lambda num_bytes: None) -> dict[str, 
         split_tokens[_parse_split(shard["file"])] += shard["tokens"]
     counts = dataset.manifest["counts"]
     if split_tokens != counts["tokens"]:
-        problems.append(f"{directory / MANIFEST}: the shards have {split_tokens} tokens, not {counts['tokens']}")
+        problems.append(
+            f"{directory / MANIFEST} lists {counts['tokens']} tokens, but the shards contain {split_tokens}"
+        )
     if totals["documents"] != counts["documents"]["kept"]:
         problems.append(
-            f"{directory / MANIFEST}: the shards have {totals['documents']:,} documents, not "
-            f"{counts['documents']['kept']!r}"
+            f"{directory / MANIFEST} lists {counts['documents']['kept']!r} documents, but the shards contain "
+            f"{totals['documents']:,}"
         )
     tokenizer = directory / dataset.manifest["tokenizer"]["file"]
     if not tokenizer.exists() or files.sha256(tokenizer) != dataset.manifest["tokenizer"]["sha256"]:

@@ -62,8 +62,8 @@ class TokenizeStage:
         self.documents = self.tokens = self.earlier_tokens = 0
         self.reached = False  # whether the finished tasks have reached max_tokens
         self.next_plan = max_tokens or 0  # tokens at which `max_tokens_reached` plans again
-        size = sum(unit.bytes for unit in source.units)
-        self.bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="tokenize", smoothing=0.05)
+        total_bytes = sum(unit.bytes for unit in source.units)
+        self.bar = tqdm(total=total_bytes or None, unit="B", unit_scale=True, desc="tokenize", smoothing=0.05)
 
     def run(self) -> list[str]:
         with self.bar:
@@ -93,7 +93,8 @@ class TokenizeStage:
                 self.on_done((unit, stem), (len(tokens), int(tokens.sum()), None))
             elif task is None:
                 raise UserError(
-                    f"{stem}.npz is missing, but {unit:05d}.json counts it. Delete {self.parts} to start over."
+                    f"{stem}.npz is missing, but {unit:05d}.json lists it as finished. Delete {self.parts} to start "
+                    "over."
                 )
             else:
                 self.queue.submit((unit, stem), tokenize_task, task, stem)

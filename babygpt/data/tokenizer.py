@@ -240,7 +240,7 @@ def load_model_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
         return load_tokenizer("gpt2") if is_gpt2(tokenizer) else tokenizer
     if vocab_size != load_tokenizer("gpt2").vocab_size:
         raise UserError(
-            f"{directory} has no tokenizer.json, and its vocabulary of {vocab_size:,} is not GPT-2's. Add the "
+            f"{directory} has no tokenizer.json, and its vocabulary size, {vocab_size:,}, is not GPT-2's. Add the "
             "tokenizer.json that the model was trained with."
         )
     return load_tokenizer("gpt2")

@@ -216,7 +216,7 @@ def _connect(address: str):
     if " " in sys.executable:
         raise UserError(
             f"Ray cannot start workers from {sys.executable}, because the path contains a space. Move the virtual "
-            "environment."
+            "environment to a path without spaces."
         )
     runtime_env = {
         "working_dir": str(Path(__file__).parents[2]),

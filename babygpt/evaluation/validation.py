@@ -33,9 +33,9 @@ def mean_loss(
         with autocast(ranks.device, dtype):
             idx_, targets_ = (tensor.to(ranks.device, non_blocking=True) for tensor in (idx, targets))
             losses.append(model(idx_, targets_, reduction="sum"))
-        counted = targets[targets != IGNORE_INDEX]
-        count += counted.numel()
-        text_bytes += token_bytes[counted].sum().item()
+        valid_targets = targets[targets != IGNORE_INDEX]
+        count += valid_targets.numel()
+        text_bytes += token_bytes[valid_targets].sum().item()
     model.train(was_training)
     nats = sum(torch.stack(losses).tolist()) if losses else 0.0
     nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])

@@ -109,8 +109,8 @@ def _loss_and_gradient(
         one_hot = torch.arange(masked.size(1), device=masked.device) == targets[:, None]
         dlogits = (probabilities - one_hot.float()) * (targets >= 0)[:, None]
     else:
-        counted = (targets >= 0).float()[:, None]
-        dlogits = probabilities.mul_(counted).scatter_add_(1, targets[:, None].clamp(min=0), -counted)
+        target_mask = (targets >= 0).float()[:, None]
+        dlogits = probabilities.mul_(target_mask).scatter_add_(1, targets[:, None].clamp(min=0), -target_mask)
     if softcap is not None:
         dlogits.mul_(1 - (capped / softcap).square())  # the derivative of the softcap
     return loss, dlogits

@@ -21,13 +21,13 @@ from babygpt.nn.attention import KVCache
 class SamplingParams:
     """How tokens are sampled."""
 
-    max_new_tokens: Annotated[Positive, metavar("TOKENS")] = 200  # maximum number of new tokens per text
-    temperature: Annotated[float, Ge(0)] = 1.0  # sampling temperature; 0: greedy decoding
-    # sample from the N most probable tokens; None: from all tokens
+    max_new_tokens: Annotated[Positive, metavar("TOKENS")] = 200  # maximum number of new tokens per sample
+    temperature: Annotated[float, Ge(0)] = 1.0  # softmax temperature; 0: greedy decoding
+    # sample from the N most probable tokens; None: all tokens
     top_k: Annotated[Positive | None, metavar("N", "all tokens")] = 50
-    # sample from the most probable tokens with this total probability
+    # sample from the smallest set of most probable tokens whose total probability reaches this value
     top_p: Annotated[Probability | None, metavar("PROBABILITY", "off")] = None
-    seed: Seed = 1337  # random seed; the same seed gives the same texts
+    seed: Seed = 1337  # random seed; the same seed gives the same samples
     compile: bool = False  # compile the decode step (only on CUDA)
 
 

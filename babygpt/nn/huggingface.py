@@ -96,7 +96,7 @@ def export_tensors(ours: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
     """
     if config["n_kv_head"] not in (None, config["n_head"]) or not config["bias"] or "rope" in config:
         raise UserError(
-            "Hugging Face's GPT-2 format cannot express this model, because it has grouped key and value heads, no "
+            "Hugging Face's GPT-2 format cannot express this model, because it has grouped-query attention, no "
             "biases, or the architecture of the modern recipe."
         )
     state = {}

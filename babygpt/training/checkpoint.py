@@ -224,7 +224,7 @@ def resolve(path: Path) -> Path | None:
         return path
     checkpoint = latest(path)
     if checkpoint is None and (paths := list_checkpoints(path)):
-        raise UserError(f"None of the {len(paths)} checkpoints of {path} is intact.")
+        raise UserError(f"None of the {len(paths)} checkpoints of {path} is intact. Delete them to start again.")
     return checkpoint
 
 
@@ -234,7 +234,7 @@ def verify(path: Path) -> None:
         hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         wrong = [name for name in (MODEL, OPTIMIZER, STATE) if sha256(path / name) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint {path} is incomplete ({error!r}).") from None
+        raise UserError(f"The checkpoint {path} is incomplete ({error!r}). Delete it to use an earlier one.") from None
     if wrong:
         raise UserError(
             f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after the save. Delete "
@@ -251,7 +251,9 @@ def read_state(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         is_valid = False
     if not is_valid:
-        raise UserError(f"{path / STATE} is not the state.json of a checkpoint.")
+        raise UserError(
+            f"{path / STATE} is not the state.json of a checkpoint. Delete the checkpoint to use an earlier one."
+        )
     if format != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "

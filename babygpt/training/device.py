@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 TESTED_TORCH = ("2.11", "2.13")  # CI tests the version in requirements.txt, `runs/test.sh --slow` tests 2.11
 
 
-def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """Return the device of a rank; `auto` is CUDA if it is available, otherwise the CPU.
 
     ConfigError if the device is not available, or if the node has fewer GPUs than ranks.
@@ -31,10 +31,10 @@ def choose_device(name: str, local_rank: int = 0, local_ranks: int = 1) -> torch
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         count = torch.cuda.device_count()
-        if local_ranks > count:  # so all ranks of the node raise the same error
+        if local_world_size > count:  # so all ranks of the node raise the same error
             raise ConfigError(
-                f"{local_ranks} processes on this node need {local_ranks} CUDA devices, but PyTorch finds {count}. Use "
-                "a smaller --nproc_per_node, or --general.device cpu."
+                f"{local_world_size} processes on this node need {local_world_size} CUDA devices, but PyTorch finds "
+                f"{count}. Use a smaller --nproc_per_node, or --general.device cpu."
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():

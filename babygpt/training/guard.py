@@ -80,8 +80,8 @@ class UpdateGuard:
         # if the norm is exactly 0, the loss does not depend on any weight: the model or a kernel is wrong
         self.halted = torch.maximum(self.halted, (~(loss + norm).isfinite() | (norm == 0)).float())
         skip_update = torch.maximum(self.halted, is_spike.float())
-        clamped = torch.where(is_spike, mean + self.skip_spikes * std, loss)
-        self.recent = torch.cat([self.recent[1:], clamped[None]])
+        clamped_loss = torch.where(is_spike, mean + self.skip_spikes * std, loss)
+        self.recent = torch.cat([self.recent[1:], clamped_loss[None]])
         return skip_update, z_score
 
     def losses(self) -> list[float]:
@@ -99,6 +99,10 @@ def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return (torch.stack(sums).sum() % 16_777_213).float()
 
 
+def _list_ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def check_status(step: int, status: StepStatus, compare_every: int) -> None:
     """Raise ConfigError if the loss or gradient norm is non-finite, the norm is 0, or the weights of ranks differ.
 
@@ -109,7 +113,7 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
         ranks = status.nonfinite.nonzero().flatten().tolist()
         raise ConfigError(
             f"Step {step}: the loss is {loss} and the gradient norm is {norm}"
-            + (f" (non-finite on rank {', '.join(map(str, ranks))}). " if ranks else ". ")
+            + (f" (non-finite on {_list_ranks(ranks)}). " if ranks else ". ")
             + "The update was skipped, so the checkpoints are unaffected. Resume from the last checkpoint with a lower "
             "learning rate: --general.init-from resume --optimizer.max-lr ..."
         )
@@ -123,7 +127,7 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
     checksums = status.checksums.tolist()
     if differing := [rank for rank, value in enumerate(checksums) if value != statistics.mode(checksums)]:
         raise ConfigError(
-            f"Step {step}: the weights of rank {', '.join(map(str, differing))} differ from those of the other ranks, "
+            f"Step {step}: the weights of {_list_ranks(differing)} differ from those of the other ranks, "
             f"but were equal at step {max(0, step - compare_every)}. A GPU or its memory may be faulty, or the GPUs "
             f"may be of different types. Delete the checkpoints after step {max(0, step - compare_every)}, and resume "
             "without the faulty GPU: --general.init-from resume."

@@ -51,21 +51,21 @@ def _cells(row: Row) -> list:
     return [row.get(column) for column in COLUMNS]  # csv writes None as an empty cell, and floats exactly, by repr
 
 
-def read_log(path: Path, before: float = math.inf) -> list[Row]:
-    """Return the rows with a step below `before`, empty cells as None. An incomplete last line is dropped."""
+def read_log(path: Path, before_step: float = math.inf) -> list[Row]:
+    """Return the rows with a step below `before_step`, empty cells as None. An incomplete last line is dropped."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and tuple(lines[0].split(",")) != COLUMNS:
-        raise UserError(f"{path} is not a log.csv that BabyGPT wrote: its columns are {lines[0]!r:.300}.")
+        raise UserError(f"{path} is not a log.csv of this version of BabyGPT: its columns are {lines[0]!r:.300}.")
     rows: list[Row] = []
     for number, line in enumerate(lines[1:], 2):
         try:
             cells = zip(COLUMNS, next(csv.reader([line])), strict=True)
             row: Row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
-            if row["step"] < before:
+            if row["step"] < before_step:
                 rows.append(row)
         except (ValueError, csv.Error):
-            if rows and rows[-1]["step"] >= before - 1:
+            if rows and rows[-1]["step"] >= before_step - 1:
                 break  # later rows are dropped anyway; a power failure may have corrupted them
             raise UserError(f"{path}, line {number} is corrupted: {line!r:.300}") from None
     return rows
@@ -77,7 +77,7 @@ def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-class Samples:
+class SampleLog:
     """`samples.txt`: a Markdown table with one row per sample."""
 
     HEADER = "| step | sample |\n|---:|---|\n"

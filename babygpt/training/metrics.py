@@ -9,7 +9,7 @@ from babygpt.console import console
 from babygpt.training.device import peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, check_status
-from babygpt.training.log import Log, Row, Samples
+from babygpt.training.log import Log, Row, SampleLog
 from babygpt.training.plots import plot
 
 SCORES = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
@@ -31,7 +31,7 @@ class Metrics:
 
     def __post_init__(self) -> None:
         self.log = Log(self.out / "log.csv", self.start) if self.ranks.is_main else None
-        self.samples = Samples(self.out / "samples.txt", self.start) if self.ranks.is_main else None
+        self.samples = SampleLog(self.out / "samples.txt", self.start) if self.ranks.is_main else None
         disable = None if self.ranks.is_main else True  # None: disabled if stderr is not a terminal
         self.bar = tqdm(total=self.max_steps, initial=self.start, unit="step", disable=disable)
 

@@ -141,17 +141,17 @@ def muon(
 
     Each kind has its own learning rate. A tied embedding has that of the head. Weight decay applies only with Muon.
     """
-    named = dict(model.named_parameters())
-    matrices = {name: p for name, p in named.items() if name.startswith("h.") and p.dim() == 2}
+    parameters_by_name = dict(model.named_parameters())
+    matrices = {name: p for name, p in parameters_by_name.items() if name.startswith("h.") and p.dim() == 2}
     splits = {p: _qkv_rows(p) if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()}
     embeddings: tuple[str, ...] = ("wte.", "wpe.", "vte.")
     heads: tuple[str, ...] = ("lm_head.",)
-    if "lm_head.weight" not in named:  # a tied head is the embedding
+    if "lm_head.weight" not in parameters_by_name:  # a tied head is the embedding
         embeddings, heads = ("wpe.", "vte."), ("wte.",)
     groups = [
-        ([p for name, p in named.items() if name.startswith(embeddings)], embedding_lr),
-        ([p for name, p in named.items() if name.startswith(heads)], head_lr),
-        ([p for p in named.values() if p.dim() < 2], scalar_lr),
+        ([p for name, p in parameters_by_name.items() if name.startswith(embeddings)], embedding_lr),
+        ([p for name, p in parameters_by_name.items() if name.startswith(heads)], head_lr),
+        ([p for p in parameters_by_name.values() if p.dim() < 2], scalar_lr),
     ]
     adam = [{"params": parameters, "max_lr": lr} for parameters, lr in groups if parameters]
     return [

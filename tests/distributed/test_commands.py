@@ -118,7 +118,7 @@ def not_run() -> list[str]:
     return [command for listed in NOT_RUN.values() for command in listed]
 
 
-def small(command: str) -> str:
+def shrink(command: str) -> str:
     """The same command with two processes instead of eight, a small model, and a generated HellaSwag file."""
     command = command.replace("--nproc_per_node=8", "--nproc_per_node=2").replace("sleep 30", "sleep 0")
     added = []
@@ -164,7 +164,7 @@ def test_documented_commands_run(workspace: Path):
             continue
         start = time.monotonic()
         done = subprocess.run(
-            ["bash", "-c", small(command)], cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
+            ["bash", "-c", shrink(command)], cwd=workspace, env=environment, capture_output=True, text=True, timeout=300
         )
         print(f"{time.monotonic() - start:6.1f} s  {command}")
         if done.returncode:

@@ -105,8 +105,8 @@ def test_missing_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank in range(3):  # all ranks raise the error, so the rank that prints it does too
         with pytest.raises(ConfigError, match="3 processes on this node need 3 CUDA devices, but PyTorch finds 2"):
-            choose_device("cuda", rank, local_ranks=3)
-    assert choose_device("cuda", 1, local_ranks=2) == torch.device("cuda", 1)
+            choose_device("cuda", rank, local_world_size=3)
+    assert choose_device("cuda", 1, local_world_size=2) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
 

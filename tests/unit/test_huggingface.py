@@ -237,7 +237,7 @@ def test_tokenizer_json_of_gpt2_is_recognized(tmp_path):
 def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
     """A vocabulary of another size than GPT-2's needs a tokenizer.json, which may not have more entries than it."""
     shutil.copytree(foreign, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
-    with pytest.raises(UserError, match=r"bare has no tokenizer\.json, and its vocabulary of 300 is not GPT-2's"):
+    with pytest.raises(UserError, match=r"bare has no tokenizer\.json, and its vocabulary size, 300, is not GPT-2's"):
         GPT.from_pretrained(tmp_path / "bare")
     shutil.copytree(foreign, tmp_path / "large")
     texts = ["the model reads some tokens, it writes a small shard of data"] * 20

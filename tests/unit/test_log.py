@@ -6,7 +6,7 @@ import random
 import pytest
 
 from babygpt.errors import UserError
-from babygpt.training.log import Log, Samples, read_log
+from babygpt.training.log import Log, SampleLog, read_log
 
 
 def row(step: int) -> dict:
@@ -55,12 +55,12 @@ def test_other_csv_file_and_corrupted_line_are_refused(tmp_path):
 
 
 def test_samples_are_table_rows_and_resume_removes_later_ones(tmp_path):
-    samples = Samples(tmp_path / "samples.txt", 0)
+    samples = SampleLog(tmp_path / "samples.txt", 0)
     separators = "a\x0bb\x0cc\x1cd\x85e\u2028f"  # str.splitlines would split at each
     for step in (5, 10, 15):
         samples.write(step, [f"one | at\n{step}", separators])
     with open(tmp_path / "samples.txt", "ab") as file:
         file.write(b"| 10 | \xff")  # not UTF-8, as after a power failure
-    Samples(tmp_path / "samples.txt", 10)
-    expected = Samples.HEADER + f"| 5 | one \\| at<br>5 |\n| 5 | {separators} |\n"
+    SampleLog(tmp_path / "samples.txt", 10)
+    expected = SampleLog.HEADER + f"| 5 | one \\| at<br>5 |\n| 5 | {separators} |\n"
     assert (tmp_path / "samples.txt").read_bytes().decode() == expected

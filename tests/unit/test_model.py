@@ -44,7 +44,7 @@ def test_logits_do_not_depend_on_later_tokens():
 
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 7, 1, 19]])
-def test_logits_with_cache_equal_those_without(pieces):
+def test_logits_with_and_without_cache_are_equal(pieces):
     model, idx = tiny(n_kv_head=2, dropout=0.1), torch.randint(0, 300, (2, 32))
     cache = model.make_cache(2, torch.float32)
     parts = [model(part, cache=cache) for part in idx.split(pieces, dim=1)]
@@ -183,13 +183,13 @@ def test_every_switch_changes_the_logits(name):
     value = (MODERN | {"attention_scale": 0.05, "window": 3, "document_mask": True})[name]
     idx = rows()
     idx[:, 7] = 299
-    plain, switched = tiny(), tiny(**{name: value, "eot_id": 299})
+    plain, changed = tiny(), tiny(**{name: value, "eot_id": 299})
     if name != "zero_init":
-        switched.load_state_dict(plain.state_dict(), strict=False)  # the parameters that both have
-    for part, parameter in switched.named_parameters():
+        changed.load_state_dict(plain.state_dict(), strict=False)  # the parameters that both have
+    for part, parameter in changed.named_parameters():
         if part.endswith("_lambdas"):
             parameter.add_(0.3)
-    assert not torch.allclose(plain(idx)[..., :300], switched(idx)[..., :300], atol=1e-5)
+    assert not torch.allclose(plain(idx)[..., :300], changed(idx)[..., :300], atol=1e-5)
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def test_window_limits_attention_to_its_number_of_tokens():
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[1] * 32, [5, 7, 1, 19]])
 @pytest.mark.parametrize("fields", [MODERN, MODERN | LONG_ROWS, LONG_ROWS], ids=["modern", "modern, long", "long"])
-def test_logits_with_cache_equal_those_without_modern(fields, pieces):
+def test_modern_logits_with_and_without_cache_are_equal(fields, pieces):
     model, idx = perturbed(**{"n_kv_head": 2} | fields), rows()
     idx[0, [0, 11]] = idx[1, [4, 20]] = 299  # documents start at different positions
     cache = model.make_cache(2, torch.float32)

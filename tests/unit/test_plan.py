@@ -41,14 +41,14 @@ def simple_plan(parts, val_tokens, max_tokens):
             if decision == "kept":
                 kept[text] = [(part, start + i) for i in range(tokens)]
                 total += tokens
-    val_size, val = min(11_000_000, total // 20) if val_tokens is None else val_tokens, set()
+    val_size, val_texts = min(11_000_000, total // 20) if val_tokens is None else val_tokens, set()
     for text in sorted(kept, key=hash_text):
-        if sum(len(kept[name]) for name in val) < val_size and len(val) < len(kept) - 1:
-            val.add(text)
+        if sum(len(kept[name]) for name in val_texts) < val_size and len(val_texts) < len(kept) - 1:
+            val_texts.add(text)
     splits = {"train": [], "val": []}
     for text, positions in kept.items():
-        counts["val" if text in val else "train"] += 1
-        splits["val" if text in val else "train"].append(positions)
+        counts["val" if text in val_texts else "train"] += 1
+        splits["val" if text in val_texts else "train"].append(positions)
     return splits, counts
 
 

@@ -258,7 +258,7 @@ def test_too_few_documents_are_a_user_error(inputs, tmp_path):
     with pytest.raises(UserError, match="--good has 19 documents, but at least 20"):
         train(inputs | {"good": few}, tmp_path / "m")
     copy = save(tmp_path / "copy.jsonl", inputs["good"].read_bytes())
-    with pytest.raises(UserError, match="--good has 0 documents that are not in both samples"):
+    with pytest.raises(UserError, match="--good has 0 documents that are not also in the other sample"):
         train({"good": inputs["good"], "other": copy}, tmp_path / "m")
     with pytest.raises(UserError, match="--max-documents 19 is out of range"):
         train(inputs, tmp_path / "m", "--max-documents", 19)
@@ -280,7 +280,7 @@ def test_model_of_another_tokenizer_is_a_user_error(inputs, trained_model, tmp_p
     model = train(inputs, tmp_path / "m", "--tokenizer", tmp_path / "own.json")
     assert model.token_weights.shape == (300,)
     check_tokenizer(model, tokenizer)
-    with pytest.raises(UserError, match=r"tokenizer tokenizer\.json .* the tokenizer is .*more\.json"):
+    with pytest.raises(UserError, match=r"tokenizer tokenizer\.json .* this tokenizer is .*more\.json"):
         check_tokenizer(model, train_tokenizer(make_texts("good", 60), 310, tmp_path / "more.json", progress=False))
     with pytest.raises(UserError, match="--tokenizer gpt2"):
         check_tokenizer(model, load_tokenizer("gpt2"))

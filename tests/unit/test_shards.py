@@ -347,7 +347,7 @@ def test_verify_finds_wrong_totals_and_another_tokenizer(tmp_path):
     (directory / "gpt2.tiktoken").write_bytes(b"other ranks")
     with pytest.raises(
         UserError,
-        match=r"(?s)tokens, not .*documents, not 77.*gpt2.tiktoken is missing",
+        match=r"(?s)tokens, but .*lists 77 documents, but .*gpt2.tiktoken is missing",
     ):
         verify(directory)
 

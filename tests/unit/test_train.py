@@ -349,7 +349,7 @@ def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dat
 
 
 def test_resume_beyond_max_steps_is_refused(uninterrupted_run, dataset):
-    with pytest.raises(ConfigError, match=r"step_00000014 is later than --training.max-steps 5"):
+    with pytest.raises(ConfigError, match=r"step_00000014 is past --training.max-steps 5"):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
 
 
@@ -405,7 +405,7 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 does not match"),
-        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not that of"),
+        ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not the dataset's EOT id"),
         ({"preset": "modern", "model__value_embeddings": 2}, "--model.value-embeddings 2 is more than half of n_layer"),
         ({"model__rope": []}, "--model.rope: the preset gpt2 is a classic GPT-2"),
         (
