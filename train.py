@@ -211,7 +211,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     describe(config, raw_model, order, ranks, compiled)
     if dataset.manifest is None:
         console.warning(
-            f"{dataset.directory} has no dataset.json. Its tokens are not verified, but assumed to be GPT-2's."
+            f"{dataset.directory} has no dataset.json. Its tokens cannot be verified and are assumed to be GPT-2's."
         )
     return Run(
         config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, metrics, identity
@@ -283,12 +283,12 @@ def restore(path: Path, config: Config, identity: dict[str, dict]) -> InitialSta
         losses, launches = [float(loss) for loss in state["losses"]], [{**launch} for launch in state["launches"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path} cannot be resumed from ({error!r:.200}). Delete it to resume from an earlier checkpoint."
+            f"The run cannot resume from {path} ({error!r:.200}). Delete it to resume from an earlier checkpoint."
         ) from None
     if step > config.training.max_steps:
         raise ConfigError(
-            f"{path} is past --training.max-steps {config.training.max_steps:,}. Increase it, or use a different "
-            "--general.out-dir."
+            f"{path} is past --training.max-steps {config.training.max_steps:,}. Increase --training.max-steps, or use "
+            "a different --general.out-dir."
         )
     console.info(f"Resuming from {path}")
     for line in run_dir.changed_settings(path.parent.parent / "config.json", to_json(config)):

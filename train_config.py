@@ -73,18 +73,18 @@ class Data:
 class Training:
     """Training loop."""
 
-    # number of optimizer steps (19,073 steps of 524,288 tokens: 10B tokens)
+    # number of optimizer steps; 19,073 steps of 524,288 tokens are 10B tokens
     max_steps: Annotated[Positive, metavar("N")] = 19_073
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
-    # rows per forward pass on each rank; 0: up to 64 on a GPU, by its memory, and 16 on a CPU
+    # rows per forward pass on each rank; 0: up to 64 on a GPU, depending on its memory, or 16 on a CPU
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
-    # data type for matrix products; auto: bfloat16 if the device supports it, otherwise float32
+    # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16_activations: bool = False  # with bfloat16, keep the residual stream in bfloat16 too: less memory traffic
-    compile: Literal["auto", "on", "off"] = "auto"  # compile the model with torch.compile; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the model with torch.compile; auto: only on CUDA
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, but slower
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
-    compare_ranks_every_n_steps: Steps = 100  # check every N steps that all ranks have equal weights; 0: never
+    compare_ranks_every_n_steps: Steps = 100  # check every N steps that all ranks have identical weights; 0: never
     # skip the update if the loss is more than this number of standard deviations above the mean of recent losses
     skip_spikes: Annotated[float | None, Ge(1), metavar("DEVIATIONS", "off")] = None
 
@@ -97,12 +97,12 @@ class Optimizer:
     # peak learning rate (GPT-3 used 6e-4 for 125M parameters); with muon: peak learning rate of the matrices only
     max_lr: Rate = 6e-4
     min_lr_ratio: Fraction = 0.1  # learning rate at the last step, as a fraction of the peak
-    warmup_steps: Steps = 715  # number of steps of linear warmup (GPT-3 used 375M tokens: 715 steps)
-    # fraction of the steps, at the end, over which a constant learning rate decays linearly; None: cosine decay
+    warmup_steps: Steps = 715  # number of steps of linear warmup; GPT-3's 375M tokens are 715 steps
+    # fraction of the steps, at the end, over which the learning rate, constant before, decays linearly; None: cosine
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
     weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: of the matrices only
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate for the mean of gradients
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate for the mean of squared gradients
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate of the moving average of gradients
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate of the moving average of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings
@@ -116,7 +116,7 @@ class Optimizer:
 class Validation:
     """Loss on the validation split, always on the same tokens."""
 
-    # validate every N steps, before the first step and after the last one; 0: never
+    # validate before the first step, every N steps, and after the last step; 0: never
     every_n_steps: Steps = 250
 
 
@@ -125,7 +125,7 @@ class Evaluation:
     """Accuracy on HellaSwag."""
 
     every_n_steps: Steps = 250  # evaluate every N steps and after the last step; 0: never
-    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv has acc_norm of karpathy only
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records only karpathy's acc_norm
     # examples in HellaSwag's jsonl format
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
@@ -152,7 +152,7 @@ class Sampling:
 class Saving:
     """Checkpoints."""
 
-    # save a checkpoint every N steps and after the last step; 0: only when a stop is requested
+    # save a checkpoint every N steps and after the last step; 0: only when Ctrl-C or a signal stops the run
     every_n_steps: Steps = 1000
     keep: NonNegative = 2  # number of latest checkpoints to keep; 0: all
     keep_every: Steps = 0  # also keep checkpoints whose step is a multiple of this number; 0: none
@@ -361,13 +361,13 @@ def conflicts(config: Config, world_size: int) -> list[str]:
     model, training, problems = config.model, config.training, []
     if model.n_embd % model.n_head:
         problems.append(
-            f"--model.n-embd {model.n_embd} is not divisible by n_head {model.n_head}. Use a multiple of "
+            f"--model.n-embd {model.n_embd} is not divisible by --model.n-head {model.n_head}. Use a multiple of "
             f"{model.n_head}."
         )
     if model.n_head % model.kv_heads:
         divisors = ", ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)
         problems.append(
-            f"--model.n-kv-head {model.n_kv_head} does not divide n_head {model.n_head}. Use one of {divisors}."
+            f"--model.n-kv-head {model.n_kv_head} does not divide --model.n-head {model.n_head}. Use one of {divisors}."
         )
     if isinstance(model, ModernConfig):
         if model.rope and model.head_size % 4:
@@ -398,15 +398,15 @@ def bind(config: Config, dataset: Dataset) -> Config:
     if model.vocab_size not in (0, dataset.vocab_size):
         problems.append(
             f"--model.vocab-size {model.vocab_size:,} does not match {data.dataset}, whose vocabulary size is "
-            f"{dataset.vocab_size:,}. Omit it: the vocabulary is padded to a multiple of 128."
+            f"{dataset.vocab_size:,}. Omit it: GPT pads the vocabulary to a multiple of 128."
         )
     config = variant(config, model={"vocab_size": dataset.vocab_size})
     if isinstance(model, ModernConfig):
         if model.eot_id not in (None, dataset.eot_id):
             problems.append(f"--model.eot-id {model.eot_id} is not the dataset's EOT id, {dataset.eot_id}. Omit it.")
         config = variant(config, model={"eot_id": dataset.eot_id if model.document_mask else None})
-    validates = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
-    if validates and len(dataset.val) <= model.block_size:
+    has_validation = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
+    if has_validation and len(dataset.val) <= model.block_size:
         problems.append(
             f"{data.dataset} has {len(dataset.val):,} validation tokens, but one row takes --model.block-size + 1 = "
             f"{model.block_size + 1:,} tokens. Prepare it with a larger --val-tokens and more than one document, or "

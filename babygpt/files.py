@@ -52,7 +52,7 @@ def _filesystem(url: str | Path):
     try:
         return fsspec.core.url_to_fs(str(url), **options)
     except ImportError as error:
-        raise UserError(f"{url} requires a package that is not installed: {error}") from None
+        raise UserError(f"{url} requires a package that is not installed ({error}). Install it with pip.") from None
     except ValueError as error:
         raise UserError(f"{url} is not supported: {error}") from None
 
@@ -157,7 +157,9 @@ def size(path: str | Path) -> int:
         fs, remote_path = _filesystem(path)
         num_bytes = fs.size(remote_path)
     if num_bytes is None:
-        raise UserError(f"{path} has an unknown size, because its server does not report it. Download the file first.")
+        raise UserError(
+            f"The size of {path} is unknown, because its server does not report it. Download the file first."
+        )
     return num_bytes
 
 

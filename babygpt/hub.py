@@ -90,7 +90,7 @@ def call_with_retries(
                     "HF_ENDPOINT to a mirror."
                 ) from None
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                raise UserError(f"{what} cannot be stored: {cause}") from None
+                raise UserError(f"{what} cannot be stored: {cause}. Free disk space, or check permissions.") from None
             is_missing = not is_unreachable and isinstance(cause, (EntryNotFoundError, FileNotFoundError, ValueError))
             if is_missing or (status is not None and status < 500 and status not in (408, 429)):
                 raise UserError(f"{what} is not available on the Hugging Face Hub: {cause}") from None

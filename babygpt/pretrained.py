@@ -41,7 +41,7 @@ class Pretrained:
         try:
             layers = max(self.config["n_layer"], self.config.get("value_embeddings", 0))
             if layers > len(self.tensors):
-                raise ValueError(f"it has {layers:,} layers, but only {len(self.tensors)} tensors")
+                raise ValueError(f"{layers:,} layers, but only {len(self.tensors)} tensors")
             with torch.device("meta"):
                 checkpoint.check_fit(make(self.config), self.tensors)
             model = make(self.config)
@@ -69,7 +69,7 @@ class Pretrained:
             if name not in may_differ
         ]:
             raise ConfigError(
-                f"The weights of {self.source} have a different architecture:\n{''.join(lines)}"
+                f"The weights of {self.source} do not match the architecture in the settings:\n{''.join(lines)}"
                 "Use the preset or the --model flags that match the weights."
             )
         tensors = dict(self.tensors)

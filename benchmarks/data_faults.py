@@ -136,7 +136,7 @@ def error_message(directory: Path, run_verify: bool) -> str | None:
     return None
 
 
-def run_corruptions(times: int, rng: random.Random) -> list[str]:
+def corrupt_datasets(times: int, rng: random.Random) -> list[str]:
     """Return the rows of the table."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -189,7 +189,7 @@ def run_corruptions(times: int, rng: random.Random) -> list[str]:
         manifest["tokenizer"]["sha256"] = "0" * 64
         (other / MANIFEST).write_text(json.dumps(manifest))
         rejected = int("gpt2" in (error_message(other, run_verify=True) or ""))
-        rows.append(f"| tokenizer with another hash | 1 | {rejected} rejected |")
+        rows.append(f"| wrong sha256 of the tokenizer | 1 | {rejected} rejected |")
     return rows
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     for num_workers in (1, 2):
         lines.append(run_kills(options.kills, num_workers, rng))
         print(lines[-1], file=sys.stderr)
-    lines += run_corruptions(options.damages, rng)
+    lines += corrupt_datasets(options.damages, rng)
     write_table(lines, options.out)
 
 

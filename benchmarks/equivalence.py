@@ -1,10 +1,10 @@
 """Run the same commands in two checkouts and check that their results are bitwise equal.
 
     python benchmarks/equivalence.py main .                         # OLD and NEW: checkouts or git revisions
-    python benchmarks/equivalence.py main . --points data,train     # only these points
+    python benchmarks/equivalence.py main . --compare data,train     # only these comparisons
     python benchmarks/equivalence.py main . --keep out/equivalence  # keep the files
 
-Each command runs on the CPU, with one thread per process. The points are
+Each command runs on the CPU, with one thread per process. The comparisons are
 
 - data: a tokenizer trained on a text sample, and the datasets of that sample for it and for GPT-2's tokenizer;
 - train: log.csv (without timing and memory), samples.txt, weights and optimizer tensors of 20 steps of the presets
@@ -13,10 +13,10 @@ Each command runs on the CPU, with one thread per process. The points are
 - hellaswag: the loss of each ending of 50 generated examples in both styles, in float32 and bfloat16;
 - sample: 64 greedy and 64 sampled tokens for each of two prompts, as the text that sample.py prints.
 
-A checkout reads only its own datasets and runs, so a difference in one point can reappear in later points. Differing
+A checkout reads only its own datasets and runs, so a difference in one comparison can reappear in later ones. Differing
 values are printed as OLD / NEW. A relative difference is the largest absolute difference divided by the largest
 absolute value of OLD. Files with paths or timing (NAMES_ONLY) must exist in both, but their content is not compared.
-The exit code is 0 if all points are equal, 1 if not, 2 if a command fails.
+The exit code is 0 if all results are equal, 1 if not, 2 if a command fails.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-POINTS = ("data", "train", "hellaswag", "sample")
+COMPARISONS = ("data", "train", "hellaswag", "sample")
 MEASUREMENTS = {"step_ms", "tokens_per_s", "mfu", "memory_mib"}  # columns of log.csv that are not compared
 NAMES_ONLY = {"config.json", "state.json", "manifest.json", "plot.png"}  # files whose content is not compared
 RENAMES = {  # parameter names: regular expression and replacement, for OLD and NEW
@@ -63,14 +63,14 @@ SAMPLE_FLAGS = (
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckoutCommands:
     """Commands that differ between checkouts."""
 
     train_tokenizer: tuple[str, ...]
     load_model: str  # Python code that loads the run directory sys.argv[1] as `model` and `tokenizer`
 
 
-FLAT = Layout(
+FLAT = CheckoutCommands(
     ("tokenizer.py", "train"),
     """
 import sys, torch
@@ -80,7 +80,7 @@ loaded = load_model(sys.argv[1], torch.device("cpu"))
 model, tokenizer = loaded.model, load_tokenizer(loaded.tokenizer)
 """,
 )
-PACKAGE = Layout(  # checkouts with the package babygpt/
+PACKAGE = CheckoutCommands(  # checkouts with the package babygpt/
     ("-m", "tools.train_tokenizer"),
     """
 import sys, torch
@@ -114,7 +114,7 @@ class Checkout:
     output: Path
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> CheckoutCommands:
         return PACKAGE if (self.path / "babygpt").is_dir() else FLAT
 
     def python(self, *arguments: object) -> bytes:
@@ -322,7 +322,8 @@ def compare_tensors(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) 
     if sizes:
         name = max(sizes, key=lambda name: sizes[name].item())
         lines.append(
-            f"{len(sizes)} of {len(old)} tensors differ, the largest in {name}: {difference_size(*pairs[name])}"
+            f"{len(sizes)} of {len(old)} tensors differ; the largest difference is in {name}: "
+            f"{difference_size(*pairs[name])}"
         )
     return lines
 
@@ -334,22 +335,22 @@ def same_bits(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# points
+# comparisons
 
 
-def results(point: str, checkouts: list[Checkout]) -> Iterator[tuple[str, list[Path]]]:
-    """Run the commands of a point and yield a description and the output path in each checkout."""
-    if point == "data":
+def results(comparison: str, checkouts: list[Checkout]) -> Iterator[tuple[str, list[Path]]]:
+    """Run the commands of a comparison and yield a description and the output path in each checkout."""
+    if comparison == "data":
         yield "trained tokenizer", [train_tokenizer(checkout) for checkout in checkouts]
         for tokenizer in ("gpt2", "trained"):
             yield f"dataset, {tokenizer} tokenizer", [prepare(checkout, tokenizer) for checkout in checkouts]
-    if point == "train":
+    if comparison == "train":
         for run in product(PRESETS, ("float32", "bfloat16"), (1, 2)):
             yield "train {}, {}, W = {}".format(*run), [train(checkout, *run) for checkout in checkouts]
-    if point == "hellaswag":
+    if comparison == "hellaswag":
         for evaluation in product(PRESETS, ("karpathy", "lm-eval")):
             yield "HellaSwag losses, {}, {}".format(*evaluation), [hellaswag(c, *evaluation) for c in checkouts]
-    if point == "sample":
+    if comparison == "sample":
         for sampling in product(PRESETS, (0.0, 0.8)):
             yield "sample {}, temperature {}".format(*sampling), [sample(c, *sampling) for c in checkouts]
 
@@ -358,14 +359,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD", help="path of a checkout, or a git revision")
     parser.add_argument("new", metavar="NEW", help="checkout to compare with OLD, as a path or revision")
-    parser.add_argument("--points", default=",".join(POINTS), help="comma-separated points (default: %(default)s)")
+    parser.add_argument(
+        "--compare", default=",".join(COMPARISONS), help="comma-separated comparisons (default: %(default)s)"
+    )
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the files in this directory, which must be new or empty"
     )
     options = parser.parse_args()
-    options.points = options.points.split(",")
-    if unknown := [point for point in options.points if point not in POINTS]:
-        parser.error(f"--points {unknown[0]} is not a point. Choose from {','.join(POINTS)}.")
+    options.compare = options.compare.split(",")
+    if unknown := [name for name in options.compare if name not in COMPARISONS]:
+        parser.error(f"--compare {unknown[0]} is not one of the comparisons. Choose from {','.join(COMPARISONS)}.")
     if options.keep and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep} is not empty. Use a new directory.")
     return options
@@ -383,8 +386,8 @@ def main() -> int:
             path = stack.enter_context(checked_out(getattr(options, side), directory / f"checkout-{side}"))
             (directory / side).mkdir()
             checkouts.append(Checkout(path, directory / "inputs", directory / side))
-        for point in options.points:
-            for name, paths in results(point, checkouts):
+        for comparison in options.compare:
+            for name, paths in results(comparison, checkouts):
                 differences = compare(*paths)
                 print("\n  ".join([f"{name}: {'different' if differences else 'equal'}", *differences]), flush=True)
                 total, equal = total + 1, equal + (not differences)

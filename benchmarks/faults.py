@@ -60,7 +60,7 @@ from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
 from benchmarks.table import write_table  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-Row = tuple[str, str, str]  # fault, count, outcome
+TableRow = tuple[str, str, str]  # fault, count, outcome
 MODERN = {
     "model__value_embeddings": 1, "model__document_mask": [], "optimizer__momentum_warmup_steps": 10,
     "optimizer__weight_decay": 0.1,
@@ -111,7 +111,7 @@ def is_intact(path: Path) -> bool:
     return is_equal and torch.equal(loaded.optimizer["w"]["exp_avg"], optimizer["w"]["exp_avg"])
 
 
-def kill_saves(directory: Path, count: int, rng: random.Random) -> list[Row]:
+def kill_saves(directory: Path, count: int, rng: random.Random) -> list[TableRow]:
     lost = corrupted = interrupted = 0
     run, step = directory / "run", 1
     save_step(run, 1)
@@ -142,7 +142,7 @@ def kill_saves(directory: Path, count: int, rng: random.Random) -> list[Row]:
     return [("SIGKILL at a random moment of repeated saves", f"{count:,}", outcome)]
 
 
-def exit_before_calls(directory: Path) -> list[Row]:
+def exit_before_calls(directory: Path) -> list[TableRow]:
     """Exit before each system call of a save, for a new step and for a step whose checkpoint is corrupted."""
     rows = []
     for replace in (False, True):
@@ -161,7 +161,7 @@ def exit_before_calls(directory: Path) -> list[Row]:
     return rows
 
 
-def time_saves(directory: Path) -> list[Row]:
+def time_saves(directory: Path) -> list[TableRow]:
     """Measure the median times of three saves."""
     model = GPT(GPTConfig(vocab_size=50_257))
     optimizers = adamw(model, 1e-4, 0.1)
@@ -190,7 +190,7 @@ def time_saves(directory: Path) -> list[Row]:
     )]  # fmt: skip
 
 
-def corrupt_checkpoints(directory: Path, count: int, rng: random.Random) -> list[Row]:
+def corrupt_checkpoints(directory: Path, count: int, rng: random.Random) -> list[TableRow]:
     model, optimizer = make_tensors(1)
     path = checkpoint.save(directory / "run", 1, model, optimizer, {"step": 1}, 0)
     rows = []
@@ -230,7 +230,7 @@ def corrupt_checkpoints(directory: Path, count: int, rng: random.Random) -> list
 # runs
 
 
-def resume_runs(directory: Path, dataset: Path, steps: int = 40) -> list[Row]:
+def resume_runs(directory: Path, dataset: Path, steps: int = 40) -> list[TableRow]:
     rows = []
     for preset, world_size, changes in (("gpt2", 1, {}), ("modern", 1, MODERN), ("gpt2", 2, {}), ("modern", 2, MODERN)):
         reference = directory / f"{preset}-{world_size}"
@@ -260,7 +260,7 @@ def periodic_task_settings(directory: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def kill_runs(directory: Path, dataset: Path, count: int, rng: random.Random) -> list[Row]:
+def kill_runs(directory: Path, dataset: Path, count: int, rng: random.Random) -> list[TableRow]:
     changes = periodic_task_settings(directory)
     reference = directory / "reference"
     start = time.perf_counter()
@@ -283,7 +283,7 @@ def kill_runs(directory: Path, dataset: Path, count: int, rng: random.Random) ->
     return [("SIGKILL at a random moment of a run, then the same command again", f"{killed}", outcome)]
 
 
-def stop_runs(directory: Path, dataset: Path, count: int, rng: random.Random, world_size: int = 1) -> list[Row]:
+def stop_runs(directory: Path, dataset: Path, count: int, rng: random.Random, world_size: int = 1) -> list[TableRow]:
     changes = periodic_task_settings(directory)
     reference, timed = directory / "reference", directory / "timed"
 
@@ -331,7 +331,7 @@ def stop_runs(directory: Path, dataset: Path, count: int, rng: random.Random, wo
     )]  # fmt: skip
 
 
-def set_nan_weights(directory: Path, dataset: Path, count: int) -> list[Row]:
+def set_nan_weights(directory: Path, dataset: Path, count: int) -> list[TableRow]:
     stopped = 0
     for i in range(count):
         rank, step = i % 2, 1 + i // 2
@@ -350,7 +350,7 @@ def set_nan_weights(directory: Path, dataset: Path, count: int) -> list[Row]:
     return [("a weight becomes NaN on one of two ranks", f"{count}", outcome)]
 
 
-def change_world_size(directory: Path, dataset: Path) -> list[Row]:
+def change_world_size(directory: Path, dataset: Path) -> list[TableRow]:
     changes = {
         "model__dropout": 0.0, "sampling__every_n_steps": 0, "training__max_steps": 30, "training__micro_batch_size": 2,
     }  # fmt: skip
@@ -382,7 +382,7 @@ def main() -> None:
     def scale(count: int) -> int:
         return max(2, round(count * options.share))
 
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     with tempfile.TemporaryDirectory() as temporary:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             dataset = make_small_dataset(Path(temporary))
@@ -413,7 +413,7 @@ def main() -> None:
                 counts, failures = fuzz(inputs, scale(17_500))  # covers all changes of settings
                 stage_rows = [
                     (f"malformed: {name.replace('_', ' ')}", f"{c.total():,}",
-                     f"{c['refused']:,} refused with a message, {c['accepted']:,} accepted, {c['failed']} failed")
+                     f"{c['rejected']:,} rejected with a message, {c['accepted']:,} accepted, {c['failed']} failed")
                     for name, c in counts.items()
                 ]  # fmt: skip
                 print(*failures, sep="\n", file=sys.stderr)

@@ -59,8 +59,8 @@ def make_stages(sizes: Sizes, options: argparse.Namespace) -> dict[str, tuple[in
         **{name: stage for name, stage in steps.items() if name not in first},
     }
     if options.nanogpt:
-        for kind in ("nanoGPT, bfloat16, compiled", "nanoGPT, bfloat16, eager"):
-            stages[kind] = (120, partial(gpu_stages.measure_nanogpt, options, kind))
+        for name in ("nanoGPT, bfloat16, compiled", "nanoGPT, bfloat16, eager"):
+            stages[name] = (120, partial(gpu_stages.measure_nanogpt, options, name))
     return stages
 
 

@@ -369,9 +369,9 @@ def prepare_dataset(options: argparse.Namespace, directory: Path) -> Path:
         return Path(options.dataset)
     if not (directory / "data" / "dataset.json").exists():
         tokenizer = directory / "tokenizer.json"
-        vocabulary = ["-m", "tools.train_tokenizer", "stdlib", "--vocab-size", "4096", "--out", str(tokenizer)]
+        tokenizer_command = ["-m", "tools.train_tokenizer", "stdlib", "--vocab-size", "4096", "--out", str(tokenizer)]
         prepare_command = ["fineweb.py", "stdlib", "--tokenizer", str(tokenizer), "--val-tokens", "50000"]
-        for command in (vocabulary, [*prepare_command, "--out-dir", str(directory / "data")]):
+        for command in (tokenizer_command, [*prepare_command, "--out-dir", str(directory / "data")]):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
     return directory / "data"
 

@@ -93,8 +93,10 @@ def plan(directory: Path) -> None:
     order = Order(open_dataset(directory).train, EOT, T, NUM_STREAMS, SEED)
     order.epoch(0)
     seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << (10 if sys.platform == "linux" else 0)
-    print(json.dumps({"seconds": seconds, "bytes": peak, "chunks": len(order.chunk_starts)}))
+    additional_peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << (
+        10 if sys.platform == "linux" else 0
+    )
+    print(json.dumps({"seconds": seconds, "bytes": additional_peak, "chunks": len(order.chunk_starts)}))
 
 
 def measure_planning(directory: Path) -> dict:

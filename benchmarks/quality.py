@@ -140,11 +140,11 @@ def main() -> None:
             return directory / name
 
         # more than the runs read: an epoch drops fewer than (rows + streams) x block_size tokens
-        max_tokens = ("--max-tokens", size["steps"] * batch_tokens + 100 * size["block_size"], "--val-tokens", 0)
+        size_flags = ("--max-tokens", size["steps"] * batch_tokens + 100 * size["block_size"], "--val-tokens", 0)
         filter_flags = ("--quality", model, "--min-quality", options.min_quality)
         datasets = {
-            "random": prepare("random", "pool", *max_tokens),
-            "filtered": prepare("filtered", "pool", *max_tokens, *filter_flags),
+            "random": prepare("random", "pool", *size_flags),
+            "filtered": prepare("filtered", "pool", *size_flags, *filter_flags),
         }
         evaluation_set = prepare("evaluation", "held-out", "--val-tokens", 2**31 - 1)  # all documents except one
 

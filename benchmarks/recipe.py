@@ -177,8 +177,8 @@ def main() -> None:
                 *(f.replace("BEST", str(best_lr)) for f in flags),
             ),
         )
-        for kind, table in (("without", REMOVED), ("with", ADDED))
-        for change, flags in table.items()
+        for kind, changes in (("without", REMOVED), ("with", ADDED))
+        for change, flags in changes.items()
     ]
     variant_names = runs.train_all([arguments for _, arguments in variants])
     ablation = [("none", baseline[0]), *zip((change for change, _ in variants), variant_names, strict=True)]

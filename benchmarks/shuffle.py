@@ -83,10 +83,10 @@ def prepare(documents: list[tuple[str, str]], directory: Path) -> tuple[Dataset,
     tokenizer = load_tokenizer(dataset.tokenizer)
     val, train = (tokens.read(0, len(tokens)) for tokens in (dataset.val, dataset.train))
     val_texts = {tokenizer.decode(ids[1:].tolist()) for ids in np.split(val, np.flatnonzero(val == dataset.eot_id))}
-    sources = [source for source, text in documents if text not in val_texts]
+    document_sources = [source for source, text in documents if text not in val_texts]
     document_starts = np.flatnonzero(train == dataset.eot_id).tolist()
     source_starts: dict[str, int] = {}
-    for source, start in zip(sources, document_starts, strict=True):
+    for source, start in zip(document_sources, document_starts, strict=True):
         source_starts.setdefault(source, start)
     return dataset, list(source_starts.items())
 

@@ -331,12 +331,12 @@ def make_benchmarks(options: argparse.Namespace) -> dict[str, dict[str, Benchmar
                 samples[f"ours, batch size {batch_size}, {dtype}, compiled"] = partial(
                     sample_ours, batch_size, dtype, True
                 )
-    scores: dict[str, Benchmark] = {}
+    hellaswag: dict[str, Benchmark] = {}
     for dtype in dict.fromkeys(("float32", dtype_auto)):
-        scores[f"build-nanogpt's method, {dtype}"] = partial(hellaswag_build_nanogpt, dtype, options)
-        scores[f"ours, {dtype}"] = partial(hellaswag_ours, dtype, options)
+        hellaswag[f"build-nanogpt's method, {dtype}"] = partial(hellaswag_build_nanogpt, dtype, options)
+        hellaswag[f"ours, {dtype}"] = partial(hellaswag_ours, dtype, options)
     muon_steps: dict[str, Benchmark] = {f"world size {n}": partial(muon_step, n) for n in (1, 2, 4)}
-    stages = {"step": steps, "sample": samples, "hellaswag": scores, "muon": muon_steps}
+    stages = {"step": steps, "sample": samples, "hellaswag": hellaswag, "muon": muon_steps}
     return {
         stage: {name: run for name, run in runs.items() if options.nanogpt or not name.startswith("nanoGPT")}
         for stage, runs in stages.items()
@@ -402,7 +402,8 @@ def format_table(stage: str, results: dict[str, list[dict]]) -> list[str]:
                 pairs = list(zip(runs[0]["predictions"][k], base[0]["predictions"][k], strict=True))
                 equal = sum(a == b for a, b in pairs)
                 lines.append(
-                    f"- {name}: {equal:,} of {len(pairs):,} predictions by {loss} equal those of {next(iter(results))}"
+                    f"- {name}: {equal:,} of {len(pairs):,} predictions by {loss} of losses equal those of "
+                    f"{next(iter(results))}"
                 )
     return lines
 

@@ -1,4 +1,4 @@
-"""Print the rows that an optimizer step of a run read, and their text.
+"""Print the rows that one optimizer step of a run was trained on, and their text.
 
     python -m tools.inspect_step out/gpt2 --step 1234
 
@@ -64,7 +64,8 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
     tokens = [row["tokens"] for row in log]
     if [row["step"] for row in log] != list(range(len(log))):
         raise UserError(
-            f"{run / 'log.csv'} lacks steps, so the rows that a step read are unknown. Restore the complete log.csv."
+            f"{run / 'log.csv'} is missing some steps, so it is unknown which rows a step read. Restore the complete "
+            "log.csv."
         )
     if state and state["step"] == len(tokens):
         tokens.append(state["tokens"])  # a stopped run: the tokens after its last step
@@ -80,10 +81,10 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
 def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks: int, chars: int) -> Iterator[str]:
     """Yield a table with one line for each part of each row: for each chunk and shard that the row reads from."""
     tokenizer, document_starts = load_tokenizer(dataset.tokenizer), {}  # by index of the shard
-    names = [  # an empty shard is not a memmap
+    shard_names = [  # an empty shard is not a memmap
         Path(str(s.filename)).name if isinstance(s, np.memmap) else "" for s in order.tokens.shards
     ]
-    width = max(map(len, names))
+    width = max(map(len, shard_names))
     yield f"{'row':>9} {'rank':>4} {'stream':>6}  {'shard':<{width}} {'token':>11} {'tokens':>6} {'document':>8}  text"
     for n in rows:
         for start, stop in order.epoch(epoch).row(n):
@@ -94,7 +95,7 @@ def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks
                 document = np.searchsorted(document_starts[i], first, side="right")
                 text = "".join(c if c.isprintable() else " " for c in tokenizer.decode(shard[first:end].tolist()))
                 yield (
-                    f"{n:>9} {n % ranks:>4} {n % order.num_streams:>6}  {names[i]:<{width}} {first:>11} "
+                    f"{n:>9} {n % ranks:>4} {n % order.num_streams:>6}  {shard_names[i]:<{width}} {first:>11} "
                     f"{end - first:>6} {document:>8}  {text[:chars]}"
                 )
 
@@ -105,7 +106,7 @@ class InspectArgs:
 
     run: RunArgument  # run directory (out/NAME); its dataset must be at the same path as during training
     step: Annotated[int, metavar("STEP")]  # optimizer step, counted from 0 as in log.csv
-    ranks: Positive = 1  # number of ranks of the run; row n was read by rank n mod N
+    ranks: Positive = 1  # number of ranks of the run, to show which rank read each row
     chars: Annotated[NonNegative, metavar("CHARACTERS")] = 200  # maximum length of the text on each line
 
 

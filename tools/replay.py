@@ -1,6 +1,6 @@
-"""Verify a run: train again from some of its checkpoints to the next, and compare the results.
+"""Verify a run: train random segments of it again, each from one checkpoint to the next, and compare the results.
 
-    python -m tools.replay out/gpt2 --samples 5
+    python -m tools.replay out/gpt2 --segments 5
     torchrun --standalone --nproc_per_node=8 -m tools.replay out/gpt2
 
 Each checkpoint records the settings, the fingerprint of the data, and the software versions that produced it. On a CPU,
@@ -74,14 +74,14 @@ def find_segments(run: Path) -> list[Segment]:
     for path in checkpoints:
         checkpoint.verify(path)
         if not checkpoint.read_state(path).get("launches"):
-            raise UserError(f"{path} has no record of the launches of its run, so it cannot be verified.")
+            raise UserError(f"{path} does not record how its run was started, so it cannot be verified.")
     pairs: list[tuple[Path | None, Path]] = [*pairwise(checkpoints)]
     if checkpoints and _initial_weights(checkpoints[0]) == "scratch":
         pairs.insert(0, (None, checkpoints[0]))
     if not pairs:
         raise UserError(
-            f"{run} does not have two checkpoints, or one of a run that started from scratch, so it cannot be replayed."
-            " Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
+            f"{run} cannot be replayed: this takes two checkpoints, or one if the run started from scratch. "
+            "Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
         )
     try:
         return [Segment(*pair) for pair in pairs]
@@ -107,11 +107,11 @@ def check_records(run: Path) -> Iterator[str]:
     if len(steps) < newest["step"]:
         yield f"log.csv ends at step {steps[-1] if steps else 0}, but the last checkpoint is at step {newest['step']}"
     current, sections = read_config(run / "config.json"), ("data", "model", "training", "optimizer")
-    recorded = [launch["config"] for launch in newest["launches"]]
-    if any(all(current.get(section) == config[section] for section in sections) for config in recorded):
+    launch_configs = [launch["config"] for launch in newest["launches"]]
+    if any(all(current.get(section) == config[section] for section in sections) for config in launch_configs):
         return  # that of an earlier launch if the last one was killed before it wrote this file
     for section in sections:
-        for name, value in recorded[-1][section].items():
+        for name, value in launch_configs[-1][section].items():
             if (found := current.get(section, {}).get(name)) != value:
                 yield f"config.json: {section}.{name} is {found}, but {value} in the last checkpoint"
 
@@ -213,10 +213,10 @@ def silent_console() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def verify_run(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
+def verify_run(run: Path, num_segments: int, seed: int, ranks: Ranks) -> bool:
     """Train some segments of a run again and print the results. Returns whether all of them agree with the run."""
     segments = find_segments(run)
-    chosen = random.Random(seed).sample(segments, min(samples, len(segments)))
+    chosen = random.Random(seed).sample(segments, min(num_segments, len(segments)))
     problems = list(check_records(run))
     for problem in problems:
         console.info(problem)
@@ -228,9 +228,9 @@ def verify_run(run: Path, samples: int, seed: int, ranks: Ranks) -> bool:
         shutil.rmtree(directory, ignore_errors=True)  # left by a killed replay
     for segment in sorted(chosen, key=lambda segment: segment.steps.start):
         recorded = [launch["provenance"] for _, launch in segment.launches]
-        changed = {name: value for before in recorded for name, value in before.items() if current[name] != value}
+        changed = {name: value for launch in recorded for name, value in launch.items() if current[name] != value}
         for name, value in changed.items():
-            console.info(f"{segment}: {name} was {value}, is now {current[name]}")
+            console.info(f"{segment}: {name} was {value} and is now {current[name]}")
         exact = ranks.device.type == "cpu" and not changed.keys() - {"commit"}
         try:
             with silent_console():
@@ -261,7 +261,7 @@ class ReplayArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     run: RunArgument  # run directory (out/NAME) with its checkpoints
-    samples: Positive = 5  # number of segments to train again, each from one checkpoint to the next, chosen at random
+    segments: Positive = 5  # number of segments to train again, each from one checkpoint to the next, chosen at random
     seed: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0  # seed for the random choice
     device: Literal["auto", "cuda", "cpu"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
 
@@ -271,7 +271,7 @@ def main() -> None:
     if not (args.run / "log.csv").exists():
         raise UserError(f"There is no run at {args.run}: it has no log.csv. Use a directory that train.py wrote.")
     with process_group(args.device) as ranks:
-        if not verify_run(args.run, args.samples, args.seed, ranks):
+        if not verify_run(args.run, args.segments, args.seed, ranks):
             sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Train a quality filter: a classifier of documents, trained on samples of good and of ordinary text.
+"""Train a quality model: a classifier of documents, trained on samples of good and of ordinary text.
 
     python -m tools.train_quality_filter --good wikipedia-pl/ books.jsonl.gz --other pages.jsonl.gz \\
         --tokenizer data/pl.json --out data/pl-quality.safetensors
@@ -96,15 +96,15 @@ def compute_metrics(good: np.ndarray, other: np.ndarray) -> dict:
     """
     from sklearn.metrics import roc_auc_score
 
-    thresholds = []
+    metrics_by_threshold = []
     for threshold in np.arange(1, 10) / 10:
         good_kept, other_kept = float(np.mean(good >= threshold)), float(np.mean(other >= threshold))
         precision = good_kept / (good_kept + other_kept) if good_kept else None
-        thresholds.append(
+        metrics_by_threshold.append(
             {"quality": float(threshold), "precision": precision, "good_kept": good_kept, "other_kept": other_kept}
         )
     labels = np.repeat([1, 0], [len(good), len(other)])
-    return {"auc": float(roc_auc_score(labels, np.concatenate([good, other]))), "thresholds": thresholds}
+    return {"auc": float(roc_auc_score(labels, np.concatenate([good, other]))), "thresholds": metrics_by_threshold}
 
 
 def find_top_tokens(
@@ -157,7 +157,7 @@ def train_quality_filter(
     weights = train_classifier(training["good"], training["other"], tokenizer.vocab_size)
 
     model = QualityModel(out, weights["tokens"], weights["pairs"], float(weights["bias"][0]), "", "", {}, "")
-    figures = {
+    metrics = {
         "learnt_from": {name: len(documents) for name, documents in training.items()},
         "held_out": {name: len(documents) for name, documents in held_out.items()},
         "on_both_sides": len(shared),
@@ -168,7 +168,7 @@ def train_quality_filter(
         "format": FORMAT,
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "weights_sha256": weights_sha256(weights),
-        "figures": figures,
+        "figures": metrics,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     # a single metadata key, since safetensors writes several in random order
@@ -222,8 +222,8 @@ def sample_documents(source: Source, count: int) -> dict[bytes, bytes]:
 class FilterArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
-    # good text, such as an encyclopedia or textbooks: files, directories, glob patterns or URLs of .parquet, .jsonl or
-    # .txt files; .jsonl and .txt may be compressed (.gz, .xz, .zst)
+    # good text, such as an encyclopedia or textbooks: files, directories, glob patterns or URLs (.parquet, .jsonl or
+    # .txt; .jsonl and .txt may be compressed: .gz, .xz, .zst)
     good: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]
     # ordinary text, preferably a sample of the documents to be filtered; in the same formats
     other: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")]

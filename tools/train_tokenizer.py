@@ -54,7 +54,7 @@ class TokenizerArgs:
 
     # source of the text, as for fineweb.py: fineweb-edu-10BT, stdlib, OWNER/NAME, ..., or files (with --input)
     source: Annotated[Positional[str], metavar("[SOURCE]")] = "files"
-    vocab_size: Annotated[int, metavar("N")]  # number of tokens, including the end-of-text token
+    vocab_size: Annotated[int, metavar("N")]  # vocabulary size, including the end-of-text token
     out: Path  # tokenizer.json file to write
     # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt; .jsonl and .txt may be
     # compressed (.gz, .xz, .zst)

@@ -116,11 +116,13 @@ class Plan:
         if self.documents["kept"] == 0 and self.documents["filtered"]:
             raise UserError("The source has no text that passes the filters. Use lower thresholds (--min-...).")
         if self.documents["kept"] == 0:
-            raise UserError("The source has no text. Use a different source or --text-column.")
+            raise UserError(
+                "The source has no text. Use a different source, or choose another column with --text-column."
+            )
         if val_tokens and self.tokens["val"] > 2 * val_tokens:
             print(
                 f"warning: the validation split has {self.tokens['val']:,} tokens instead of {val_tokens:,}, because "
-                "documents are not split and some are large."
+                "documents are kept whole and some are large."
             )
         print("documents: " + ", ".join(f"{count:,} {name}" for name, count in self.documents.items()))
 
@@ -148,16 +150,17 @@ def plan_shards(stems: list[str], val_tokens: int | None, max_tokens: int | None
 
 def apply_max_tokens(stems: list[str], decisions: np.ndarray, max_tokens: float) -> tuple[int, int, int]:
     """Return the number of documents, kept documents and kept tokens up to the document that reaches `max_tokens`."""
-    seen = kept = total = 0
+    num_seen = num_kept = num_tokens = 0
     for stem in stems:
         tokens = load_index(stem, ("tokens",))["tokens"]
-        rows = np.flatnonzero(decisions[seen : seen + len(tokens)] == KEPT)
-        totals = total + np.cumsum(tokens[rows], dtype=np.int64)
+        rows = np.flatnonzero(decisions[num_seen : num_seen + len(tokens)] == KEPT)
+        totals = num_tokens + np.cumsum(tokens[rows], dtype=np.int64)
         if len(rows) and totals[-1] >= max_tokens:
             last = int(np.searchsorted(totals, max_tokens))
-            return seen + int(rows[last]) + 1, kept + last + 1, int(totals[last])
-        seen, kept, total = seen + len(tokens), kept + len(rows), int(totals[-1]) if len(rows) else total
-    return seen, kept, total
+            return num_seen + int(rows[last]) + 1, num_kept + last + 1, int(totals[last])
+        num_seen, num_kept = num_seen + len(tokens), num_kept + len(rows)
+        num_tokens = int(totals[-1]) if len(rows) else num_tokens
+    return num_seen, num_kept, num_tokens
 
 
 def choose_validation(buckets: Buckets, decisions: np.ndarray, num_kept: int, val_tokens: int) -> None:

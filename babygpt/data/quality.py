@@ -47,7 +47,10 @@ class QualityModel:
                 metadata = json.loads(file.metadata()["quality"])
                 tokens, pairs, bias = (file.get_tensor(name) for name in ("tokens", "pairs", "bias"))
             if metadata["format"] != FORMAT:
-                raise ValueError(f"its format is {metadata['format']}, but this version reads format {FORMAT}")
+                raise UserError(
+                    f"The quality model {path} has format {metadata['format']}, but this version of BabyGPT reads "
+                    f"format {FORMAT}. {_HINT}"
+                )
             if metadata["weights_sha256"] != weights_sha256({"tokens": tokens, "pairs": pairs, "bias": bias}):
                 raise ValueError("the sha256 of its weights is wrong")
             name, sha256 = metadata["tokenizer"]["name"], metadata["tokenizer"]["sha256"]

@@ -33,9 +33,9 @@ class Task:
     """A part of a source that one worker reads; picklable."""
 
     kind: str  # parquet, files, stream
-    paths: tuple[str, ...]  # for a stream: repo, config, split, revision, index and number of shards
+    location: tuple[str, ...]  # paths; for a stream: repo, config, split, revision, index and number of shards
     columns: tuple[str, ...]  # the text column, then numeric columns
-    part: tuple[int, int] | None = None  # range of row groups, or of bytes: the lines of a jsonl file that start in it
+    range: tuple[int, int] | None = None  # of row groups, or of bytes: the lines of a jsonl file that start in it
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Batch:
     """Documents in source order."""
 
     texts: list[bytes]  # UTF-8, empty if missing
-    numbers: dict[str, np.ndarray]  # numeric column -> (documents,) float64, NaN if missing
+    numbers: dict[str, np.ndarray]  # by numeric column: (documents,) float64, NaN if missing
 
 
 def uncompressed_name(path: str) -> str:
@@ -55,7 +55,7 @@ def uncompressed_name(path: str) -> str:
 def check_columns(required: tuple[str, ...], existing: list[str], location: str) -> None:
     for column in required:
         if column not in existing:
-            fix = "Use --text-column." if column == required[0] else f"Do not filter by {column}."
+            fix = "Choose one with --text-column." if column == required[0] else f"Do not filter by {column}."
             raise UserError(f"{location} has no column {column!r}: it has {', '.join(existing)}. {fix}")
 
 
@@ -72,7 +72,8 @@ def split_parquet(path: str, columns: tuple[str, ...]) -> list[Task]:
     text_column = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns[0]), None)
     if text_column is None:
         raise UserError(
-            f"{path}: the column {columns[0]!r} is nested, not text. Choose another column with --text-column."
+            f"{path}: the column {columns[0]!r} is nested, not of type string. Choose another column with "
+            "--text-column."
         )
     tasks, first_group, size = [], 0, 0
     for group in range(metadata.num_row_groups):
@@ -110,19 +111,19 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    assert task.part is not None, "a parquet task has a range of row groups"
-    path, location = task.paths[0], f"row groups {task.part[0]} to {task.part[1] - 1}"
-    groups, columns = range(*task.part), list(task.columns)
+    assert task.range is not None, "a parquet task has a range of row groups"
+    path, location = task.location[0], f"row groups {task.range[0]} to {task.range[1] - 1}"
+    row_groups, columns = range(*task.range), list(task.columns)
     try:
         file = pq.ParquetFile(_path_or_file(path))
-        for rows in file.iter_batches(BATCH_DOCUMENTS, row_groups=groups, columns=columns, use_threads=False):
+        for rows in file.iter_batches(BATCH_DOCUMENTS, row_groups=row_groups, columns=columns, use_threads=False):
             texts = rows.column(columns[0])
             text_like_types = (pa.types.is_dictionary, pa.types.is_string_view, pa.types.is_null)
             if any(is_type(texts.type) for is_type in text_like_types):
                 texts = texts.cast(pa.large_string())
             if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
                 raise UserError(
-                    f"{path}: the column {columns[0]!r} is {texts.type}, not text. Choose another column with "
+                    f"{path}: the column {columns[0]!r} has type {texts.type}, not string. Choose another column with "
                     "--text-column."
                 )
             texts.validate(full=True)  # checks that it is UTF-8
@@ -131,7 +132,9 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
                 try:
                     numbers[column] = rows.column(column).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                    raise UserError(f"{path}: {column!r} is {rows.column(column).type}, not a number.") from None
+                    raise UserError(
+                        f"{path}: the column {column!r} has type {rows.column(column).type}, which is not numeric."
+                    ) from None
             yield Batch([text or b"" for text in texts.cast(pa.large_binary()).to_pylist()], numbers)
     except KeyError:
         raise UserError(f"{path} has several columns called {' or '.join(columns)}. Rename all but one.") from None
@@ -140,7 +143,7 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
 
 
 def _read_stream(task: Task) -> Iterator[tuple]:
-    repo, config, split, revision, index, count = task.paths
+    repo, config, split, revision, index, count = task.location
     shard = hub.stream(repo, config or None, split, revision).shard(num_shards=int(count), index=int(index))
     rows, location = iter(shard), f"{repo}, shard {index}"
     while (row := hub.call_with_retries(lambda: next(rows, None), location, delays=())) is not None:
@@ -148,15 +151,15 @@ def _read_stream(task: Task) -> Iterator[tuple]:
 
 
 def _read_files(task: Task) -> Iterator[tuple]:
-    for path in task.paths:
+    for path in task.location:
         try:
             if uncompressed_name(path).endswith(".jsonl"):
                 yield from _read_jsonl(path, task)
             else:
                 if task.columns[1:]:
                     raise UserError(
-                        f"{path} is a text file, which has no column {task.columns[1]!r}. Filter by columns in jsonl "
-                        "or parquet files."
+                        f"{path} is a text file, which has no column {task.columns[1]!r}. Remove this filter, "
+                        "or use jsonl or parquet files."
                     )
                 with _open_decompressed(path) as file:
                     text = file.read()
@@ -169,7 +172,7 @@ def _read_files(task: Task) -> Iterator[tuple]:
 
 
 def _read_jsonl(path: str, task: Task) -> Iterator[tuple]:
-    offset, stop = task.part or (0, float("inf"))
+    offset, stop = task.range or (0, float("inf"))
     with _open_decompressed(path) as file:
         if offset > 0:
             file.seek(offset - 1)
@@ -197,12 +200,13 @@ def _select_columns(row: dict, columns: tuple[str, ...], location: str) -> tuple
     text, *numbers = (row[column] for column in columns)
     if text is not None and not isinstance(text, str):
         raise UserError(
-            f"{location}: {columns[0]!r} is {type(text).__name__}, not text. Choose another column with --text-column."
+            f"{location}: the value of {columns[0]!r} has type {type(text).__name__}, not string. Choose another "
+            "column with --text-column."
         )
     for column, number in zip(columns[1:], numbers, strict=True):
         if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):
             shown = f"{type(number).__name__} {number!r:.40}"
-            raise UserError(f"{location}: {column!r} is {shown}, not a number between -1e300 and 1e300.")
+            raise UserError(f"{location}: the value of {column!r} is {shown}, not a number between -1e300 and 1e300.")
     return (without_surrogates(text or "").encode(), *numbers)
 
 

@@ -41,11 +41,11 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
     remaining = disk - sum(
         path.stat().st_size for path in work.local.rglob("*.bin")
     )  # without what an earlier run wrote
-    needed = f"{remaining / 1e9:,.2f} GB is needed, but {free / 1e9:,.2f} GB is free. Use a different --out-dir."
+    shortage = f"{remaining / 1e9:,.2f} GB is needed, but {free / 1e9:,.2f} GB is free. Use a different --out-dir."
     if remaining / 2 > free:  # the estimate may be twice the real size
-        raise UserError(f"Not enough disk space for {work.local}: about {needed}")
+        raise UserError(f"Not enough disk space for {work.local}: about {shortage}")
     if remaining > free:
-        print(f"warning: the disk space for {work.local} may not be enough: up to {needed}")
+        print(f"warning: the disk space for {work.local} may not be enough: up to {shortage}")
     if available is not None and memory > available:
         raise UserError(
             f"--workers {workers} needs about {memory / 1e9:,.1f} GB of memory, but only {available / 1e9:,.1f} GB is "

@@ -65,7 +65,7 @@ def write_shard(path: str | Path, num_tokens: int, vocab_size: int, pieces: Iter
             digest.update(data)
             written += len(data)
         if written != num_tokens:
-            raise ValueError(f"{path}: received {written:,} tokens for a shard of {num_tokens:,}")
+            raise ValueError(f"{path}: {written:,} tokens were written instead of {num_tokens:,}")
     return digest.hexdigest()
 
 
@@ -92,8 +92,8 @@ def open_shard(path: Path) -> np.ndarray:
     expected = HEADER_BYTES + num_tokens * dtype.itemsize
     if size != expected:
         raise UserError(
-            f"{path} is corrupted: with {num_tokens:,} tokens in its header it should have {expected:,} bytes, but it "
-            f"has {size:,}. Copy or prepare it again."
+            f"{path} is corrupted: its header declares {num_tokens:,} tokens, so it should have {expected:,} bytes, "
+            f"but it has {size:,}. Copy or prepare it again."
         )
     if num_tokens == 0:
         return np.empty(0, dtype)
@@ -388,5 +388,5 @@ def _verify_shard(dataset: Dataset, shard: dict, progress) -> tuple[list[str], i
     if max_token >= dataset.vocab_size:
         problems.append(f"{path}: token {max_token} is outside the vocabulary of {dataset.vocab_size:,}")
     if documents != shard["documents"]:
-        problems.append(f"{path}: {documents:,} documents start in it, but {MANIFEST} lists {shard['documents']!r}")
+        problems.append(f"{path}: {MANIFEST} lists {shard['documents']!r} documents, but {documents:,} start in it")
     return problems, documents

@@ -131,8 +131,8 @@ def write_task(path: str, pieces: list[Piece], num_tokens: int, vocab_size: int,
     def tokens() -> Iterator[np.ndarray]:
         nonlocal documents
         for stem, in_split, start, stop in pieces:
-            ranges, num_starts = token_ranges(load_index(stem, ("tokens",))["tokens"], in_split, start, stop)
-            documents += num_starts
+            ranges, num_documents = token_ranges(load_index(stem, ("tokens",))["tokens"], in_split, start, stop)
+            documents += num_documents
             block_start, block_stop = int(ranges[0, 0]), int(ranges[-1, 1])
             is_dense = 4 * (stop - start) > block_stop - block_start  # then one read is faster than one per range
             block = read_tokens(stem, block_start, block_stop) if is_dense else None

@@ -1,7 +1,7 @@
 """The directory of a dataset during its preparation: lock, settings, finished tasks, commit.
 
 dataset.json is written last, so a dataset with a dataset.json is complete. Until then, `parts/` contains the finished
-tasks and the settings. A run with the same settings resumes, a run with different settings is refused.
+tasks and the settings. A run with the same settings resumes, a run with different settings is rejected.
 """
 
 import errno
@@ -54,15 +54,16 @@ class Workspace:
         os.close(self._lock_fd)
         with suppress(OSError):
             self.local.rmdir()  # succeeds if it is empty
-        resume = "Finished tasks are kept. To resume, run the same command"
+        resume_hint = "Finished tasks are kept. To resume, run the same command"
         if isinstance(error, KeyboardInterrupt):
-            print(f"\nStopped. {resume} again.", file=sys.stderr)
+            print(f"\nStopped. {resume_hint} again.", file=sys.stderr)
         elif isinstance(error, BrokenProcessPool):
             raise UserError(
-                f"A worker was killed, probably because the machine ran out of memory. {resume} with fewer --workers."
+                f"A worker was killed, probably because the machine ran out of memory. {resume_hint} with fewer "
+                "--workers."
             ) from None
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk is full. {resume} after freeing space.") from None
+            raise UserError(f"The disk is full. {resume_hint} after freeing space.") from None
 
     def begin(self) -> None:
         """Delete the incomplete files of a killed run and write settings.json."""
@@ -81,8 +82,8 @@ class Workspace:
             files.write(path, tokenizer.data)
         if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.written_settings:
             raise UserError(
-                f"Another fineweb.py process with different settings is writing to {self.directory}. Use another "
-                "--out-dir for one of them."
+                f"Another fineweb.py process with different settings is writing to {self.directory}. Use a "
+                "different --out-dir, or wait until it has finished."
             )
         counts = {"documents": plan.documents, "tokens": plan.tokens, "text_bytes": plan.text_bytes}
         self.manifest = {

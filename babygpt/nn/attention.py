@@ -148,8 +148,8 @@ def plain_attention(
     q is (B, H, T, D), k and v are (B, K, S, D); the queries are the last T of the S tokens. `mask`, (B or 1, 1, T, S)
     bool, is true where a query attends to a key; None is causal. Returns (B, H, T, D).
     """
-    groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    group_size = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)  # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) * (scale or 1 / math.sqrt(q.size(-1)))  # (B, H, T, S)
     T, S = scores.shape[-2:]
     if mask is None:

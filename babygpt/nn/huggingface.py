@@ -94,10 +94,14 @@ def export_tensors(ours: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
 
     `config` has the fields of GPTConfig. UserError if the format cannot express the model.
     """
-    if config["n_kv_head"] not in (None, config["n_head"]) or not config["bias"] or "rope" in config:
+    obstacles = {
+        "the architecture of the modern recipe": "rope" in config,
+        "grouped-query attention": config["n_kv_head"] not in (None, config["n_head"]),
+        "no biases": not config["bias"],
+    }
+    if reasons := [name for name, is_present in obstacles.items() if is_present]:
         raise UserError(
-            "Hugging Face's GPT-2 format cannot express this model, because it has grouped-query attention, no "
-            "biases, or the architecture of the modern recipe."
+            f"Hugging Face's GPT-2 format cannot express this model, because it has {' and '.join(reasons)}."
         )
     state = {}
     for name, tensor in ours.items():

@@ -57,7 +57,8 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if _shape(tensors, name) != _shape(parameters, name)
     ]
     if mismatches:
-        raise UserError(f"The weights do not match the model:{''.join(mismatches[:10])}")
+        shown = "".join(mismatches[:10]) + ("\n  ..." if len(mismatches) > 10 else "")
+        raise UserError(f"{len(mismatches)} of the weights do not match the model:{shown}")
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -142,7 +143,7 @@ class Saver:
                 {name: {key: _on_host(t) for key, t in tensors.items()} for name, tensors in optimizer.items()},
             )
         except (RuntimeError, MemoryError) as error:
-            self.error = UserError(f"The weights and optimizer state do not fit in host memory ({error!r:.100}).")
+            self.error = UserError(f"The checkpoint of step {step:,} does not fit in host memory ({error!r:.100}).")
             return
         self.thread = Thread(target=self._write, args=(step, *copies, state), daemon=True)
         self.thread.start()
@@ -271,9 +272,11 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
         return Checkpoint(path, load_file(path / MODEL), optimizer, state)
     except pickle.UnpicklingError:  # its hash is correct, so this is not damage
         raise UserError(
-            f"{path / OPTIMIZER} contains objects other than tensors. It is not loaded, because it could execute code."
+            f"{path / OPTIMIZER} contains objects other than tensors. It is not loaded, because it could execute code. "
+            "Delete the checkpoint to use an earlier one."
         ) from None
     except Exception as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read, although its hashes are correct ({error!r:.300})."
+            f"The checkpoint {path} cannot be read, although its hashes are correct ({error!r:.300}). Delete "
+            "it to use an earlier one."
         ) from None

@@ -67,7 +67,7 @@ def read_log(path: Path, before_step: float = math.inf) -> list[Row]:
         except (ValueError, csv.Error):
             if rows and rows[-1]["step"] >= before_step - 1:
                 break  # later rows are dropped anyway; a power failure may have corrupted them
-            raise UserError(f"{path}, line {number} is corrupted: {line!r:.300}") from None
+            raise UserError(f"Line {number} of {path} is corrupted: {line!r:.300}") from None
     return rows
 
 

@@ -12,7 +12,7 @@ from babygpt.training.guard import StepStatus, check_status
 from babygpt.training.log import Log, Row, SampleLog
 from babygpt.training.plots import plot
 
-SCORES = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
+EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
 SPIKE = 6.0  # losses with a larger z-score are reported
 
 
@@ -50,7 +50,7 @@ class Metrics:
                 + ("of recent losses; the update is skipped" if skipped else "of recent losses")
             )
         self.write(row)
-        if SCORES & row.keys():
+        if EVALUATION_COLUMNS & row.keys():
             self.plot()
         self.bar.update()
         if self.console_every and step % self.console_every == 0:
@@ -58,7 +58,7 @@ class Metrics:
         if step == self.start + 10:
             hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
             console.info(f"About {hours:.1f} hours of training remain, not counting evaluations")
-        return bool(SCORES & row.keys())
+        return bool(EVALUATION_COLUMNS & row.keys())
 
     def write(self, row: Row) -> None:
         if self.log is not None:

@@ -128,7 +128,7 @@ def test_changed_file_of_the_cache_is_downloaded_again(remote, local):
 
 
 @pytest.mark.parametrize("damage", ["changed byte", "truncated", "missing"])
-def test_corrupted_or_missing_remote_shard_is_refused_by_name(remote, local, damage):
+def test_corrupted_or_missing_remote_shard_is_named_in_the_error(remote, local, damage):
     name, system = "set_train_000002.bin", fsspec.filesystem("s3")
     data = (local / name).read_bytes()
     if damage == "missing":

@@ -112,7 +112,7 @@ def test_ranks_average_their_gradients(dataset, tmp_path):
 def test_one_rank_prints_a_user_error(change, dataset, tmp_path):
     done = torchrun(2, *flags(dataset, tmp_path / "never", **change), check=False)
     assert done.returncode != 0
-    messages = ("is not divisible by n_head 3", "Perhaps you meant", "There is no dataset at none")
+    messages = ("is not divisible by --model.n-head 3", "Perhaps you meant", "There is no dataset at none")
     assert sum((done.stderr + done.stdout).count(message) for message in messages) == 1
 
 

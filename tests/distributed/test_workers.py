@@ -73,11 +73,11 @@ def test_ray_writes_the_same_bytes_to_a_shared_disk(cluster, local, tmp_path):
 def test_ray_writes_the_same_bytes_to_an_object_store(cluster, local, tmp_path, monkeypatch):
     directory, arguments = local
     monkeypatch.chdir(tmp_path)
-    system = fsspec.filesystem("s3", use_listings_cache=False)
-    system.mkdir("ray-bucket")
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    fs.mkdir("ray-bucket")
     call(fineweb.main, *arguments, "--out-dir", "s3://ray-bucket/set", "--engine", "ray", "--address", cluster)
-    names = system.find("ray-bucket/set")
-    assert {os.path.basename(name): system.cat_file(name) for name in names} == snapshot(directory)
+    names = fs.find("ray-bucket/set")
+    assert {os.path.basename(name): fs.cat_file(name) for name in names} == snapshot(directory)
 
 
 @with_ray
@@ -86,7 +86,7 @@ def test_without_a_cluster_the_error_says_how_to_start_one(local, tmp_path):
         call(fineweb.main, *local[1], "--out-dir", tmp_path / "set", "--engine", "ray", "--address", "127.0.0.1:1")
 
 
-def test_python_path_with_a_space_is_refused(monkeypatch):
+def test_python_path_with_a_space_is_rejected(monkeypatch):
     """Ray would wait forever for its workers."""
     monkeypatch.setattr(sys, "executable", "/home/user name/bin/python")
     with (

@@ -350,8 +350,8 @@ def test_deleted_or_read_only_run_directory_stops_the_run(kind, cause, dataset, 
     assert steps == list(range(0 if kind == "read_only" else saved, STEPS + 1))
 
 
-def test_locked_run_directory_is_refused(dataset, tmp_path):
-    """A refused start changes no file. If the directory is not locked, it deletes a stale marker `stopped`."""
+def test_locked_run_directory_is_rejected(dataset, tmp_path):
+    """A rejected start changes no file. If the directory is not locked, it deletes a stale marker `stopped`."""
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     arguments = flags(dataset, tmp_path / "run", general__init_from="resume", training__max_steps=2)
     with lock_run_dir(tmp_path / "run", ranks):
@@ -474,21 +474,21 @@ def test_out_of_memory_message_suggests_settings(dataset, tmp_path):
 # malformed input
 
 
-def test_malformed_input_is_refused_or_harmless(dataset, tmp_path):
+def test_malformed_input_is_rejected_or_harmless(dataset, tmp_path):
     """This tries a few inputs of each kind; `python tests/support/fuzzing.py 10000` tries more."""
     counts, failures = fuzz(MalformedInputs(dataset, tmp_path), 180)
     assert failures == []
-    assert all(outcomes["refused"] for outcomes in counts.values())
+    assert all(outcomes["rejected"] for outcomes in counts.values())
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("losses", ["x"]), ("launches", [True]), ("launches", 5), ("tokenizer", {"name": 3})]
 )
-def test_rewritten_state_json_is_refused(name, value, uninterrupted_run, dataset, tmp_path):
+def test_rewritten_state_json_is_rejected(name, value, uninterrupted_run, dataset, tmp_path):
     run = copy_killed_run(uninterrupted_run, 1, tmp_path / "run")
     loaded = load(latest(run))
     checkpoint.save(run, 1, loaded.model, loaded.optimizer, loaded.state | {name: value}, keep=0)
-    with pytest.raises(UserError, match=r"cannot be resumed from|is not the state.json of a checkpoint"):
+    with pytest.raises(UserError, match=r"cannot resume from|is not the state.json of a checkpoint"):
         call(train.main, *flags(dataset, run, general__init_from="resume"))
 
 

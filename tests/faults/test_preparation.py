@@ -119,7 +119,7 @@ with local_workers(1, Setup(load_tokenizer("gpt2"))) as pool:
         kill_group(process)
 
 
-def test_second_preparation_of_a_directory_is_refused(tmp_path, long_pages):
+def test_second_preparation_of_a_directory_is_rejected(tmp_path, long_pages):
     first = start(tmp_path / "d", long_pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: list((tmp_path / "d").glob("parts/*.npz")))

@@ -94,7 +94,7 @@ def test_launch_without_a_new_checkpoint_is_ignored(original, settings, dataset,
         "--training.compare-ranks-every-n-steps", 7,
     )  # fmt: skip
     assert json.loads((run / "config.json").read_text()) == config
-    assert exit_code(run, "--samples", 1) == 0
+    assert exit_code(run, "--segments", 1) == 0
 
 
 def test_extended_run_is_reproduced_bitwise(original, settings, dataset, tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_extended_run_is_reproduced_bitwise(original, settings, dataset, tmp_pat
     run = tmp_path / "run"
     shutil.copytree(original, run)
     call(train.main, *flags(dataset, run, general__init_from="resume", **settings | {"training__max_steps": STEPS + 3}))
-    assert exit_code(run, "--samples", 9) == 0
+    assert exit_code(run, "--segments", 9) == 0
     assert capsys.readouterr().out.count("bitwise equal") == 6
 
 
@@ -111,7 +111,7 @@ def test_other_versions_have_tolerances(original, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(original, run)
     for i in range(len(checkpoint.list_checkpoints(run))):
-        with_manifest(lambda path: rewrite(path / "state.json", '"torch": "', '"torch": "1'), i)(run)
+        then_update_manifest(lambda path: rewrite(path / "state.json", '"torch": "', '"torch": "1'), i)(run)
     lines = (run / "log.csv").read_text().splitlines()
     columns = lines[0].split(",")
 
@@ -152,7 +152,7 @@ def delete_row(run: Path) -> None:
     (run / "log.csv").write_text("\n".join(lines[:6] + lines[7:]) + "\n")
 
 
-def with_manifest(change: Callable[[Path], None], index: int = -1) -> Callable[[Path], None]:
+def then_update_manifest(change: Callable[[Path], None], index: int = -1) -> Callable[[Path], None]:
     """Return a function that changes a checkpoint of a run, by default the last one, and updates its manifest."""
 
     def manipulate(run: Path) -> None:
@@ -200,11 +200,11 @@ def change_config(run: Path) -> None:
         (lower_loss, "log.csv, step 6: loss is"),
         (higher_score, f"log.csv, step {STEPS}: hellaswag is 1.0"),
         (delete_row, "log.csv: row 5 has step 6"),
-        (with_manifest(change_weights), "the weights wte.weight differ"),
-        (with_manifest(change_optimizer), "the optimizer state of wte.weight differs"),
-        (with_manifest(delete_optimizer), "its tensors have other names"),
-        (with_manifest(change_max_lr), "log.csv, step 12: lr is"),
-        (with_manifest(change_first_max_lr), "step 4: its launches are not those"),
+        (then_update_manifest(change_weights), "the weights wte.weight differ"),
+        (then_update_manifest(change_optimizer), "the optimizer state of wte.weight differs"),
+        (then_update_manifest(delete_optimizer), "its tensors have other names"),
+        (then_update_manifest(change_max_lr), "log.csv, step 12: lr is"),
+        (then_update_manifest(change_first_max_lr), "step 4: its launches are not those"),
         (change_config, "config.json: optimizer.max_lr is 0.003, but 0.01"),
     ],
 )

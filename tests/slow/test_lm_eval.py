@@ -72,8 +72,8 @@ def test_log_likelihoods_and_scores_equal_the_harness(model_directory, questions
     harness = HFLM(
         pretrained=GPT2LMHeadModel.from_pretrained(model_directory).eval(), tokenizer=tokenizer, batch_size=8
     )
-    found = evaluate(harness, {"local": task})
-    samples = sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
+    harness_results = evaluate(harness, {"local": task})
+    samples = sorted(harness_results["samples"]["local"], key=lambda sample: sample["doc_id"])
     theirs = torch.tensor([[float(resps[0][0]) for resps in sample["resps"]] for sample in samples])
 
     model = GPT.from_pretrained(model_directory)
@@ -81,5 +81,5 @@ def test_log_likelihoods_and_scores_equal_the_harness(model_directory, questions
     ours = -hellaswag.losses(model, examples, CPU, "float32")
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-3)
     scores = hellaswag.evaluate(model, examples, "lm-eval", Ranks(0, 0, 1, CPU), "float32")
-    assert scores["acc"].value == pytest.approx(found["results"]["local"]["acc,none"])
-    assert scores["acc_norm"].value == pytest.approx(found["results"]["local"]["acc_norm,none"])
+    assert scores["acc"].value == pytest.approx(harness_results["results"]["local"]["acc,none"])
+    assert scores["acc_norm"].value == pytest.approx(harness_results["results"]["local"]["acc_norm,none"])

@@ -272,7 +272,7 @@ class MalformedInputs:
 def fuzz(inputs: MalformedInputs, count: int, seed: int = 0) -> tuple[dict[str, Counter], list[str]]:
     """Read `count` malformed inputs, the kinds in turn.
 
-    Returns, for each kind, how many were refused (UserError), accepted, and failed with another exception, and a
+    Returns, for each kind, how many were rejected (UserError), accepted, and failed with another exception, and a
     description of each failure.
     """
     counts, failures = {kind: Counter() for kind in inputs.all()}, []
@@ -284,7 +284,7 @@ def fuzz(inputs: MalformedInputs, count: int, seed: int = 0) -> tuple[dict[str, 
                 inputs.all()[kind](rng)
             counts[kind]["accepted"] += 1
         except UserError as error:
-            counts[kind]["refused"] += 1
+            counts[kind]["rejected"] += 1
             if not str(error).strip():
                 failures.append(f"{kind}, {i}: the message is empty")
         except BaseException as error:  # a panic of a Rust library is not an Exception
@@ -299,9 +299,9 @@ def main() -> None:
     count = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as directory:
         counts, failures = fuzz(MalformedInputs(make_small_dataset(Path(directory)), Path(directory)), count)
-    print("| malformed input | refused with a message | accepted | other exception |\n|---|---:|---:|---:|")
+    print("| malformed input | rejected with a message | accepted | other exception |\n|---|---:|---:|---:|")
     for kind, c in counts.items():
-        print(f"| {kind.replace('_', ' ')} | {c['refused']:,} | {c['accepted']:,} | {c['failed']:,} |")
+        print(f"| {kind.replace('_', ' ')} | {c['rejected']:,} | {c['accepted']:,} | {c['failed']:,} |")
     print(*failures, sep="\n")
     sys.exit(bool(failures))
 

@@ -1,4 +1,4 @@
-"""Checkpoints: saves are atomic, the newest intact one is loaded, and corrupted or malicious files are refused."""
+"""Checkpoints: saves are atomic, the newest intact one is loaded, and corrupted or malicious files are rejected."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_latest_checkpoint_skips_incomplete_ones(tmp_path, capsys):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_corrupted_file_is_refused_by_name(file, damage, tmp_path):
+def test_corrupted_file_is_named_in_the_error(file, damage, tmp_path):
     """A flipped bit, a truncated file or a missing file makes `load` fail and `latest` skip the checkpoint."""
     save_steps(tmp_path, 1)
     path = tmp_path / "checkpoints" / "step_00000001" / file
@@ -95,7 +95,7 @@ def test_corrupted_later_checkpoints_do_not_count_as_newest(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)][:2] == ["step_00000020", "step_00000030"]
 
 
-def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
+def test_pickle_with_code_is_rejected_and_not_executed(tmp_path):
     """The manifest has the hash of the malicious file, so verification alone does not refuse it."""
     save_steps(tmp_path, 1)
     path = tmp_path / "checkpoints" / "step_00000001"
@@ -127,14 +127,14 @@ def test_model_loads_from_a_run_or_checkpoint_directory(tmp_path):
         GPT.from_pretrained(tmp_path / "none")
 
 
-def test_checkpoint_with_invalid_model_fields_is_refused(tmp_path):
+def test_checkpoint_with_invalid_model_fields_is_rejected(tmp_path):
     """An unknown field, and a number of layers or value embeddings that does not match the weights."""
     state = {"step": 1, "model": vars(small().config) | {"hyperdrive": True}, "tokenizer": {"name": "gpt2"}}
     path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
     with pytest.raises(UserError, match="unexpected keyword argument 'hyperdrive'"):
         GPT.from_pretrained(path)
     for config in (vars(small().config) | {"n_layer": 10**9}, vars(ModernConfig()) | {"value_embeddings": 10**9}):
-        # the model is refused before it is built, which would take too long
+        # the model is rejected before it is built, which would take too long
         state = {"step": 1, "model": config, "tokenizer": {"name": "gpt2"}}
         path = save(tmp_path, 1, model_tensors(small()), {}, state, keep=0)
         with pytest.raises(UserError, match="1,000,000,000 layers, but only"):

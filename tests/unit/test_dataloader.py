@@ -227,7 +227,7 @@ def test_targets_are_the_inputs_shifted_by_one():
     assert targets.tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]
 
 
-def test_data_smaller_than_one_step_is_refused():
+def test_data_smaller_than_one_step_is_rejected():
     order = Order(make_tokens(500, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
     with pytest.raises(ConfigError, match=r"500 training tokens give 28 rows of 16 tokens in 4 streams.* takes 29"):
         DataLoader(order, Position(), 29, 1)
@@ -280,7 +280,7 @@ def test_close_stops_the_reader_thread():
     assert not loader.thread.is_alive()
 
 
-def test_row_outside_the_epoch_is_refused():
+def test_row_outside_the_epoch_is_rejected():
     epoch = Epoch(np.array([[0, 100]]), np.array([0, 100]), block_size=10, num_streams=3)
     assert epoch.num_rows == 9
     with pytest.raises(IndexError):

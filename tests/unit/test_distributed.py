@@ -101,7 +101,7 @@ def test_peak_flops_are_those_of_the_exact_model_or_none(name, peak, monkeypatch
     assert peak_flops(CPU) is None
 
 
-def test_missing_device_is_refused(monkeypatch):
+def test_missing_device_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank in range(3):  # all ranks raise the error, so the rank that prints it does too
         with pytest.raises(ConfigError, match="3 processes on this node need 3 CUDA devices, but PyTorch finds 2"):

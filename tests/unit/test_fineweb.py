@@ -186,11 +186,11 @@ def test_max_tokens_keeps_the_first_documents(tmp_path, max_tokens):
         texts += texts
     for i in range(0, len(texts), 5):
         save_jsonl(tmp_path / "in" / f"{i:03d}.jsonl", texts[i : i + 5])
-    one = prepare(tmp_path / "1" / "d", tmp_path / "in", task_bytes=10**6, max_tokens=max_tokens, val_tokens=20)
+    manifest = prepare(tmp_path / "1" / "d", tmp_path / "in", task_bytes=10**6, max_tokens=max_tokens, val_tokens=20)
     prepare(tmp_path / "3" / "d", tmp_path / "in", task_bytes=100, workers=3, max_tokens=max_tokens, val_tokens=20)
     assert documents(tmp_path / "1" / "d") == expected(texts, 20, max_tokens)
     assert snapshot(tmp_path / "1" / "d") == snapshot(tmp_path / "3" / "d")
-    assert one["counts"]["documents"]["seen"] <= 80
+    assert manifest["counts"]["documents"]["seen"] <= 80
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_parts_of_another_source_are_never_used(tmp_path):
     assert prepare(tmp_path / "d", tmp_path / "c.parquet")["counts"]["documents"]["kept"] == 1
 
 
-def test_parts_of_another_version_are_refused(tmp_path, pages, unfinished):
+def test_parts_of_another_version_are_rejected(tmp_path, pages, unfinished):
     directory = shutil.copytree(unfinished, tmp_path / "d")
     settings = json.loads((directory / "parts" / "settings.json").read_text())
     (directory / "parts" / "settings.json").write_text(json.dumps(settings | {"format": 1}))
@@ -318,7 +318,7 @@ def test_parts_of_another_version_are_refused(tmp_path, pages, unfinished):
         prepare(directory, pages, **SETTINGS)
 
 
-def test_complete_dataset_without_a_shard_is_refused(tmp_path, pages, finished):
+def test_complete_dataset_without_a_shard_is_rejected(tmp_path, pages, finished):
     """The message names the missing shard and says what to delete."""
     directory = shutil.copytree(finished, tmp_path / "d")
     (directory / "d_train_000001.bin").unlink()
@@ -364,7 +364,7 @@ CHANGED_SETTINGS = [("val_tokens", 201), ("shard_tokens", 501), ("max_tokens", 3
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_changed_settings_are_refused_by_name(tmp_path, request, pages, state):
+def test_changed_settings_are_named_in_the_error(tmp_path, request, pages, state):
     directory = request.getfixturevalue(state)
     before = snapshot(directory)
     for name, value in CHANGED_SETTINGS:
@@ -379,7 +379,7 @@ def test_changed_settings_are_refused_by_name(tmp_path, request, pages, state):
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
-def test_changed_input_is_refused(tmp_path, request, state):
+def test_changed_input_is_rejected(tmp_path, request, state):
     other = save_jsonl(tmp_path / "other.jsonl", ["Something else."])
     with pytest.raises(UserError, match="different"):
         prepare(request.getfixturevalue(state), other, **SETTINGS)
@@ -402,7 +402,7 @@ def test_disk_check_subtracts_what_is_already_written(tmp_path, pages, unfinishe
         prepare(directory, pages, **SETTINGS)
 
 
-def test_small_disk_is_refused_before_anything_is_written(tmp_path, pages):
+def test_small_disk_is_rejected_before_anything_is_written(tmp_path, pages):
     with (
         mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=100)),
         pytest.raises(UserError, match="Not enough disk space"),
@@ -429,7 +429,7 @@ def test_lone_surrogate_is_encoded_as_replacement_character(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["val_tokens=-1", "shard_tokens=0", "max_tokens=0", "workers=0"])
-def test_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
+def test_size_out_of_range_is_named_in_the_error(tmp_path, pages, option):
     name, value = option.split("=")
     with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} {value}"):
         prepare(tmp_path / "d", pages, **{name: value})
@@ -437,9 +437,9 @@ def test_size_out_of_range_is_refused_by_name(tmp_path, pages, option):
 
 def test_invalid_arguments_are_reported_together(tmp_path, pages):
     """The UserError has one line per argument, with the flag, its value and the fix."""
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         prepare(tmp_path / "d", pages, val_tokens=-1, workers=0, quality="model.safetensors")
-    assert str(refused.value).splitlines() == [
+    assert str(rejected.value).splitlines() == [
         "The arguments are invalid:",
         "  --val-tokens -1 is out of range. Use at least 0 and less than 2,147,483,648.",
         "  --workers 0 is out of range. Use at least 1 and at most 10,000.",
@@ -463,7 +463,7 @@ def test_user_error_in_a_worker_is_one_message_and_exit_code_2(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     assert stderr.count("error: ") == 1
-    assert f"{tmp_path / 'a.jsonl'}, line 2: 'text' is int" in stderr
+    assert f"{tmp_path / 'a.jsonl'}, line 2: the value of 'text' has type int" in stderr
     assert "Traceback" not in stderr
 
 

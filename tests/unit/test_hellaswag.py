@@ -195,7 +195,7 @@ def test_invalid_line_is_reported_by_number(line, dataset, questions):
 # downloading
 
 
-def test_english_file_with_wrong_sha256_is_refused(tmp_path, monkeypatch):
+def test_english_file_with_wrong_sha256_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "DATA_DIRECTORY", tmp_path)
     save_hellaswag(tmp_path / "hellaswag_val.jsonl", 3)
     with pytest.raises(UserError, match=r"hellaswag_val.jsonl is not HellaSwag's validation set"):

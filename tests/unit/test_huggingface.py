@@ -101,8 +101,8 @@ def test_config_is_read_from_hugging_face_config(tmp_path):
         ("add_cross_attention", True),
     ],
 )
-def test_unsupported_hugging_face_config_is_refused(name, value, tmp_path):
-    """A field that changes what the model computes is refused, not ignored."""
+def test_unsupported_hugging_face_config_is_rejected(name, value, tmp_path):
+    """A field that changes what the model computes is rejected, not ignored."""
     config = reference().config
     setattr(config, name, value)
     config.save_pretrained(tmp_path)
@@ -110,7 +110,7 @@ def test_unsupported_hugging_face_config_is_refused(name, value, tmp_path):
         read_config(tmp_path / "config.json")
 
 
-def test_weights_that_do_not_match_the_config_are_refused():
+def test_weights_that_do_not_match_the_config_are_rejected():
     """The message names each tensor that is missing, unexpected, or has a wrong shape."""
     state = reference().state_dict()
     with pytest.raises(UserError, match=r"wte.weight has 300 rows, fewer than the vocabulary's 301"):
@@ -133,7 +133,7 @@ def test_smaller_block_size_keeps_the_first_positions():
 
 
 @pytest.mark.parametrize("fields", [{"n_kv_head": 2}, {"bias": False}, vars(ModernConfig())])
-def test_models_that_the_format_cannot_express_are_refused(fields):
+def test_models_that_the_format_cannot_express_are_rejected(fields):
     with pytest.raises(UserError, match="cannot express this model"):
         export_tensors({}, vars(TINY) | fields)
 
@@ -197,7 +197,7 @@ def test_training_starts_from_a_hugging_face_directory(dataset, tmp_path):
     assert loss == pytest.approx(expected, abs=0.05)  # train.py validates on a few more rows
 
 
-def test_weights_with_another_tokenizer_are_refused(dataset, tmp_path):
+def test_weights_with_another_tokenizer_are_rejected(dataset, tmp_path):
     """The message is about the tokenizer, since another vocab_size would not help."""
     GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=32, n_embd=16, n_layer=2, n_head=2)).save_pretrained(
         tmp_path / "hf"
@@ -234,7 +234,7 @@ def test_tokenizer_json_of_gpt2_is_recognized(tmp_path):
     assert GPT.from_pretrained(tmp_path / "same").tokenizer.sha256 == gpt2.sha256
 
 
-def test_directories_without_a_known_tokenizer_are_refused(foreign, tmp_path):
+def test_directories_without_a_known_tokenizer_are_rejected(foreign, tmp_path):
     """A vocabulary of another size than GPT-2's needs a tokenizer.json, which may not have more entries than it."""
     shutil.copytree(foreign, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
     with pytest.raises(UserError, match=r"bare has no tokenizer\.json, and its vocabulary size, 300, is not GPT-2's"):
@@ -273,7 +273,7 @@ def test_padded_vocabulary_rows_are_never_sampled(foreign, tmp_path):
     torch.testing.assert_close(model(idx), GPT.from_pretrained(foreign)(idx))
 
 
-def test_corrupted_config_is_refused(foreign, tmp_path):
+def test_corrupted_config_is_rejected(foreign, tmp_path):
     """A config.json that is not JSON or has no block size gives a message that names the file."""
     shutil.copytree(foreign, tmp_path / "bad")
     for text, message in (

@@ -125,7 +125,7 @@ def test_position_of_step_counts_rows_and_starts_epochs():
 
 
 def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_path, capsys):
-    """A missing run, a step out of range, a missing or changed dataset, and an incomplete log are refused by name."""
+    """A missing run, a step out of range, a missing or changed dataset, and an incomplete log are rejected by name."""
 
     def copy(name: str, without: str = "", **sections: dict) -> Path:
         path = tmp_path / name
@@ -152,7 +152,7 @@ def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_
         (resumed_run[0], 30, "--step 30 is out of range: .* has steps 0 to 29"),
         (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "dataset of .*gone is not at .*away"),
         (copy("wrong", data={"dataset": str(other)}), 3, "other is not the dataset that .*wrong was trained on"),
-        (incomplete, 3, "lacks steps, so the rows"),
+        (incomplete, 3, "is missing some steps, so"),
     ):
         with pytest.raises(UserError, match=message):
             call(inspect_step.main, run, "--step", step)

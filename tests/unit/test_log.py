@@ -37,7 +37,7 @@ def test_resumed_log_has_every_step_once(num_bytes, tmp_path):
     assert [read["step"] for read in read_log(path)] == list(range(20))
 
 
-def test_other_csv_file_and_corrupted_line_are_refused(tmp_path):
+def test_other_csv_file_and_corrupted_line_are_rejected(tmp_path):
     """A corrupted line is accepted only if a resume removes it anyway."""
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"other.csv is not a log"):
@@ -45,7 +45,7 @@ def test_other_csv_file_and_corrupted_line_are_refused(tmp_path):
     Log(tmp_path / "log.csv").write(row(0))
     with open(tmp_path / "log.csv", "a") as file:
         file.write("zero,1,0" + "," * 10 + "\n")
-    with pytest.raises(UserError, match=r"log.csv, line 3"):
+    with pytest.raises(UserError, match=r"Line 3 of .*log.csv"):
         read_log(tmp_path / "log.csv")
     Log(tmp_path / "log.csv", 1)  # the corrupted line is removed
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [0]

@@ -129,7 +129,7 @@ def test_dropout_is_active_only_in_training():
     assert not torch.allclose(model(idx)[..., :300], model(idx)[..., :300])
 
 
-def test_more_tokens_than_the_block_size_are_refused():
+def test_more_tokens_than_the_block_size_are_rejected():
     with pytest.raises(ValueError, match="33 tokens"):
         tiny()(torch.zeros(1, 33, dtype=torch.int64))
 
@@ -355,7 +355,7 @@ def test_unet_with_one_block_has_no_skip_connection():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_document_mask_without_eot_id_is_refused():
+def test_document_mask_without_eot_id_is_rejected():
     with pytest.raises(ValueError, match="eot_id"):
         tiny(document_mask=True)
 

@@ -142,7 +142,7 @@ def test_muon_equals_torch_optim_muon():
         torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # bfloat16 rounding of updates of 0.02
 
 
-def test_muon_updates_matrices_of_one_shape_in_one_batch():
+def test_muon_batches_matrices_of_the_same_shape():
     """Tall matrices are transposed into the batch of the wide ones. A foreach call counts as one operation."""
 
     class OperationCounter(TorchDispatchMode):

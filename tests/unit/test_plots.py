@@ -38,6 +38,6 @@ def test_run_with_no_or_one_row_is_plotted(steps, tmp_path):
     assert is_png(tmp_path / "plot.png")
 
 
-def test_directory_without_a_log_is_refused(tmp_path):
+def test_directory_without_a_log_is_rejected(tmp_path):
     with pytest.raises(UserError, match="There is no run at"):
         call(plot.main, tmp_path)

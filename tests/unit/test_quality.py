@@ -270,7 +270,7 @@ def test_wrong_path_is_a_user_error_with_its_flag(inputs, tmp_path):
         train(inputs | {"other": tmp_path / "none.txt"}, tmp_path / "m")
 
 
-def test_model_of_another_tokenizer_is_a_user_error(inputs, trained_model, tmp_path):
+def test_model_trained_with_other_tokenizer_is_user_error(inputs, trained_model, tmp_path):
     """The message names both tokenizers."""
     tokenizer = train_tokenizer(make_texts("good", 60), 300, tmp_path / "own.json", progress=False)
     check_tokenizer(trained_model, load_tokenizer("gpt2"))
@@ -293,14 +293,14 @@ def test_other_file_is_a_user_error(tmp_path, content):
 
 
 def test_other_weights_and_missing_files_are_user_errors(trained_model, tmp_path):
-    for metadata in (None, {"quality": "{}"}, {"quality": "[]"}, {"quality": json.dumps({"format": 2})}):
+    for metadata in (None, {"quality": "{}"}, {"quality": "[]"}, {"quality": json.dumps({"format": 1})}):
         save_file(load_file(trained_model.path), tmp_path / "odd", metadata)
         with pytest.raises(UserError, match="odd is not a quality model"):
             QualityModel.load(tmp_path / "odd")
     with safe_open(trained_model.path, "numpy") as file:
         metadata = json.loads(file.metadata()["quality"])
     save_file(load_file(trained_model.path), tmp_path / "odd", {"quality": json.dumps(metadata | {"format": 2})})
-    with pytest.raises(UserError, match="its format is 2"):
+    with pytest.raises(UserError, match="has format 2, but"):
         QualityModel.load(tmp_path / "odd")
     save_file({"wte.weight": np.zeros(3, np.float32)}, tmp_path / "odd", {"quality": json.dumps({"format": 1})})
     with pytest.raises(UserError, match="odd is not a quality model"):

@@ -1,4 +1,4 @@
-"""readers.py: every text of jsonl, txt and parquet files is read, and invalid files are refused with their names."""
+"""readers.py: every text of jsonl, txt and parquet files is read, and invalid files are rejected with their names."""
 
 import json
 import random
@@ -52,19 +52,19 @@ def test_invalid_line_is_reported_with_file_and_number(tmp_path, bad):
 
 
 @pytest.mark.parametrize("column", [pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array([["a"], ["b"]])])
-def test_parquet_column_that_is_not_text_is_refused_by_file(tmp_path, column):
+def test_error_for_non_text_column_names_the_file(tmp_path, column):
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet.*text"):
         read_all(tmp_path / "a.parquet")
 
 
-def test_missing_parquet_column_is_refused_with_known_columns(tmp_path):
+def test_missing_parquet_column_is_rejected_with_known_columns(tmp_path):
     pq.write_table(pa.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet has no column 'text': it has id, body"):
         read_all(tmp_path / "a.parquet")
 
 
-def test_corrupted_parquet_file_is_refused_by_name(tmp_path):
+def test_corrupted_parquet_file_is_named_in_the_error(tmp_path):
     texts = [f"text number {i}" for i in range(100)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
     data = (tmp_path / "a.parquet").read_bytes()
@@ -77,7 +77,7 @@ def test_corrupted_parquet_file_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("ending", ["gz", "xz", "zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_corrupted_compressed_file_is_refused_by_name(tmp_path, kind, ending):
+def test_corrupted_compressed_file_is_named_in_the_error(tmp_path, kind, ending):
     text = "".join(random.Random(0).choices("abcdefgh ", k=20_000))
     path = save(tmp_path / f"a.{kind}.{ending}", json.dumps({"text": text}).encode())
     data = path.read_bytes()
@@ -97,20 +97,20 @@ def test_all_members_of_a_compressed_file_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a", "a.json", "a.parquet.gz", "a.gz"])
-def test_file_of_unknown_format_is_refused_by_name(tmp_path, name):
+def test_file_of_unknown_format_is_named_in_the_error(tmp_path, name):
     save(tmp_path / "b.txt", b"b")
     save(tmp_path / name, b"a")
     with pytest.raises(UserError, match=rf"unknown type, .*{name}"):
         read_all(tmp_path)
 
 
-def test_pattern_without_a_match_is_refused_by_name(tmp_path):
+def test_pattern_without_a_match_is_named_in_the_error(tmp_path):
     save(tmp_path / "a.txt", b"a")
     with pytest.raises(UserError, match=r"\*\.jsonl matches no file"):
         read_all(tmp_path / "a.txt", tmp_path / "*.jsonl")
 
 
-def test_source_without_text_is_refused(tmp_path):
+def test_source_without_text_is_rejected(tmp_path):
     pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])).close()  # no row group
     for source in (tmp_path / "rows.parquet", save(tmp_path / "empty.jsonl", b""), save(tmp_path / "a.txt", b" \n")):
         with pytest.raises(UserError, match="no text"):

@@ -195,6 +195,6 @@ def test_decode_step_compiles_once_and_gives_equal_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", [("--top-p", 0), ("--temperature", -1), ("--num-samples", 0), ("--compile",)])
-def test_values_out_of_range_are_refused(run, flag):
+def test_values_out_of_range_are_rejected(run, flag):
     with pytest.raises(UserError, match=flag[0]):
         call(sample_script.main, run, "--prompt", "x", *flag)

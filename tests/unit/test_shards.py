@@ -1,4 +1,4 @@
-"""shards.py: shards are byte-compatible with llm.c, and a corrupted dataset is refused with the name of the file."""
+"""shards.py: shards are byte-compatible with llm.c, and a corrupted dataset is rejected with the name of the file."""
 
 import hashlib
 import json
@@ -91,7 +91,7 @@ def test_written_tokens_are_read_back(tmp_path, vocab_size):
 @pytest.mark.parametrize(
     ("vocab_size", "token"), [(50257, 50257), (50257, 65536 + 5), (65536, 65536), (128256, 128256), (50257, -1)]
 )
-def test_token_outside_the_vocabulary_is_refused(tmp_path, vocab_size, token):
+def test_token_outside_the_vocabulary_is_rejected(tmp_path, vocab_size, token):
     with pytest.raises(ValueError, match="not all in the vocabulary of"):
         write_shard(tmp_path / "a.bin", 3, vocab_size, [np.array([1, token, 2])])
     assert not (tmp_path / "a.bin").exists()
@@ -107,7 +107,7 @@ def test_incomplete_shard_never_has_its_final_name(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, 10, 50257, pieces())
-    with pytest.raises(ValueError, match="received 5 tokens for a shard of 10"):
+    with pytest.raises(ValueError, match="5 tokens were written instead of 10"):
         write_shard(path, 10, 50257, [np.arange(5)])
     assert not path.exists()
 
@@ -128,7 +128,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_corrupted_shard_is_refused_by_name(tmp_path, damage):
+def test_corrupted_shard_is_named_in_the_error(tmp_path, damage):
     directory = make_dataset(tmp_path / "d")
     path = directory / "d_val_000000.bin"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -210,7 +210,7 @@ def test_files_of_nanogpt_and_build_nanogpt_open(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["odd size", "truncated", "uint32", "two dimensions", "not numpy"])
-def test_corrupted_file_of_another_project_is_refused_by_name(tmp_path, damage):
+def test_corrupted_file_of_another_project_is_named_in_the_error(tmp_path, damage):
     name = "train.bin" if damage == "odd size" else "x_train_000001.npy"
     if damage == "odd size":
         save(tmp_path / name, b"12345")
@@ -223,7 +223,7 @@ def test_corrupted_file_of_another_project_is_refused_by_name(tmp_path, damage):
         open_dataset(tmp_path)
 
 
-def test_uint32_shards_without_a_manifest_are_refused(tmp_path):
+def test_uint32_shards_without_a_manifest_are_rejected(tmp_path):
     directory = make_dataset(tmp_path / "d", vocab_size=128256)
     assert len(open_dataset(directory).train) == 8
     (directory / MANIFEST).unlink()
@@ -231,7 +231,7 @@ def test_uint32_shards_without_a_manifest_are_refused(tmp_path):
         open_dataset(directory)
 
 
-def test_missing_or_unlisted_shard_is_refused_by_name(tmp_path):
+def test_missing_or_unlisted_shard_is_named_in_the_error(tmp_path):
     directory = make_dataset(tmp_path / "d")
     unlisted = shutil.copy(directory / "d_train_000001.bin", directory / "x_train_000009.bin")
     with pytest.raises(UserError, match=r"x_train_000009\.bin is not in the manifest"):
@@ -245,7 +245,7 @@ def test_missing_or_unlisted_shard_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"first_shard": {"tokens": 4}}, {"first_shard": {"tokens": "4"}}, {"vocab_size": 128256}]
 )
-def test_shard_that_contradicts_the_manifest_is_refused_by_name(tmp_path, change):
+def test_shard_contradicting_the_manifest_is_named_in_the_error(tmp_path, change):
     """The manifest determines the length and dtype of each shard."""
     directory = make_dataset(tmp_path / "d")
     edit_manifest(directory, **change)
@@ -254,14 +254,14 @@ def test_shard_that_contradicts_the_manifest_is_refused_by_name(tmp_path, change
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": []}', "\udcff"])
-def test_corrupted_manifest_is_refused_by_name(tmp_path, content):
+def test_corrupted_manifest_is_named_in_the_error(tmp_path, content):
     directory = make_dataset(tmp_path / "d")
     (directory / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=MANIFEST):
         open_dataset(directory)
 
 
-def test_missing_or_empty_directory_is_refused_by_name(tmp_path):
+def test_missing_or_empty_directory_is_named_in_the_error(tmp_path):
     with pytest.raises(UserError, match=r"no dataset at .*nowhere"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no dataset at aaa"):
@@ -322,8 +322,8 @@ def test_verify_names_every_corrupted_shard(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"first_shard": {"documents": 2}}, "1 documents start in it, but dataset.json lists 2"),
-        ({"first_shard": {"documents": "2"}}, "but dataset.json lists '2'"), ({"vocab_size": 50256}, "50256"),
+        ({"first_shard": {"documents": 2}}, "dataset.json lists 2 documents, but 1 start in it"),
+        ({"first_shard": {"documents": "2"}}, "dataset.json lists '2' documents, but 1"), ({"vocab_size": 50256}, "50256"),
         ({"vocab_size": "50257"}, "eot_id and vocab_size must be integers"),
     ],
 )  # fmt: skip
@@ -334,7 +334,7 @@ def test_verify_checks_document_counts_and_the_vocabulary(tmp_path, change, mess
         verify(directory)
 
 
-def test_verify_without_a_manifest_is_refused(tmp_path):
+def test_verify_without_a_manifest_is_rejected(tmp_path):
     directory = make_dataset(tmp_path / "d")
     (directory / MANIFEST).unlink()
     with pytest.raises(UserError, match=MANIFEST):

@@ -31,7 +31,7 @@ def tasks(source, directory=Path("unused")):
 
 def file_names(source):
     """Return the file names of each task, in order."""
-    return [[os.path.basename(path) for path in task.paths] for task in tasks(source)]
+    return [[os.path.basename(path) for path in task.location] for task in tasks(source)]
 
 
 def test_documents_are_in_the_order_of_sorted_paths(tmp_path):
@@ -95,7 +95,7 @@ def test_each_row_group_of_a_parquet_file_is_in_one_task(tmp_path, monkeypatch):
     save_jsonl(tmp_path / "a.jsonl", ["before"])
     save_jsonl(tmp_path / "c.jsonl", ["after"])
     source = open_files(tmp_path)
-    ranges = [task.part for task in tasks(source) if task.kind == "parquet"]
+    ranges = [task.range for task in tasks(source) if task.kind == "parquet"]
     assert [group for first, stop in ranges for group in range(first, stop)] == list(range(17))
     assert 3 < len(ranges) < 17
     assert list(read_documents(local_files(tmp_path))) == ["before", *texts, "after"]
@@ -163,7 +163,7 @@ def test_first_documents_stop_after_reaching_max_bytes(tmp_path):
         assert len(list(read_first_documents(local_files(tmp_path), max_bytes))) == expected
 
 
-def test_unknown_source_is_refused_with_the_nearest_name():
+def test_unknown_source_is_rejected_with_the_nearest_name():
     with pytest.raises(UserError, match="Did you mean 'stdlib'"):
         find("stdlb")
     with pytest.raises(UserError, match="only for the source `files`"):
@@ -180,7 +180,7 @@ def test_hidden_files_and_link_cycles_are_skipped(tmp_path):
     assert list(read_documents(local_files(tmp_path / "in"))) == ["a"]
 
 
-def test_text_file_that_is_not_utf8_is_refused_by_name(tmp_path):
+def test_text_file_that_is_not_utf8_is_named_in_the_error(tmp_path):
     save(tmp_path / "a.txt", "zażółć".encode("utf-16"))
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         list(read_documents(local_files(tmp_path)))

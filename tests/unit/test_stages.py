@@ -35,7 +35,7 @@ class Source:
 
 def write_index(task: Task, stem: str) -> tuple[int, int, None]:
     """Write the index of a task with ten distinct documents."""
-    ids = np.arange(10, dtype=np.uint64) + np.uint64(10 * (TASKS * int(task.paths[0]) + int(task.paths[1])))
+    ids = np.arange(10, dtype=np.uint64) + np.uint64(10 * (TASKS * int(task.location[0]) + int(task.location[1])))
     np.savez(
         f"{stem}.npz", hash=np.stack([ids, ids], axis=1), tokens=np.full(10, TOKENS // 10, np.uint32),
         bytes=np.full(10, 5, np.uint64), decision=np.full(10, KEPT, np.uint8),

@@ -124,7 +124,7 @@ def test_gpt2_ids_equal_plain_bpe(tokenizers, ranks, characters):
     assert tokenizers["gpt2"].encode(text) == encode_plainly(text, ranks)
 
 
-def test_corrupted_ranks_are_refused_by_name(tmp_path, monkeypatch):
+def test_corrupted_ranks_are_named_in_the_error(tmp_path, monkeypatch):
     data = tokenizer.GPT2_RANKS.read_bytes()
     monkeypatch.setattr(tokenizer, "GPT2_RANKS", save(tmp_path / "ranks.tiktoken", data.replace(b" 777\n", b" 778\n")))
     with pytest.raises(UserError, match=r"ranks\.tiktoken is corrupted"):
@@ -146,7 +146,7 @@ def test_any_text_survives_encode_and_decode(tokenizers, kind, text):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained", "foreign"])
-def test_batch_has_the_ids_of_each_text(tokenizers, kind):
+def test_encode_batch_equals_encode(tokenizers, kind):
     texts = [SAMPLE, "", "\ufeffmark", "cat"]
     assert encode_batch(tokenizers[kind], texts) == [tokenizers[kind].encode(text) for text in texts]
     assert tokenizers[kind].encode_batch([]) == []
@@ -265,7 +265,7 @@ def test_training_replaces_lone_surrogates(tmp_path):
     assert surrogate.sha256 == replacement.sha256
 
 
-def test_impossible_vocabulary_size_is_refused(tmp_path):
+def test_impossible_vocabulary_size_is_rejected(tmp_path):
     """The text is too small for the vocabulary, or the vocabulary too small for 256 bytes and EOT."""
     with pytest.raises(UserError, match="too short for a vocabulary of 4,096 tokens"):
         train_tokenizer(CORPUS, 4096, tmp_path / "t.json", progress=False)
@@ -276,25 +276,25 @@ def test_impossible_vocabulary_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"hello", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
-def test_file_that_is_not_a_tokenizer_is_refused_by_name(tmp_path, content):
+def test_file_that_is_not_a_tokenizer_is_named_in_the_error(tmp_path, content):
     with pytest.raises(UserError, match=r"odd\.json is not a tokenizer"):
         load_tokenizer(save(tmp_path / "odd.json", content))
 
 
-def test_file_that_makes_the_library_panic_is_refused(tmp_path):
+def test_file_that_makes_the_library_panic_is_rejected(tmp_path):
     content = json.loads(train_tokenizer(CORPUS, 300, tmp_path / "t.json", progress=False).data)
     content["model"]["continuing_subword_prefix"] = "x" * 50  # longer than the tokens from which it is removed
     with pytest.raises(UserError, match=r"odd\.json is not a tokenizer"):
         load_tokenizer(save(tmp_path / "odd.json", json.dumps(content).encode()))
 
 
-def test_missing_tokenizer_is_refused_by_name(tmp_path):
+def test_missing_tokenizer_is_named_in_the_error(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match="There is no tokenizer at"):
             load_tokenizer(path)
 
 
-def test_tokenizer_without_end_of_text_is_refused_by_name(tmp_path):
+def test_tokenizer_without_end_of_text_is_named_in_the_error(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "t.json"))
     with pytest.raises(UserError, match=r"t\.json has no end-of-text token"):
         FileTokenizer(tmp_path / "t.json")
@@ -332,7 +332,7 @@ def test_comparison_stops_at_max_bytes(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("2 documents, 21 bytes, 3 words\n")
 
 
-def test_comparison_without_words_or_tokenizers_is_refused(tmp_path):
+def test_comparison_without_words_or_tokenizers_is_rejected(tmp_path):
     source = save(tmp_path / "a.txt", b" \n")
     with pytest.raises(UserError, match="no words"):
         call(compare_tokenizers.main, "gpt2", "--input", source)
@@ -383,16 +383,16 @@ def test_ids_do_not_depend_on_unicode_versions(fast_and_plain):
     fast, plain = fast_and_plain["pairs"]
     # every 97th character of long ranges whose characters have the same class, and all other characters
     uniform = [*range(0x3400, 0xA000), *range(0xAC00, 0xD800), *range(0x20000, 0x110000)]
-    codes = sorted(set(range(0x20000)) - set(range(0xD800, 0xE000)) - set(uniform)) + uniform[::97]
+    code_points = sorted(set(range(0x20000)) - set(range(0xD800, 0xE000)) - set(uniform)) + uniform[::97]
     newer = [0x88F, 0xC5C, 0xA7CE, 0x10940, 0x16EA0, 0x187FF, 0x1E6C0, 0x2B73A, 0x323B0, 0x33479]
-    texts = [f"a{chr(c)}b 1{chr(c)}2 {chr(c)}!{chr(c)}'s {chr(c)}{chr(c)}x  {chr(c)}" for c in codes + newer]
+    texts = [f"a{chr(c)}b 1{chr(c)}2 {chr(c)}!{chr(c)}'s {chr(c)}{chr(c)}x  {chr(c)}" for c in code_points + newer]
     fast_ids, plain_ids = encode_batch(fast, texts), encode_batch(plain, texts)
     assert [text for text, a, b in zip(texts, fast_ids, plain_ids, strict=True) if a != b] == []
     gigatoken_ids = [fast.fast_encoder.encode(text.encode()).tolist() for text in texts[-len(newer) :]]
     assert all(a != b for a, b in zip(gigatoken_ids, plain_ids[-len(newer) :], strict=True)), "gigatoken alone differs"
 
 
-def test_gigatoken_is_used_only_if_a_sample_is_equal(tokenizers, monkeypatch):
+def test_gigatoken_is_used_only_if_its_ids_are_equal(tokenizers, monkeypatch):
     """Nor is it used for an unsupported tokenizer, or if it is not installed."""
     gpt2, sample = load_tokenizer("gpt2"), [b"one", b"two", b"three", b"four"]
     gpt2._gigatoken = mock.Mock(

@@ -44,10 +44,10 @@ def test_run_reduces_the_loss_and_writes_its_files(uninterrupted_run):
     assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the run crosses the end of an epoch"
     assert (uninterrupted_run / "plot.png").stat().st_size > 10_000
     assert json.loads((uninterrupted_run / "config.json").read_text())["model"]["n_embd"] == 16
-    sampled = re.findall(
+    sample_steps = re.findall(
         r"^\| (\d+) \| Hello, I'm a language model,", (uninterrupted_run / "samples.txt").read_text(), re.M
     )
-    assert sampled == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
+    assert sample_steps == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
     names = load_file(uninterrupted_run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
     assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
 
@@ -290,8 +290,8 @@ def test_resume_names_a_setting_that_must_not_change(change, message, uninterrup
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", **change))
 
 
-def test_resume_without_an_intact_checkpoint_is_refused(uninterrupted_run, dataset, tmp_path):
-    """If all checkpoints are corrupted, the resume is refused and changes no file of the run."""
+def test_resume_without_an_intact_checkpoint_is_rejected(uninterrupted_run, dataset, tmp_path):
+    """If all checkpoints are corrupted, the resume is rejected and changes no file of the run."""
     out = copy_killed_run(uninterrupted_run, 2, tmp_path / "run")
     for path in checkpoint.list_checkpoints(out):
         (path / "model.safetensors").write_bytes(b"")
@@ -311,14 +311,14 @@ def test_resume_before_the_first_checkpoint_keeps_init_from(uninterrupted_run, d
         assert read_log_without_timing(tmp_path / "run") == first
 
 
-def test_ranks_that_see_different_checkpoints_are_refused(uninterrupted_run, dataset, tmp_path, monkeypatch):
+def test_ranks_that_see_different_checkpoints_are_rejected(uninterrupted_run, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Ranks, "gather", lambda self, number: [number, number if number >= 0 else number - 1])
     with pytest.raises(ConfigError, match="The ranks see different checkpoints"):
         call(train.main, *flags(dataset, tmp_path / "run", general__init_from="resume"))
 
 
 def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
-    """A changed switch is refused even if it adds no parameters, so that the weights would load."""
+    """A changed switch is rejected even if it adds no parameters, so that the weights would load."""
     disabled = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet"]
     switches = [f"--model.no-{name}" for name in disabled] + ["--model.bias", "--model.tie-head"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
@@ -336,7 +336,7 @@ def test_warnings_have_one_prefix(dataset, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dataset, tmp_path):
+def test_checkpoint_of_another_format_is_rejected(version, uninterrupted_run, dataset, tmp_path):
     """Neither resume nor GPT.from_pretrained loads a checkpoint of an earlier or later format version."""
     out = copy_killed_run(uninterrupted_run, 6, tmp_path / "other")
     loaded = checkpoint.load(checkpoint.latest(out))
@@ -348,7 +348,7 @@ def test_checkpoint_of_another_format_is_refused(version, uninterrupted_run, dat
         GPT.from_pretrained(out)
 
 
-def test_resume_beyond_max_steps_is_refused(uninterrupted_run, dataset):
+def test_resume_beyond_max_steps_is_rejected(uninterrupted_run, dataset):
     with pytest.raises(ConfigError, match=r"step_00000014 is past --training.max-steps 5"):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
 
@@ -360,7 +360,7 @@ def test_resume_prints_changed_settings(uninterrupted_run, dataset, tmp_path, ca
 
 
 def test_init_from_loads_the_weights_of_another_run(uninterrupted_run, dataset, tmp_path):
-    """Weights of another shape are refused, and so is an output directory that is a file."""
+    """Weights of another shape are rejected, and so is an output directory that is a file."""
     arguments = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
     call(train.main, *arguments)
     first_row = read_log(tmp_path / "tuned" / "log.csv")[0]
@@ -399,7 +399,7 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
     ("change", "message"),
     [
         ({"training__batch_tokens": 250}, "--training.batch-tokens 250 is not divisible by micro_batch_size x"),
-        ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by n_head 3"),
+        ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by --model.n-head 3"),
         ({"data__dataset": "data/none"}, "There is no dataset at data/none"),
         ({"training__batch_tokens": 4096}, "fewer rows than one step"),
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
@@ -428,7 +428,7 @@ def test_user_error_prints_one_message_and_leaves_no_files(change, message, data
     assert not (tmp_path / "never").exists()
 
 
-def test_refused_run_keeps_the_files_of_its_directory(dataset, tmp_path):
+def test_rejected_run_keeps_the_files_of_its_directory(dataset, tmp_path):
     (tmp_path / "notes.tmp").write_text("notes")
     with pytest.raises(UserError, match="There is no model at out/none"):
         call(train.main, *flags(dataset, tmp_path, general__init_from="out/none"))
@@ -457,10 +457,10 @@ def test_script_exits_with_code_2_after_a_user_error(dataset, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *flags(dataset, tmp_path / "never", model__n_head=3)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --model.n-embd 16 is not divisible by n_head 3. Use a multiple of 3."
+    assert done.stderr.strip() == "error: --model.n-embd 16 is not divisible by --model.n-head 3. Use a multiple of 3."
 
 
 def test_all_configuration_errors_are_reported_at_once(dataset, tmp_path):
     with pytest.raises(ConfigError) as raised:
         call(train.main, *flags(dataset, tmp_path, model__n_head=3, sampling__top_p=2.0, optimizer__eps=0))
-    assert all(message in str(raised.value) for message in ("n_head 3", "--sampling.top-p 2.0", "--optimizer.eps 0.0"))
+    assert all(message in str(raised.value) for message in ("n-head 3", "--sampling.top-p 2.0", "--optimizer.eps 0.0"))

@@ -90,7 +90,7 @@ def test_help_shows_every_field_with_its_comment(name, capsys, monkeypatch):
     assert "tokens per optimizer step, over all ranks" in text
 
 
-def test_unknown_preset_is_refused_with_the_nearest_name():
+def test_unknown_preset_is_rejected_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"no preset 'gpt2-medum'. Did you mean 'gpt2-medium'\?"):
         parse(["gpt2-medum"])
 
@@ -107,12 +107,12 @@ def test_unknown_preset_is_refused_with_the_nearest_name():
         ("general", "timeout_minutes", 1e300), ("data", "num_streams", 0), ("validation", "every_n_steps", -5),
     ],
 )  # fmt: skip
-def test_value_out_of_range_is_refused_by_flag(section, field, value):
+def test_value_out_of_range_error_names_the_flag(section, field, value):
     (problem,) = problems(variant(Config(), **{section: {field: value}}), world_size=8)
     assert problem.startswith(f"--{section}.{field.replace('_', '-')} ")
 
 
-def test_text_that_cannot_be_stored_is_refused_by_flag():
+def test_error_for_unencodable_text_names_the_flag():
     """A NUL byte, which no path can contain, and a lone surrogate, which UTF-8 cannot encode."""
     for section, field in (("sampling", "prompt"), ("general", "init_from"), ("data", "dataset")):
         for text in ("a\0b", "\ud800"):
@@ -192,7 +192,7 @@ def test_differences_name_the_field_and_both_values():
         ({"model": {"rop": True}}, "model has no field 'rop'. Did you mean 'rope'?"),
     ],
 )
-def test_invalid_preset_is_refused_with_section_and_field(sections, message, monkeypatch):
+def test_invalid_preset_is_rejected_with_section_and_field(sections, message, monkeypatch):
     """A wrong name, type or value in train_config.py is one message, not a traceback."""
     monkeypatch.setitem(PRESETS, "custom", sections)
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
@@ -200,7 +200,7 @@ def test_invalid_preset_is_refused_with_section_and_field(sections, message, mon
     assert str(raised.value).startswith("The preset 'custom' in train_config.py is invalid:")
 
 
-def test_modern_switch_on_a_classic_preset_is_refused():
+def test_modern_switch_on_a_classic_preset_is_rejected():
     """The message names the preset modern."""
     for flag in ("--model.rope", "--model.no-unet", "--model.window=5"):
         with pytest.raises(ConfigError, match=f"{flag.split('=')[0]}: the preset smollgpt .* preset modern"):
