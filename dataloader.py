@@ -77,15 +77,15 @@ def _read_window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
     The operating system reads up to megabytes around each access to a memory map. Since the windows are everywhere in
     the data, it would read all of it.
     """
-    parts = []
+    pieces = []
     for shard_index, first, end in tokens.ranges(start, stop):
         shard = tokens.shards[shard_index]
         if isinstance(shard, np.memmap):
             offset = shard.offset + first * shard.itemsize
-            parts.append(np.fromfile(str(shard.filename), shard.dtype, end - first, offset=offset))
+            pieces.append(np.fromfile(str(shard.filename), shard.dtype, end - first, offset=offset))
         else:
-            parts.append(shard[first:end])
-    return np.concatenate(parts)
+            pieces.append(shard[first:end])
+    return np.concatenate(pieces)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -176,7 +176,7 @@ class Order:
         """Raise a ConfigError if an epoch has fewer rows than a step."""
         if self.rows_per_epoch < rows_per_step:
             raise ConfigError(
-                f"The dataset has fewer rows than one step: {len(self.tokens):,} training tokens give "
+                f"The dataset has too few rows for one step: {len(self.tokens):,} training tokens give "
                 f"{self.rows_per_epoch:,} rows of {self.block_size:,} tokens in {self.num_streams} streams, but a step "
                 f"takes {rows_per_step:,}. Use more data, or a smaller --training.batch-tokens, --data.num-streams or "
                 "--model.block-size."

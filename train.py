@@ -110,7 +110,7 @@ def train_step(
         norm = clip_grad_norm_(parameters, state.grad_clip)
     else:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nonfinite = ~loss_sum.isfinite() | ranks.pop_nonfinite_grad()  # on this rank, for the message
+    nonfinite = ~loss_sum.isfinite() | ranks.pop_nonfinite_flag()  # on this rank, for the message
     weights = checksum(parameters) if compare else None
     local = StepStatus.of_rank(ranks.rank, ranks.world_size, loss_sum / batch.num_targets, nonfinite, stop, weights)
     status = StepStatus.unpack(ranks.all_reduce(local.pack()))  # sums over ranks, with a slot per rank for the flags

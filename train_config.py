@@ -45,8 +45,8 @@ Steps = Annotated[NonNegative, metavar("N")]
 class General:
     """Tasks, initial weights, and device."""
 
-    # tasks: train, val (validation loss), eval (HellaSwag) and sample (generate text). Without train, the others run
-    # once, on the latest checkpoint in out_dir or on the model that init_from names
+    # tasks: train, val (validation loss), eval (HellaSwag) and sample (generate text). Without train, the other tasks
+    # run once, on the model that init_from names or, if it is scratch or resume, on the latest checkpoint in out_dir
     mode: Annotated[tuple[Mode, ...], MinLen(1), metavar("MODE [MODE ...]")] = ("train", "val", "eval", "sample")
     # initial weights: scratch (random), resume (the latest checkpoint in out_dir; scratch if there is none), gpt2,
     # gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face Hub), or the path to a model
@@ -76,7 +76,7 @@ class Training:
     # number of optimizer steps; 19,073 steps of 524,288 tokens are 10B tokens
     max_steps: Annotated[Positive, metavar("N")] = 19_073
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
-    # rows per forward pass on each rank; 0: up to 64 on a GPU, depending on its memory, or 16 on a CPU
+    # rows per forward pass on each rank; 0: automatic, up to 64 on a GPU, depending on its memory, and 16 on a CPU
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -97,8 +97,8 @@ class Optimizer:
     # peak learning rate (GPT-3 used 6e-4 for 125M parameters); with muon: peak learning rate of the matrices only
     max_lr: Rate = 6e-4
     min_lr_ratio: Fraction = 0.1  # learning rate at the last step, as a fraction of the peak
-    warmup_steps: Steps = 715  # number of steps of linear warmup; GPT-3's 375M tokens are 715 steps
-    # fraction of the steps, at the end, over which the learning rate, constant before, decays linearly; None: cosine
+    warmup_steps: Steps = 715  # number of steps of linear warmup; GPT-3 used 375M tokens: 715 steps
+    # final fraction of the steps, over which the learning rate decays linearly to its minimum; None: cosine decay
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
     weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: of the matrices only
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate of the moving average of gradients
@@ -125,12 +125,12 @@ class Evaluation:
     """Accuracy on HellaSwag."""
 
     every_n_steps: Steps = 250  # evaluate every N steps and after the last step; 0: never
-    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records only karpathy's acc_norm
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records acc_norm only with karpathy
     # examples in HellaSwag's jsonl format
     file: Annotated[str | None, metavar("PATH|URL", "HellaSwag's validation set, downloaded once")] = None
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
     language: Annotated[str, metavar("CODE")] = "en"
-    limit: Annotated[Positive | None, metavar("N", "all 10,042")] = None  # evaluate only the first N examples
+    limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class Sampling:
 class Saving:
     """Checkpoints."""
 
-    # save a checkpoint every N steps and after the last step; 0: only when Ctrl-C or a signal stops the run
+    # save a checkpoint every N steps and after the last step; 0: only when Ctrl-C or another signal stops the run
     every_n_steps: Steps = 1000
-    keep: NonNegative = 2  # number of latest checkpoints to keep; 0: all
+    keep: NonNegative = 2  # number of most recent checkpoints to keep; 0: all
     keep_every: Steps = 0  # also keep checkpoints whose step is a multiple of this number; 0: none
 
 
@@ -297,7 +297,7 @@ def preset(name: str) -> Config:
         if not hasattr(config, section):
             problems.append(f"There is no section {section!r}. {suggest(section, [f.name for f in fields(Config)])}")
         elif not isinstance(values, dict):
-            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove a comma after its closing brace.")
+            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove any comma after its closing brace.")
         else:
             known = [f.name for f in fields(ModernConfig if section == "model" else getattr(config, section))]
             unknown = [name for name in values if name not in known]
@@ -374,8 +374,8 @@ def conflicts(config: Config, world_size: int) -> list[str]:
             problems.append(f"--model.rope requires a head size divisible by 4; n_embd / n_head = {model.head_size}.")
         if 2 * model.value_embeddings > model.n_layer:
             problems.append(
-                f"--model.value-embeddings {model.value_embeddings} is more than half of n_layer {model.n_layer}. Use "
-                f"at most {model.n_layer // 2}."
+                f"--model.value-embeddings {model.value_embeddings} is more than half of --model.n-layer "
+                f"{model.n_layer}. Use at most {model.n_layer // 2}."
             )
     micro = training.micro_batch_size
     multiple = (micro or 1) * model.block_size * world_size
@@ -398,7 +398,7 @@ def bind(config: Config, dataset: Dataset) -> Config:
     if model.vocab_size not in (0, dataset.vocab_size):
         problems.append(
             f"--model.vocab-size {model.vocab_size:,} does not match {data.dataset}, whose vocabulary size is "
-            f"{dataset.vocab_size:,}. Omit it: GPT pads the vocabulary to a multiple of 128."
+            f"{dataset.vocab_size:,}. Omit it: the model takes it from the dataset."
         )
     config = variant(config, model={"vocab_size": dataset.vocab_size})
     if isinstance(model, ModernConfig):
@@ -426,7 +426,7 @@ def bind(config: Config, dataset: Dataset) -> Config:
 
 # conservative estimates of device memory in bfloat16; results/speed/fake-h200.md has 32 GB for 64 rows of GPT-2
 ACTIVATION_BYTES = 46  # per token, layer and channel; 60 for the modern GPT
-PARAMETER_BYTES = 20  # per parameter: weight, gradient, two moments of Adam, a bfloat16 copy
+BYTES_PER_PARAMETER = 20  # weight 4, gradient 4, two moments of Adam 8, bfloat16 copy 2, rounded up
 LOGITS_BYTES = 2 << 30
 
 
@@ -446,7 +446,7 @@ def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -
         tables = (1 if model.tie_head else 2) + getattr(model, "value_embeddings", 0) * model.kv_heads / model.n_head
         parameters = 12 * model.n_layer * model.n_embd**2 + tables * model.padded_vocab_size * model.n_embd
         row_bytes = ACTIVATION_BYTES * (1.3 if modern else 1.0) * model.n_layer * model.n_embd * model.block_size
-        available = 0.8 * device_memory - PARAMETER_BYTES * parameters - LOGITS_BYTES
+        available = 0.8 * device_memory - BYTES_PER_PARAMETER * parameters - LOGITS_BYTES
         max_rows = next((n for n in (64, 32, 16, 8, 4, 2) if n * row_bytes < available), 1)
     trains = "train" in config.general.mode
     rows = max(1, training.batch_tokens // model.block_size // world_size) if trains else max_rows
@@ -496,4 +496,4 @@ def from_json(values: dict[str, Any]) -> Config:
         model = config_from_dict(sections.pop("model"))
         return variant(replace(Config(), model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"A different version of BabyGPT wrote these settings ({error}). Use that version.") from None
+        raise UserError(f"A different version of BabyGPT wrote the settings of the run ({error}). Use it.") from None

@@ -74,16 +74,18 @@ def _convert_errors(path: str | Path) -> Iterator[None]:
 def create(path: str | Path) -> Iterator[IO[bytes]]:
     """Create a file atomically: yield a binary file to write to, and commit it unless the block raises."""
     if not is_remote(path):
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # unique, because a cluster may run a task twice at the same time
+        temporary_path = (
+            f"{path}.{uuid.uuid4().hex}.tmp"  # unique, because a cluster may run a task twice at the same time
+        )
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary_path, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary_path, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(temporary_path)
             raise
         return
     with tempfile.NamedTemporaryFile() as file:

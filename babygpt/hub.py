@@ -86,7 +86,7 @@ def call_with_retries(
             is_unreachable = type(cause).__name__ in UNREACHABLE_ERRORS
             if is_unreachable and (fail_fast or delay is None):
                 raise UnreachableError(
-                    f"The Hugging Face Hub cannot be reached for {what}: {cause}. Check the network, or set "
+                    f"The Hugging Face Hub cannot be reached to download {what}: {cause}. Check the network, or set "
                     "HF_ENDPOINT to a mirror."
                 ) from None
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):

@@ -37,7 +37,7 @@ LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (1337, 1338, 1339)
 FRACTIONS = (0.125, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
 # rows of the ablation table, with the flags of the run; BEST stands for the best learning rate of classic
-REMOVED = {
+ABLATIONS = {
     "AdamW instead of Muon, best learning rate of classic": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
     "cosine schedule instead of constant with linear cooldown": ["--optimizer.cooldown", "None"],
     "no momentum warmup": ["--optimizer.momentum-warmup-steps", "0"],
@@ -54,7 +54,7 @@ REMOVED = {
     "no U-Net skip connections": ["--model.no-unet"],
     "no logit softcap": ["--model.logit-softcap", "None"],
 }
-ADDED = {
+ADDITIONS = {
     "2 key and value heads for 4 query heads": ["--model.n-kv-head", "2"],
     "attention scale 0.12": ["--model.attention-scale", "0.12"],
     "document mask": ["--model.document-mask"],
@@ -177,7 +177,7 @@ def main() -> None:
                 *(f.replace("BEST", str(best_lr)) for f in flags),
             ),
         )
-        for kind, changes in (("without", REMOVED), ("with", ADDED))
+        for kind, changes in (("without", ABLATIONS), ("with", ADDITIONS))
         for change, flags in changes.items()
     ]
     variant_names = runs.train_all([arguments for _, arguments in variants])

@@ -442,8 +442,8 @@ def main() -> None:
             sys.exit(f"error: --only {options.only!r} matches no benchmark of {stage}: {'; '.join(all_names)}.")
         rows = {name: (name, ROOT) for name in names}
         if options.against:  # alternate between the checkouts
-            checkouts = {f" ({options.against})": options.against, "": ROOT}
-            rows = {name + suffix: (name, root) for name in names for suffix, root in checkouts.items()}
+            root_by_suffix = {f" ({options.against})": options.against, "": ROOT}
+            rows = {name + suffix: (name, root) for name in names for suffix, root in root_by_suffix.items()}
         results: dict[str, list[dict]] = {label: [] for label in rows}
         for _ in range(options.runs):
             for label, (name, root) in rows.items():

@@ -19,11 +19,11 @@ from babygpt.errors import UserError, run
 
 def compare(specs: Iterable[str], texts: list[bytes]) -> str:
     """Return a Markdown table that compares tokenizers on UTF-8 texts. Words are separated by whitespace."""
-    num_bytes, words = sum(map(len, texts)), sum(len(text.decode().split()) for text in texts)
-    if words == 0:
+    num_bytes, num_words = sum(map(len, texts)), sum(len(text.decode().split()) for text in texts)
+    if num_words == 0:
         raise UserError("--input contains no words. Use other files.")
     lines = [
-        f"{len(texts):,} documents, {num_bytes:,} bytes, {words:,} words",
+        f"{len(texts):,} documents, {num_bytes:,} bytes, {num_words:,} words",
         "",
         "| tokenizer | vocabulary | tokens | bytes per token | tokens per word |",
         "|---|---:|---:|---:|---:|",
@@ -31,7 +31,7 @@ def compare(specs: Iterable[str], texts: list[bytes]) -> str:
     for spec in specs:
         tokenizer = load_tokenizer(spec)
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
-        ratios = f"{num_bytes / tokens:.3f} | {tokens / words:.3f}"
+        ratios = f"{num_bytes / tokens:.3f} | {tokens / num_words:.3f}"
         lines.append(f"| {spec} | {tokenizer.vocab_size:,} | {tokens:,} | {ratios} |")
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Print the rows that one optimizer step of a run was trained on, and their text.
+"""Print the rows that a run read in one optimizer step, and their text.
 
     python -m tools.inspect_step out/gpt2 --step 1234
 
 A row has block_size + 1 tokens, the last of which is only a target. If a row crosses the end of a chunk or shard, each
 piece has its own line. Each line shows the shard, the position of the piece's first token in the shard, the number of
 tokens, and the number of the document that contains the first token. The documents of a shard are numbered from 1;
-document 0 started in the previous shard.
+document 0 started in an earlier shard.
 """
 
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,9 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
     return dataset, order, rows
 
 
-def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks: int, chars: int) -> Iterator[str]:
+def describe_rows(
+    dataset: Dataset, order: Order, epoch: int, rows: range, num_ranks: int, max_chars: int
+) -> Iterator[str]:
     """Yield a table with one line for each part of each row: for each chunk and shard that the row reads from."""
     tokenizer, document_starts = load_tokenizer(dataset.tokenizer), {}  # by index of the shard
     shard_names = [  # an empty shard is not a memmap
@@ -95,8 +97,8 @@ def describe_rows(dataset: Dataset, order: Order, epoch: int, rows: range, ranks
                 document = np.searchsorted(document_starts[i], first, side="right")
                 text = "".join(c if c.isprintable() else " " for c in tokenizer.decode(shard[first:end].tolist()))
                 yield (
-                    f"{n:>9} {n % ranks:>4} {n % order.num_streams:>6}  {shard_names[i]:<{width}} {first:>11} "
-                    f"{end - first:>6} {document:>8}  {text[:chars]}"
+                    f"{n:>9} {n % num_ranks:>4} {n % order.num_streams:>6}  {shard_names[i]:<{width}} {first:>11} "
+                    f"{end - first:>6} {document:>8}  {text[:max_chars]}"
                 )
 
 

@@ -80,7 +80,7 @@ def find_segments(run: Path) -> list[Segment]:
         pairs.insert(0, (None, checkpoints[0]))
     if not pairs:
         raise UserError(
-            f"{run} cannot be replayed: this takes two checkpoints, or one if the run started from scratch. "
+            f"{run} cannot be replayed: a replay needs two checkpoints, or one if the run started from scratch. "
             "Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
         )
     try:

@@ -4,7 +4,7 @@
         --tokenizer data/pl.json --out data/pl-quality.safetensors
     python fineweb.py fineweb2-pl --tokenizer data/pl.json --quality data/pl-quality.safetensors --min-quality 0.5
 
-It works for any language. One tenth of the documents is held out, and the metrics on these documents are printed.
+It works for any language. One tenth of the documents are held out, and the metrics on these documents are printed.
 Requires scikit-learn.
 """
 

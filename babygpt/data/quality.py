@@ -79,7 +79,7 @@ class QualityModel:
         return (0.5 + 0.5 * np.tanh(logits / 2)).astype(np.float32)  # sigmoid(logits), without overflow
 
 
-_HINT = "To train one, see python -m tools.train_quality_filter --help."
+_HINT = "To train a new model, see python -m tools.train_quality_filter --help."
 
 
 def weights_sha256(weights: dict[str, np.ndarray]) -> str:

@@ -72,7 +72,7 @@ def split_parquet(path: str, columns: tuple[str, ...]) -> list[Task]:
     text_column = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == columns[0]), None)
     if text_column is None:
         raise UserError(
-            f"{path}: the column {columns[0]!r} is nested, not of type string. Choose another column with "
+            f"{path}: the column {columns[0]!r} is nested, but must have type string. Choose another column with "
             "--text-column."
         )
     tasks, first_group, size = [], 0, 0
@@ -123,8 +123,8 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
                 texts = texts.cast(pa.large_string())
             if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
                 raise UserError(
-                    f"{path}: the column {columns[0]!r} has type {texts.type}, not string. Choose another column with "
-                    "--text-column."
+                    f"{path}: the column {columns[0]!r} has type {texts.type}, but must have type string. Choose "
+                    "another column with --text-column."
                 )
             texts.validate(full=True)  # checks that it is UTF-8
             numbers = {}
@@ -133,11 +133,14 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
                     numbers[column] = rows.column(column).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                     raise UserError(
-                        f"{path}: the column {column!r} has type {rows.column(column).type}, which is not numeric."
+                        f"{path}: the column {column!r} has type {rows.column(column).type}, which is not numeric. Do "
+                        "not filter by it."
                     ) from None
             yield Batch([text or b"" for text in texts.cast(pa.large_binary()).to_pylist()], numbers)
     except KeyError:
-        raise UserError(f"{path} has several columns called {' or '.join(columns)}. Rename all but one.") from None
+        raise UserError(
+            f"{path} has duplicate column names: several columns are called {' or '.join(columns)}. Rename all but one."
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is corrupted in {location}: {error}. Copy or download it again.") from None
 
@@ -158,7 +161,7 @@ def _read_files(task: Task) -> Iterator[tuple]:
             else:
                 if task.columns[1:]:
                     raise UserError(
-                        f"{path} is a text file, which has no column {task.columns[1]!r}. Remove this filter, "
+                        f"{path} is a text file, so it cannot be filtered by {task.columns[1]!r}. Remove that filter, "
                         "or use jsonl or parquet files."
                     )
                 with _open_decompressed(path) as file:
@@ -200,8 +203,8 @@ def _select_columns(row: dict, columns: tuple[str, ...], location: str) -> tuple
     text, *numbers = (row[column] for column in columns)
     if text is not None and not isinstance(text, str):
         raise UserError(
-            f"{location}: the value of {columns[0]!r} has type {type(text).__name__}, not string. Choose another "
-            "column with --text-column."
+            f"{location}: the value of {columns[0]!r} has type {type(text).__name__}, but must be a string. Choose "
+            "another column with --text-column."
         )
     for column, number in zip(columns[1:], numbers, strict=True):
         if number is not None and (not isinstance(number, (int, float)) or abs(number) > 1e300):

@@ -58,8 +58,8 @@ def write_shard(path: str | Path, num_tokens: int, vocab_size: int, pieces: Iter
         for piece in pieces:
             if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
                 # checked before the conversion, which would silently wrap a large id into a valid one
-                ids = f"ids {piece.min()} ... {piece.max()}"
-                raise ValueError(f"{path}: {ids} are not all in the vocabulary of {vocab_size:,}")
+                ids = f"ids from {piece.min()} to {piece.max()}"
+                raise ValueError(f"{path}: the {ids} are not all in the vocabulary of {vocab_size:,} tokens")
             data = np.ascontiguousarray(piece, dtype=dtype).data
             file.write(data)
             digest.update(data)
@@ -255,7 +255,9 @@ def _download(url: str, directory: Path) -> None:
     manifest = read_manifest(url)
     if manifest is None:  # shards of another program
         if files.list_names(f"{url}/parts"):
-            raise UserError(f"{url} is unfinished. Run the same `python fineweb.py` command again to finish it.")
+            raise UserError(
+                f"The dataset at {url} is incomplete. Run the same `python fineweb.py` command again to finish it."
+            )
         versions = {name: files.version(f"{url}/{name}") for name in files.list_names(url) if _parse_split(name)}
         if not versions:
             raise UserError(f"There is no dataset at {url}: it has no {MANIFEST} and no shards.")
@@ -341,7 +343,8 @@ def verify(directory: str | Path, progress=lambda num_bytes: None) -> dict[str, 
     directory = dataset.directory
     if dataset.manifest is None:
         raise UserError(
-            f"{directory} has no {MANIFEST}, so only its headers and sizes could be checked. They are valid."
+            f"{directory} has no {MANIFEST}, so its tokens cannot be verified. The headers and sizes of its shards are "
+            "valid."
         )
     shards = dataset.manifest["shards"]
     with ThreadPoolExecutor() as threads:  # a disk reads faster than one core hashes
@@ -388,5 +391,7 @@ def _verify_shard(dataset: Dataset, shard: dict, progress) -> tuple[list[str], i
     if max_token >= dataset.vocab_size:
         problems.append(f"{path}: token {max_token} is outside the vocabulary of {dataset.vocab_size:,}")
     if documents != shard["documents"]:
-        problems.append(f"{path}: {MANIFEST} lists {shard['documents']!r} documents, but {documents:,} start in it")
+        problems.append(
+            f"{path}: {MANIFEST} lists {shard['documents']!r} documents, but {documents:,} start in this shard"
+        )
     return problems, documents

@@ -213,7 +213,7 @@ class HubFiles(Source):
         parquet_files = sorted((f for f in entries if f.path.endswith(".parquet")), key=lambda f: f.path)
         self.units = [Unit(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in parquet_files]
         if not self.units:
-            raise UserError(f"{self.repo} has no parquet files under {self.prefix}. Check --config.")
+            raise UserError(f"{self.repo} has no parquet files under {self.prefix}. Check the language of SOURCE.")
 
     def fetch(self, unit: int, directory: str) -> list[Task]:
         """Download a unit to `directory`; if that is a URL, download it to this machine and upload it."""

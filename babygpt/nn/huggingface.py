@@ -81,7 +81,7 @@ def import_tensors(theirs: dict[str, torch.Tensor], config: dict[str, Any]) -> d
         if name in TABLES:
             if len(tensor) < vocab_size:
                 raise UserError(
-                    f"{name} has {len(tensor):,} rows, fewer than the vocabulary's {vocab_size:,}. Download the "
+                    f"{name} has {len(tensor):,} rows, fewer than the vocabulary size of {vocab_size:,}. Download the "
                     "model again."
                 )
             tensor = F.pad(tensor[:vocab_size], (0, 0, 0, padded_vocab_size(vocab_size) - vocab_size))

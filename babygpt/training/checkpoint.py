@@ -58,7 +58,7 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     ]
     if mismatches:
         shown = "".join(mismatches[:10]) + ("\n  ..." if len(mismatches) > 10 else "")
-        raise UserError(f"{len(mismatches)} of the weights do not match the model:{shown}")
+        raise UserError(f"{len(mismatches)} weight tensors do not match the model:{shown}")
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -225,7 +225,7 @@ def resolve(path: Path) -> Path | None:
         return path
     checkpoint = latest(path)
     if checkpoint is None and (paths := list_checkpoints(path)):
-        raise UserError(f"None of the {len(paths)} checkpoints of {path} is intact. Delete them to start again.")
+        raise UserError(f"{path} has no intact checkpoint, but {len(paths)} corrupted. Restore one of them.")
     return checkpoint
 
 
@@ -252,9 +252,7 @@ def read_state(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         is_valid = False
     if not is_valid:
-        raise UserError(
-            f"{path / STATE} is not the state.json of a checkpoint. Delete the checkpoint to use an earlier one."
-        )
+        raise UserError(f"{path / STATE} is not a valid checkpoint state. Delete the checkpoint to use an earlier one.")
     if format != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "

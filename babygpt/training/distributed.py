@@ -89,7 +89,7 @@ class Ranks:
         wrapped.register_comm_hook(dist.group.WORLD, check_and_reduce)
         return wrapped
 
-    def pop_nonfinite_grad(self) -> torch.Tensor:
+    def pop_nonfinite_flag(self) -> torch.Tensor:
         """Return whether a local gradient was non-finite since the last call, () bool."""
         if self.has_nonfinite_grad is None:
             return torch.zeros((), dtype=torch.bool, device=self.device)
@@ -120,7 +120,7 @@ class Ranks:
             if error:
                 raise error
             if failed:
-                raise ConfigError(f"Rank {failed[0]} failed; see its message.")
+                raise ConfigError(f"Rank {failed[0]} failed; see its error message.")
         return results[0]
 
 
@@ -170,7 +170,7 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
             raise
         raise UserError(
             f"Another rank exited, or did not respond for {timeout_minutes:g} minutes, during {ranks.phase} "
-            f"({str(error).splitlines()[0]}). See the message of that rank. Resume from the last "
+            f"({str(error).splitlines()[0]}). See the error message of that rank. Resume from the last "
             "checkpoint with --general.init-from resume."
         ) from error
 

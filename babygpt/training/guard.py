@@ -129,6 +129,6 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
         raise ConfigError(
             f"Step {step}: the weights of {_list_ranks(differing)} differ from those of the other ranks, "
             f"but were equal at step {max(0, step - compare_every)}. A GPU or its memory may be faulty, or the GPUs "
-            f"may be of different types. Delete the checkpoints after step {max(0, step - compare_every)}, and resume "
-            "without the faulty GPU: --general.init-from resume."
+            f"may be of different types. Delete the checkpoints saved after step {max(0, step - compare_every)}, and "
+            "resume without the faulty GPU: --general.init-from resume."
         )

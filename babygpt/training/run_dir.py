@@ -75,7 +75,8 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
     path = checkpoint.latest(out)
     if len(steps := set(ranks.gather(checkpoint.step_of(path) if path else -1))) > 1:
         raise ConfigError(
-            f"The ranks see different checkpoints in {out} (steps {sorted(map(int, steps))}). Use a directory that all "
+            f"The ranks see different checkpoints in {out} (latest step by rank: "
+            f"{', '.join('none' if step < 0 else f'{step:.0f}' for step in sorted(steps))}). Use a directory that all "
             "nodes share."
         )
     if path is None and (paths := checkpoint.list_checkpoints(out)):

@@ -488,7 +488,7 @@ def test_rewritten_state_json_is_rejected(name, value, uninterrupted_run, datase
     run = copy_killed_run(uninterrupted_run, 1, tmp_path / "run")
     loaded = load(latest(run))
     checkpoint.save(run, 1, loaded.model, loaded.optimizer, loaded.state | {name: value}, keep=0)
-    with pytest.raises(UserError, match=r"cannot resume from|is not the state.json of a checkpoint"):
+    with pytest.raises(UserError, match=r"cannot resume from|is not a valid checkpoint state"):
         call(train.main, *flags(dataset, run, general__init_from="resume"))
 
 

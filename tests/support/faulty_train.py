@@ -39,7 +39,7 @@ original_train_step, original_set_up = train.train_step, train.set_up
 num_updates, out_dir = 0, Path()
 
 
-def inject(weight: torch.Tensor) -> None:
+def inject_fault(weight: torch.Tensor) -> None:
     if KIND == "disk_full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -87,7 +87,7 @@ def train_step(state, batch, *args, **kwargs):
     num_updates += 1
     if (rank, num_updates - 1) == (int(RANK), int(STEP)) and FIRST_ATTEMPT:
         with torch.no_grad():
-            inject(next(state.model.parameters()))
+            inject_fault(next(state.model.parameters()))
     return original_train_step(state, batch, *args, **kwargs)
 
 

@@ -121,7 +121,7 @@ def changed_settings() -> Iterator[list[str]]:
 def raise_user_error(error: SystemExit) -> None:
     """Raise a UserError in place of the exit of tyro, which has printed a message; raise other exits again."""
     if error.code == 2:
-        raise UserError("a message of tyro") from None
+        raise UserError("an error message of tyro") from None
     raise error
 
 

@@ -71,7 +71,7 @@ def test_missing_or_non_numeric_score_is_an_error(tmp_path, kind):
         with pytest.raises(UserError, match=rf"a\.{kind}.*{reason}"):
             call(fineweb.main, "files", "--input", source, *arguments)
     source = save(tmp_path / "a.txt", b"a")
-    with pytest.raises(UserError, match=r"a\.txt is a text file, which has no column 'score'"):
+    with pytest.raises(UserError, match=r"a\.txt is a text file, so it cannot be filtered by 'score'"):
         call(fineweb.main, "files", "--input", source, *arguments)
 
 

@@ -56,7 +56,7 @@ MODERN = {"rope": True, "qk_norm": True, "value_embeddings": 1, "unet": True, "d
 @pytest.mark.parametrize("fields", [{}, MODERN, MODERN | {"window": 6}], ids=["gpt2", "modern", "window"])
 @pytest.mark.parametrize("style", ["karpathy", "lm-eval"])
 @pytest.mark.parametrize("block_size", [64, 24])
-def test_packed_losses_equal_plain_ones(style, block_size, fields, dataset, questions, monkeypatch):
+def test_packed_losses_equal_unpacked_losses(style, block_size, fields, dataset, questions, monkeypatch):
     """Losses and predictions are those of a plain implementation, whatever the row length and the batch size."""
     model = make_model(block_size, **fields)
     with torch.no_grad():

@@ -31,7 +31,7 @@ from tools.train_tokenizer import train_tokenizer
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
 
 
-def reference(vocab_size: int = 300, **fields: object) -> GPT2LMHeadModel:
+def make_reference_model(vocab_size: int = 300, **fields: object) -> GPT2LMHeadModel:
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=4, **fields)
     return GPT2LMHeadModel(config).eval()
@@ -49,7 +49,7 @@ def ours_from(theirs: GPT2LMHeadModel) -> GPT:
 
 @torch.no_grad()
 def test_logits_equal_transformers_gpt2():
-    theirs, idx = reference(), torch.randint(0, 300, (3, 32))
+    theirs, idx = make_reference_model(), torch.randint(0, 300, (3, 32))
     for parameter in theirs.parameters():
         parameter.add_(
             0.05 * torch.randn_like(parameter)
@@ -60,7 +60,7 @@ def test_logits_equal_transformers_gpt2():
 @torch.no_grad()
 def test_loss_equals_transformers_if_logits_are_negative():
     """The padding of the vocabulary has no share in the loss."""
-    theirs, idx = reference(), torch.randint(0, 300, (3, 32))
+    theirs, idx = make_reference_model(), torch.randint(0, 300, (3, 32))
     theirs.transformer.wte.weight.abs_()
     theirs.transformer.ln_f.weight.mul_(0.01)
     theirs.transformer.ln_f.bias.fill_(-20.0)  # as in the real GPT-2: far below the logit 0 of a padding row
@@ -71,17 +71,17 @@ def test_loss_equals_transformers_if_logits_are_negative():
 
 @pytest.mark.parametrize("vocab_size", [256, 300])
 def test_imported_and_exported_weights_are_bitwise_equal(vocab_size):
-    theirs = reference(vocab_size)
+    theirs = make_reference_model(vocab_size)
     ours = ours_from(theirs)
     exported = export_tensors(ours.state_dict(), vars(ours.config))
     expected = theirs.state_dict()
     assert set(expected) - {"lm_head.weight"} == set(exported) - {"lm_head.weight"}
     assert all(torch.equal(exported[name], expected[name]) for name in exported)
-    reference(vocab_size).load_state_dict(exported)
+    make_reference_model(vocab_size).load_state_dict(exported)
 
 
 def test_config_is_read_from_hugging_face_config(tmp_path):
-    reference().config.save_pretrained(tmp_path)
+    make_reference_model().config.save_pretrained(tmp_path)
     assert GPTConfig(**read_config(tmp_path / "config.json")) == TINY
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"is not a GPT-2 configuration: its model_type is 'llama'"):
@@ -103,7 +103,7 @@ def test_config_is_read_from_hugging_face_config(tmp_path):
 )
 def test_unsupported_hugging_face_config_is_rejected(name, value, tmp_path):
     """A field that changes what the model computes is rejected, not ignored."""
-    config = reference().config
+    config = make_reference_model().config
     setattr(config, name, value)
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{name} is {value!r}, but only"):
@@ -112,8 +112,8 @@ def test_unsupported_hugging_face_config_is_rejected(name, value, tmp_path):
 
 def test_weights_that_do_not_match_the_config_are_rejected():
     """The message names each tensor that is missing, unexpected, or has a wrong shape."""
-    state = reference().state_dict()
-    with pytest.raises(UserError, match=r"wte.weight has 300 rows, fewer than the vocabulary's 301"):
+    state = make_reference_model().state_dict()
+    with pytest.raises(UserError, match=r"wte.weight has 300 rows, fewer than the vocabulary size of 301"):
         imported(state, 301)
     state["transformer.h.0.mlp.c_fc.bias"] = torch.zeros(9)
     del state["transformer.h.1.mlp.c_fc.bias"]
@@ -126,7 +126,7 @@ def test_weights_that_do_not_match_the_config_are_rejected():
 
 @torch.no_grad()
 def test_smaller_block_size_keeps_the_first_positions():
-    theirs, idx = reference(), torch.randint(0, 300, (2, 16))
+    theirs, idx = make_reference_model(), torch.randint(0, 300, (2, 16))
     found = imported(theirs.state_dict()).adapt(vars(TINY) | {"block_size": 16, "dropout": 0.1})
     ours = found.build(lambda config: GPT(GPTConfig(**config))).eval()
     torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)

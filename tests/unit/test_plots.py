@@ -33,7 +33,7 @@ def test_plot_of_one_or_several_runs_is_a_png(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_run_with_no_or_one_row_is_plotted(steps, tmp_path):
+def test_run_with_zero_or_one_rows_is_plotted(steps, tmp_path):
     plots.plot([make_run(tmp_path / "run", steps)], tmp_path / "plot.png")
     assert is_png(tmp_path / "plot.png")
 

@@ -322,7 +322,7 @@ def test_verify_names_every_corrupted_shard(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"first_shard": {"documents": 2}}, "dataset.json lists 2 documents, but 1 start in it"),
+        ({"first_shard": {"documents": 2}}, "dataset.json lists 2 documents, but 1 start in this shard"),
         ({"first_shard": {"documents": "2"}}, "dataset.json lists '2' documents, but 1"),
         ({"vocab_size": 50256}, "50256"),
         ({"vocab_size": "50257"}, "eot_id and vocab_size must be integers"),

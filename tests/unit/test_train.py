@@ -401,12 +401,15 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
         ({"training__batch_tokens": 250}, "--training.batch-tokens 250 is not divisible by micro_batch_size x"),
         ({"model__n_head": 3}, "--model.n-embd 16 is not divisible by --model.n-head 3"),
         ({"data__dataset": "data/none"}, "There is no dataset at data/none"),
-        ({"training__batch_tokens": 4096}, "fewer rows than one step"),
+        ({"training__batch_tokens": 4096}, "too few rows for one step"),
         ({"optimizer__max_lr": "fast"}, "Error parsing --optimizer.max-lr"),
         ({"training__max_stpes": 3}, "Perhaps you meant"),
         ({"model__vocab_size": 200}, "--model.vocab-size 200 does not match"),
         ({"preset": "modern", "model__eot_id": 7}, "--model.eot-id 7 is not the dataset's EOT id"),
-        ({"preset": "modern", "model__value_embeddings": 2}, "--model.value-embeddings 2 is more than half of n_layer"),
+        (
+            {"preset": "modern", "model__value_embeddings": 2},
+            "--model.value-embeddings 2 is more than half of --model.n-layer",
+        ),
         ({"model__rope": []}, "--model.rope: the preset gpt2 is a classic GPT-2"),
         (
             {"model__block_size": 512, "training__batch_tokens": 2048},
@@ -434,7 +437,7 @@ def test_rejected_run_keeps_the_files_of_its_directory(dataset, tmp_path):
         call(train.main, *flags(dataset, tmp_path, general__init_from="out/none"))
     (tmp_path / "empty").mkdir()
     for out in (tmp_path, tmp_path / "empty"):
-        with pytest.raises(ConfigError, match="fewer rows than one step"):
+        with pytest.raises(ConfigError, match="too few rows for one step"):
             call(train.main, *flags(dataset, out, training__batch_tokens=4096))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "notes.tmp"]
     assert (tmp_path / "notes.tmp").read_text() == "notes"

@@ -186,7 +186,7 @@ def test_differences_name_the_field_and_both_values():
         ({"trainig": {"max_steps": 10}}, "There is no section 'trainig'. Did you mean 'training'?"),
         ({"training": {"max_steps": "10"}}, "--training.max-steps '10' is not an integer. Use an integer."),
         ({"optimizer": {"max_lr": (3e-4,)}}, "--optimizer.max-lr (0.0003,) is not a number. Use a number."),
-        ({"training": ({"max_steps": 10},)}, "training is ({'max_steps': 10},), not a dictionary. Remove a comma"),
+        ({"training": ({"max_steps": 10},)}, "training is ({'max_steps': 10},), not a dictionary. Remove any comma"),
         ({"general": {"mode": "train"}}, "--general.mode 'train' is not a tuple"),
         ({"training": {"max_steps": 0}, "optimizer": {"eps": 0.0}}, "--optimizer.eps 0.0 is out of range"),
         ({"model": {"rop": True}}, "model has no field 'rop'. Did you mean 'rope'?"),
