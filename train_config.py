@@ -76,7 +76,7 @@ class Training:
     # number of optimizer steps; 19,073 steps of 524,288 tokens are 10B tokens
     max_steps: Annotated[Positive, metavar("N")] = 19_073
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
-    # rows per forward pass on each rank; 0: automatic, up to 64 on a GPU, depending on its memory, and 16 on a CPU
+    # rows per forward pass on each rank; 0: automatic, up to 64 on a GPU with enough memory, up to 16 on a CPU
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -496,4 +496,4 @@ def from_json(values: dict[str, Any]) -> Config:
         model = config_from_dict(sections.pop("model"))
         return variant(replace(Config(), model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"A different version of BabyGPT wrote the settings of the run ({error}). Use it.") from None
+        raise UserError(f"A different version of BabyGPT wrote the settings ({error}). Use that version.") from None

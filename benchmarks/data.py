@@ -167,7 +167,7 @@ def process_tree_memory(pid: int) -> int:
 
 
 def measure(name: str, files: list[str], processes: int, measure_memory: bool = False) -> float:
-    """Run an implementation as a command. Return its seconds or, with `measure_memory`, its peak memory in bytes.
+    """Run an implementation as a command. Return the seconds or, with `measure_memory`, the peak memory in bytes.
 
     The two are separate runs, because sampling the memory takes time.
     """

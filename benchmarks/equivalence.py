@@ -1,7 +1,7 @@
 """Run the same commands in two checkouts and check that their results are bitwise equal.
 
     python benchmarks/equivalence.py main .                         # OLD and NEW: checkouts or git revisions
-    python benchmarks/equivalence.py main . --compare data,train     # only these comparisons
+    python benchmarks/equivalence.py main . --compare data,train    # only these comparisons
     python benchmarks/equivalence.py main . --keep out/equivalence  # keep the files
 
 Each command runs on the CPU, with one thread per process. The comparisons are
@@ -114,7 +114,7 @@ class Checkout:
     output: Path
 
     @property
-    def layout(self) -> CheckoutCommands:
+    def commands(self) -> CheckoutCommands:
         return PACKAGE if (self.path / "babygpt").is_dir() else FLAT
 
     def python(self, *arguments: object) -> bytes:
@@ -150,7 +150,7 @@ def train_tokenizer(checkout: Checkout) -> Path:
     """Write the tokenizer trained on the text sample."""
     out = checkout.output / "bpe.json"
     if not out.exists():
-        command = (*checkout.layout.train_tokenizer, "files", "--input", checkout.inputs / "texts.jsonl")
+        command = (*checkout.commands.train_tokenizer, "files", "--input", checkout.inputs / "texts.jsonl")
         checkout.python(*command, "--vocab-size", 400, "--out", out)
     return out
 
@@ -182,7 +182,7 @@ def train(checkout: Checkout, preset: str, dtype: str = "float32", world_size: i
 
 def hellaswag(checkout: Checkout, preset: str, style: str) -> Path:
     """Write the losses of all endings, as hexadecimal float64."""
-    out, code = checkout.output / f"losses-{preset}-{style}.json", checkout.layout.load_model + WRITE_LOSSES
+    out, code = checkout.output / f"losses-{preset}-{style}.json", checkout.commands.load_model + WRITE_LOSSES
     checkout.python("-c", code, train(checkout, preset), checkout.inputs / "hellaswag.jsonl", style, out)
     return out
 

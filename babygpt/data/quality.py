@@ -101,7 +101,7 @@ def check_tokenizer(model: QualityModel, tokenizer: Tokenizer) -> None:
     if model.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
             f"The quality model {model.path} was trained with the tokenizer {model.tokenizer} (sha256 "
-            f"{model.tokenizer_sha256[:12]}), but this tokenizer is {tokenizer.file} (sha256 {tokenizer.sha256[:12]}). "
-            "Train a quality model for this tokenizer: python -m tools.train_quality_filter --tokenizer "
+            f"{model.tokenizer_sha256[:12]}), but the dataset uses {tokenizer.file} (sha256 {tokenizer.sha256[:12]}). "
+            "Train a quality model with this tokenizer: python -m tools.train_quality_filter --tokenizer "
             f"{'gpt2' if tokenizer.name == 'gpt2' else tokenizer.file}"
         )

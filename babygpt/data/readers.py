@@ -92,7 +92,7 @@ def _path_or_file(path: str):
 def split_jsonl(path: str, size: int, columns: tuple[str, ...]) -> list[Task]:
     """Return tasks of TASK_BYTES each."""
     ranges = [(start, min(start + TASK_BYTES, size)) for start in range(0, size, TASK_BYTES)]
-    return [Task("files", (path,), columns, part) for part in ranges]
+    return [Task("files", (path,), columns, byte_range) for byte_range in ranges]
 
 
 def read(task: Task) -> Iterator[Batch]:
@@ -112,7 +112,7 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
     import pyarrow.parquet as pq
 
     assert task.range is not None, "a parquet task has a range of row groups"
-    path, location = task.location[0], f"row groups {task.range[0]} to {task.range[1] - 1}"
+    path, place = task.location[0], f"row groups {task.range[0]} to {task.range[1] - 1}"
     row_groups, columns = range(*task.range), list(task.columns)
     try:
         file = pq.ParquetFile(_path_or_file(path))
@@ -139,10 +139,10 @@ def _read_parquet(task: Task) -> Iterator[Batch]:
             yield Batch([text or b"" for text in texts.cast(pa.large_binary()).to_pylist()], numbers)
     except KeyError:
         raise UserError(
-            f"{path} has duplicate column names: several columns are called {' or '.join(columns)}. Rename all but one."
+            f"{path} has more than one column called {' or '.join(map(repr, columns))}. Rename all but one."
         ) from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is corrupted in {location}: {error}. Copy or download it again.") from None
+        raise UserError(f"{path} is corrupted in {place}: {error}. Copy or download it again.") from None
 
 
 def _read_stream(task: Task) -> Iterator[tuple]:

@@ -213,7 +213,7 @@ class HubFiles(Source):
         parquet_files = sorted((f for f in entries if f.path.endswith(".parquet")), key=lambda f: f.path)
         self.units = [Unit(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in parquet_files]
         if not self.units:
-            raise UserError(f"{self.repo} has no parquet files under {self.prefix}. Check the language of SOURCE.")
+            raise UserError(f"{self.repo} has no parquet files under {self.prefix}.")
 
     def fetch(self, unit: int, directory: str) -> list[Task]:
         """Download a unit to `directory`; if that is a URL, download it to this machine and upload it."""
@@ -248,8 +248,8 @@ class HubStream(Source):
         self.units = [Unit(f"{self.repo} shard {i}", 0) for i in range(stream.num_shards)]
 
     def fetch(self, unit: int, directory: str) -> list[Task]:
-        paths = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
-        return [Task("stream", paths, self.columns)]
+        location = (self.repo, self.config or "", self.split, self.revision, str(unit), str(len(self.units)))
+        return [Task("stream", location, self.columns)]
 
 
 def _resolve_revision(repo: str, revision: str | None) -> str:
@@ -282,7 +282,14 @@ def find(
         return HubFiles(name, columns, repo="HuggingFaceFW/fineweb-2", prefix=f"data/{language}/train")
     if name.count("/") == 1:
         return HubStream(name, columns, repo=name, config=config, split=split)
-    known = [*HUB_SOURCES, "fineweb2-pl", "fineweb2-LANG", "stdlib", "files", "OWNER/NAME (a hub dataset)"]
+    known = [
+        *HUB_SOURCES,
+        "fineweb2-pl",
+        "fineweb2-LANG",
+        "stdlib",
+        "files",
+        "OWNER/NAME (a dataset on the Hugging Face Hub)",
+    ]
     raise UserError(f"There is no source {name!r}. {suggest(name, known)}")
 
 

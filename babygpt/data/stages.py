@@ -93,7 +93,7 @@ class TokenizeStage:
                 self.on_done((unit, stem), (len(tokens), int(tokens.sum()), None))
             elif task is None:
                 raise UserError(
-                    f"{stem}.npz is missing, but {unit:05d}.json lists it as finished. Delete {self.parts} to start "
+                    f"{stem}.npz is missing, but {unit:05d}.json records it as finished. Delete {self.parts} to start "
                     "over."
                 )
             else:

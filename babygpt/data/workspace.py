@@ -82,8 +82,8 @@ class Workspace:
             files.write(path, tokenizer.data)
         if json.loads(files.read_bytes(f"{self.parts}/settings.json")) != self.written_settings:
             raise UserError(
-                f"Another fineweb.py process with different settings is writing to {self.directory}. Use a "
-                "different --out-dir, or wait until it has finished."
+                f"Another fineweb.py process with different settings is writing to {self.directory}. Stop both, "
+                "delete the directory, and use a different --out-dir for one of them."
             )
         counts = {"documents": plan.documents, "tokens": plan.tokens, "text_bytes": plan.text_bytes}
         self.manifest = {

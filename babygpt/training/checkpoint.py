@@ -58,7 +58,7 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     ]
     if mismatches:
         shown = "".join(mismatches[:10]) + ("\n  ..." if len(mismatches) > 10 else "")
-        raise UserError(f"{len(mismatches)} weight tensors do not match the model:{shown}")
+        raise UserError(f"The weights do not match the model ({len(mismatches)} tensors):{shown}")
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -212,7 +212,7 @@ def latest(run: str | Path) -> Path | None:
             verify(path)
             return path
         except UserError as error:
-            console.warning(str(error))
+            console.warning(f"{error} Skipping it.")
     return None
 
 
@@ -225,7 +225,7 @@ def resolve(path: Path) -> Path | None:
         return path
     checkpoint = latest(path)
     if checkpoint is None and (paths := list_checkpoints(path)):
-        raise UserError(f"{path} has no intact checkpoint, but {len(paths)} corrupted. Restore one of them.")
+        raise UserError(f"All checkpoints of {path} are corrupted ({len(paths)}). Restore one of them.")
     return checkpoint
 
 
@@ -235,12 +235,9 @@ def verify(path: Path) -> None:
         hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         wrong = [name for name in (MODEL, OPTIMIZER, STATE) if sha256(path / name) != hashes[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint {path} is incomplete ({error!r}). Delete it to use an earlier one.") from None
+        raise UserError(f"The checkpoint {path} is incomplete or cannot be read ({error!r}).") from None
     if wrong:
-        raise UserError(
-            f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after the save. Delete "
-            "it to use an earlier one."
-        )
+        raise UserError(f"The checkpoint {path} is corrupted: {', '.join(wrong)} changed after the save.")
 
 
 def read_state(path: Path) -> dict:
@@ -275,6 +272,6 @@ def load(path: Path, with_optimizer: bool = True) -> Checkpoint:
         ) from None
     except Exception as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read, although its hashes are correct ({error!r:.300}). Delete "
-            "it to use an earlier one."
+            f"The checkpoint {path} cannot be loaded, although its hashes are correct ({error!r:.300}). Check the free "
+            "memory and the version of PyTorch."
         ) from None

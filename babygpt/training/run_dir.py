@@ -73,10 +73,11 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
     ConfigError if the ranks see different checkpoints, or if none is intact.
     """
     path = checkpoint.latest(out)
-    if len(steps := set(ranks.gather(checkpoint.step_of(path) if path else -1))) > 1:
+    steps = ranks.gather(checkpoint.step_of(path) if path else -1)
+    if len(set(steps)) > 1:
         raise ConfigError(
             f"The ranks see different checkpoints in {out} (latest step by rank: "
-            f"{', '.join('none' if step < 0 else f'{step:.0f}' for step in sorted(steps))}). Use a directory that all "
+            f"{', '.join('none' if step < 0 else f'{step:.0f}' for step in steps)}). Use a directory that all "
             "nodes share."
         )
     if path is None and (paths := checkpoint.list_checkpoints(out)):

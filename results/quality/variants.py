@@ -59,7 +59,7 @@ def main() -> None:
     train_labels, test_labels = (np.repeat([1, 0], [rows.shape[0] for rows in split]) for split in (train, test))
     sizes = [count for labels in (train_labels, test_labels) for count in (labels.sum(), (1 - labels).sum())]
     print("trained on {} good and {} other documents, tested on {} and {}\n".format(*sizes))
-    print("| features | scale | " + " | ".join(f"C = {strength}" for strength in C_VALUES) + " |")
+    print("| features | scale | " + " | ".join(f"C = {c}" for c in C_VALUES) + " |")
     print("|---|---|" + "---:|" * len(C_VALUES))
     for features, width in (("tokens", tokenizer.vocab_size), ("tokens and bigrams", train[0].shape[1])):
         train_matrix, test_matrix = (vstack(split, format="csr")[:, :width] for split in (train, test))
@@ -73,8 +73,8 @@ def main() -> None:
             scale = compute_scale(n, count[used], mean_square, mean).astype(np.float32)
             scale /= np.sqrt(mean_square @ scale**2)  # rows have unit length on average
             cells = []
-            for strength in C_VALUES:
-                regression = LogisticRegression(C=strength, class_weight="balanced", tol=1e-6, max_iter=300)
+            for c in C_VALUES:
+                regression = LogisticRegression(C=c, class_weight="balanced", tol=1e-6, max_iter=300)
                 regression.fit(train_matrix.multiply(scale).tocsr(), train_labels)
                 cells.append(f"{roc_auc_score(test_labels, test_matrix @ (regression.coef_[0] * scale)):.5f}")
             print(f"| {features} | {name} | " + " | ".join(cells) + " |", flush=True)

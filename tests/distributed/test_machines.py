@@ -129,7 +129,7 @@ def slow_single_host_run(dataset, tmp_path_factory) -> Path:
     return run
 
 
-def test_short_link_failure_delays_the_run_long_one_stops_it(hosts, slow_single_host_run, dataset, tmp_path):
+def test_short_link_failure_delays_and_long_one_stops_the_run(hosts, slow_single_host_run, dataset, tmp_path):
     """A failure shorter than the timeout only delays the run. After a longer one all ranks exit, and a resume works."""
     log = tmp_path / "log"
     for seconds, survives in ((3, True), (20, False)):

@@ -96,7 +96,7 @@ def test_corrupted_later_checkpoints_do_not_count_as_newest(tmp_path):
 
 
 def test_pickle_with_code_is_rejected_and_not_executed(tmp_path):
-    """The manifest has the hash of the malicious file, so verification alone does not refuse it."""
+    """The manifest has the hash of the malicious file, so verification alone does not reject it."""
     save_steps(tmp_path, 1)
     path = tmp_path / "checkpoints" / "step_00000001"
 

@@ -132,9 +132,16 @@ def test_smaller_block_size_keeps_the_first_positions():
     torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("fields", [{"n_kv_head": 2}, {"bias": False}, vars(ModernConfig())])
-def test_models_that_the_format_cannot_express_are_rejected(fields):
-    with pytest.raises(UserError, match="cannot express this model"):
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({"n_kv_head": 2}, "grouped-query attention"), ({"bias": False}, "no biases"),
+        ({"n_kv_head": 2, "bias": False}, "grouped-query attention and no biases"),
+        (vars(ModernConfig()), "the architecture of the modern recipe"),
+    ],
+)  # fmt: skip
+def test_models_that_the_format_cannot_express_are_rejected(fields, reasons):
+    with pytest.raises(UserError, match=f"cannot express this model, because it has {reasons}\\."):
         export_tensors({}, vars(TINY) | fields)
 
 

@@ -125,7 +125,8 @@ def test_position_of_step_counts_rows_and_starts_epochs():
 
 
 def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_path, capsys):
-    """A missing run, a step out of range, a missing or changed dataset, and an incomplete log are rejected by name."""
+    """A missing run, a step out of range, a missing or changed dataset, and an incomplete log each give an error that "
+    "names the cause."""
 
     def copy(name: str, without: str = "", **sections: dict) -> Path:
         path = tmp_path / name

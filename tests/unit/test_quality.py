@@ -280,7 +280,7 @@ def test_model_trained_with_other_tokenizer_is_user_error(inputs, trained_model,
     model = train(inputs, tmp_path / "m", "--tokenizer", tmp_path / "own.json")
     assert model.token_weights.shape == (300,)
     check_tokenizer(model, tokenizer)
-    with pytest.raises(UserError, match=r"tokenizer tokenizer\.json .* this tokenizer is .*more\.json"):
+    with pytest.raises(UserError, match=r"tokenizer tokenizer\.json .* the dataset uses .*more\.json"):
         check_tokenizer(model, train_tokenizer(make_texts("good", 60), 310, tmp_path / "more.json", progress=False))
     with pytest.raises(UserError, match="--tokenizer gpt2"):
         check_tokenizer(model, load_tokenizer("gpt2"))
