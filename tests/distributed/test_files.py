@@ -232,7 +232,7 @@ def test_incomplete_remote_dataset_is_not_opened(bucket, local, tmp_path, monkey
     system = fsspec.filesystem("s3")
     system.put([str(path) for path in local.glob("*.bin")], f"{bucket}/set/")
     system.pipe_file(f"{bucket}/set/parts/settings.json", b"{}")
-    with pytest.raises(UserError, match="is unfinished"):
+    with pytest.raises(UserError, match="is incomplete"):
         open_dataset(f"{bucket}/set")
 
 

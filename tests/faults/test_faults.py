@@ -319,7 +319,7 @@ def test_saver_copies_tensors_and_reports_errors(tmp_path, monkeypatch):
     monkeypatch.setattr("babygpt.training.checkpoint._on_host", lambda tensor: torch.empty(2**50))
     with Saver(tmp_path, keep=0, keep_every=0) as saver:
         saver.save(4, model, optimizer, STATE)
-        with pytest.raises(UserError, match="do not fit in host memory"):
+        with pytest.raises(UserError, match="does not fit in host memory"):
             saver.wait()
 
 

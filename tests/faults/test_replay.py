@@ -80,7 +80,7 @@ def test_changed_settings_and_ranks_are_replayed(dataset, tmp_path, capsys):
     (run / "log.csv").write_text(log)
     assert exit_code(run) == 0
     out = capsys.readouterr().out
-    assert "steps 6 to 12: ranks was 2, is now 1" in out
+    assert "steps 6 to 12: ranks was 2 and is now 1" in out
     assert "of the distance they moved" in out
 
 
