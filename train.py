@@ -31,7 +31,7 @@ from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.attention import training_backend
 from babygpt.nn.generation import SamplingParams
 from babygpt.pretrained import read_pretrained
-from babygpt.training import checkpoint, optim, run_dir
+from babygpt.training import checkpoint, compilation, optim, run_dir
 from babygpt.training.checkpoint import Saver
 from babygpt.training.device import autocast, untested_torch_warning, uses_bfloat16
 from babygpt.training.distributed import Ranks, explain_failures, process_group
@@ -174,6 +174,8 @@ def identity_of(config: Config, dataset: Dataset, order: Order, tokenizer: Token
 
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     """Build the data order, the model, the optimizers and the log, and print a description of the run."""
+    compile_setting = compilation.resolve(config, lambda: build_model(config.model), ranks)
+    config = variant(config, training={"compile": compile_setting})
     training, model_config = config.training, config.model
     tokenizer = load_tokenizer(dataset.tokenizer)
     dataset.check_tokenizer(tokenizer, dataset.tokenizer)
@@ -196,7 +198,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     if start.optimizer_state:
         optim.load_optimizer_state(optimizers, raw_model, start.optimizer_state)
         start.optimizer_state = None  # copied: free the memory
-    compiled = training.compile == "on" or (training.compile == "auto" and ranks.device.type == "cuda")
+    compiled = training.compile == "on"
     fast_model = cast(nn.Module, torch.compile(raw_model, dynamic=False)) if compiled else raw_model
     guard = UpdateGuard(ranks.device, training.skip_spikes, start.losses)
     state = TrainState(
@@ -302,13 +304,9 @@ def restore(path: Path, config: Config, identity: dict[str, dict]) -> InitialSta
 # periodic tasks
 
 
-def never() -> bool:
-    return False
-
-
 def validate(
     model: nn.Module, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float]:  # fmt: skip
     """Return the mean loss over the validation tokens, in nats per token and in bits per byte.
 
@@ -321,7 +319,7 @@ def validate(
 
 
 def generate_samples(
-    model: GPT, tokenizer: Tokenizer, config: Config, step: int, ranks: Ranks, stop: Callable[[], bool] = never
+    model: GPT, tokenizer: Tokenizer, config: Config, step: int, ranks: Ranks, stop: Callable[[], bool] = lambda: False
 ) -> list[str]:
     """Return completions of the prompt. All ranks raise StopRequested if `stop()` is true on any of them."""
     sampling = config.sampling

@@ -31,7 +31,7 @@ from babygpt.constraints import (
 )
 from babygpt.data.shards import Dataset
 from babygpt.errors import ConfigError, UserError, suggest
-from dataloader import default_chunk_tokens
+from dataloader import default_chunk_tokens, default_num_streams
 from model import GPTConfig, ModernConfig, config_from_dict
 
 OUT_PRESET = Path("out/PRESET")  # PRESET stands for the name of the preset
@@ -66,7 +66,8 @@ class Data:
     dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # dataset directory, prepared by fineweb.py
     # approximate length of the chunks that are shuffled, in tokens
     chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at most 1M")] = None
-    num_streams: Positive = 64  # number of equal parts of the shuffled data that are read in parallel
+    # number of equal parts of the shuffled data that are read in parallel
+    num_streams: Annotated[Positive | None, metavar("N", "1024, or fewer for a small dataset")] = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Training:
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16_activations: bool = False  # with bfloat16, keep the residual stream in bfloat16 too: less memory traffic
-    compile: Literal["auto", "on", "off"] = "auto"  # compile the model with torch.compile; auto: only on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # use torch.compile; auto: on CUDA, and on a CPU for long runs
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, but slower
     bf16_gradients: bool = False  # all-reduce gradients in bfloat16: half the traffic
     compare_ranks_every_n_steps: Steps = 100  # check every N steps that all ranks have identical weights; 0: never
@@ -240,9 +241,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "logging": {"every_n_steps": 10},
     },
     # recipes of other projects; docs/recipes.md has the results that their authors report
-    "babygpt-en": {"data": {"dataset": "data/fineweb-10BT", "chunk_tokens": 30_000_000}},
+    "babygpt-en": {"data": {"dataset": "data/fineweb-10BT", "chunk_tokens": 30_000_000, "num_streams": 64}},
     "babygpt-pl": {
-        "data": {"dataset": "data/fineweb2-pl", "chunk_tokens": 30_000_000},
+        "data": {"dataset": "data/fineweb2-pl", "chunk_tokens": 30_000_000, "num_streams": 64},
         "model": {"n_kv_head": 6},
         "training": {"max_steps": 10_000, "micro_batch_size": 32},
         "optimizer": {"warmup_steps": 1000},
@@ -414,10 +415,9 @@ def bind(config: Config, dataset: Dataset) -> Config:
         )
     if problems:
         raise ConfigError(summary(problems, f"The settings do not fit {data.dataset}:"))
-    if data.chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(dataset.train), data.num_streams, model.block_size)
-        config = variant(config, data={"chunk_tokens": chunk_tokens})
-    return config
+    num_streams = data.num_streams or default_num_streams(len(dataset.train), model.block_size)
+    chunk_tokens = data.chunk_tokens or default_chunk_tokens(len(dataset.train), num_streams, model.block_size)
+    return variant(config, data={"num_streams": num_streams, "chunk_tokens": chunk_tokens})
 
 
 # ---------------------------------------------------------------------------------------------------------

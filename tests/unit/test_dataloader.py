@@ -18,6 +18,7 @@ from dataloader import (
     Epoch,
     Order,
     Position,
+    default_num_streams,
     find_chunk_starts,
     inputs_and_targets,
     permutation,
@@ -225,6 +226,18 @@ def test_targets_are_the_inputs_shifted_by_one():
     idx, targets = inputs_and_targets(rows, torch.device("cpu"))
     assert idx.tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]]
     assert targets.tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "block_size", "expected"),
+    [(10**10, 1024, 1024), (50_000_000, 256, 1024), (1_000_000, 64, 128), (300_000, 256, 16), (1000, 256, 1)],
+)
+def test_default_streams_have_at_least_64_rows(num_tokens, block_size, expected):
+    """A power of two, at most 1,024; a dataset of less than 128 rows has one stream."""
+    assert default_num_streams(num_tokens, block_size) == expected
+    assert expected == 1 or num_tokens // block_size // expected >= 64
+    tokens = make_tokens(3000, 20, np.random.default_rng(0))
+    assert Order(tokens, EOT, 8, None, seed=0).num_streams == default_num_streams(len(tokens), 8)
 
 
 def test_data_smaller_than_one_step_is_rejected():
