@@ -37,7 +37,7 @@ from babygpt.data.shards import HEADER_BYTES, MAGIC_UINT16, VERSION_UINT16, open
 from benchmarks.table import write_table  # noqa: E402
 from dataloader import DataLoader, Order, Position  # noqa: E402
 
-EOT, T, NUM_STREAMS, SEED, SHARD_TOKENS = 50256, 1024, 64, 1337, 100_000_000
+EOT, T, NUM_STREAMS, SEED, SHARD_TOKENS = 50256, 1024, 1024, 1337, 100_000_000
 STEP_TOKENS, NUM_STEPS, COMPUTE_S = 65_536, 300, 0.020
 
 

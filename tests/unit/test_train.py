@@ -172,7 +172,8 @@ def test_periodic_tasks_run_without_gradients_or_dropout(dataset, tmp_path, monk
 
     monkeypatch.setattr(train.GPT, "hidden", record_modes)
     arguments = flags(
-        dataset, tmp_path / "run", training__max_steps=2, training__compile="off", evaluation__every_n_steps=1, validation__every_n_steps=1,
+        dataset, tmp_path / "run", training__max_steps=2, training__compile="off", evaluation__every_n_steps=1,
+        validation__every_n_steps=1,
         sampling__every_n_steps=1, evaluation__file=save_hellaswag(tmp_path / "questions.jsonl", 6),
     )  # fmt: skip
     call(train.main, *arguments)
