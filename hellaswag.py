@@ -221,7 +221,7 @@ def losses(
         empty_rows: list[list[Segment]] = [[]] * (batch_size - len(batch_rows) if device.type == "cuda" else 0)
         batch = collate(batch_rows + empty_rows, length, device)
         with autocast(device, dtype):
-            hidden = model.hidden(batch.idx, positions=batch.positions, mask=batch.mask()).flatten(0, 1)  # (B L, C)
+            hidden = model.hidden(batch.idx, packed=batch.packed()).flatten(0, 1)  # (B L, C)
             chunks = zip(batch.logit_indices.split(logit_rows), batch.targets.split(logit_rows), strict=True)
             for indices, targets in chunks:
                 logits = model.logits(hidden[indices]).float()  # (logit_rows or fewer, V)

@@ -30,12 +30,14 @@ from babygpt.nn.attention import (
     KVCache,
     Mask,
     MaskRule,
+    PackedRows,
     apply_rotary_emb,
     attention,
     attention_mask,
     rotary_cos_sin,
     token_positions,
 )
+from babygpt.nn.bigram import BigramEmbedding
 from babygpt.nn.cross_entropy import IGNORE_INDEX, apply_softcap, linear_cross_entropy, padded_vocab_size
 from babygpt.nn.generation import SamplingParams, generate
 from babygpt.pretrained import read_pretrained
@@ -192,32 +194,27 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: KVCache | None = None,
-        positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        packed: PackedRows | None = None, reduction: Literal["mean", "sum"] = "mean",
     ) -> torch.Tensor:  # fmt: skip
         """Return the logits (B, T, V) of token ids idx (B, T) int64, or the loss, () float32, of targets (B, T) int64.
 
         The loss is the mean cross entropy, or its sum, for gradient accumulation; targets of -100 are ignored. For
-        `cache`, `positions` and `mask`, see `hidden`.
+        `cache` and `packed`, see `hidden`.
         """
-        x = self.hidden(idx, cache, positions, mask)  # (B, T, C)
+        x = self.hidden(idx, cache, packed)  # (B, T, C)
         if targets is None:
             return self.logits(x)
         loss = self.summed_loss(x.flatten(0, 1), targets.flatten())
         return loss if reduction == "sum" else loss / (targets != IGNORE_INDEX).sum()
 
-    def hidden(
-        self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, packed: PackedRows | None = None) -> torch.Tensor:
         """Return the final hidden states, (B, T, C), of token ids idx (B, T) int64.
 
-        With a cache, idx continues the cached tokens. Without one, each row is one text, from position 0 on. For other
-        rows, give `positions`, (B, T) int64, and `mask`, (B, 1, T, T) bool, true where a query attends to a key.
+        With a cache, idx continues the cached tokens. Without one, each row is one text, from position 0 on, unless
+        `packed` describes the texts of each row.
         """
-        if positions is None:
-            positions = token_positions(idx, cache, self.config.block_size)  # (B or 1, T)
-        attn_mask = attention_mask(idx, positions, cache, mask)
+        positions = packed.positions if packed else token_positions(idx, cache, self.config.block_size)  # (B or 1, T)
+        attn_mask = attention_mask(idx, positions, cache, packed)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         x = self.to_activation_dtype(x)
         for block in self.h:
@@ -312,6 +309,8 @@ class ModernConfig(GPTConfig):
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
     # number of value embeddings; blocks i and n_layer - value_embeddings + i use embedding i
     value_embeddings: NonNegative = 0
+    # size of the table of bigram embeddings, a multiple of the vocabulary; they are added to the input of each block
+    bigram_tables: NonNegative = 0
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     # replace the logits with cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
@@ -419,9 +418,11 @@ class ModernGPT(GPT):
         if not config.rope:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         kv_width = config.kv_heads * config.head_size
-        self.vte = nn.ModuleList(
-            nn.Embedding(config.padded_vocab_size, kv_width) for _ in range(config.value_embeddings)
-        )
+        value_tables = [nn.Embedding(config.padded_vocab_size, kv_width) for _ in range(config.value_embeddings)]
+        self.vte = nn.ModuleList(value_tables)
+        if config.bigram_tables:
+            self.bte = BigramEmbedding(config.bigram_tables * config.padded_vocab_size, config.n_embd)
+            self.bigram_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(ModernBlock(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
@@ -438,22 +439,18 @@ class ModernGPT(GPT):
         normalized = config.embedding_norm and not config.tie_head and name == "wte.weight"
         if name.endswith("lambdas"):
             return  # set in the constructor
-        if config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+        if name == "bte.weight" or (config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight"))):
             parameter.zero_()
         elif normalized or name.startswith("vte."):
             parameter.normal_(0.0, 1.0)
         else:
             super().init_parameter(name, parameter)
 
-    def hidden(
-        self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, packed: PackedRows | None = None) -> torch.Tensor:
         config = self.config
-        if positions is None:
-            positions = token_positions(idx, cache, config.block_size)  # (B or 1, T)
+        positions = packed.positions if packed else token_positions(idx, cache, config.block_size)  # (B or 1, T)
         can_use_flex = config.head_size >= 16 and not (config.dropout and self.training)  # FlexAttention's limits
-        attn_mask = attention_mask(idx, positions, cache, mask, config.mask_rule, can_use_flex)
+        attn_mask = attention_mask(idx, positions, cache, packed, config.mask_rule, can_use_flex)
         x = self.wte(idx)  # (B, T, C)
         if not config.rope:
             x = x + self.wpe(positions)
@@ -462,6 +459,8 @@ class ModernGPT(GPT):
             x = norm(x)
         x = self.to_activation_dtype(x)
         value_embeds = [self.to_activation_dtype(table(idx)) for table in self.vte]
+        if config.bigram_tables:
+            bigram_embeds = self.to_activation_dtype(self.bte(idx, positions, cache, packed))  # (B, T, C)
         cos_sin = rotary_cos_sin(positions, config.head_size) if config.rope else None
         shared = SharedInputs(attn_mask, cache, x, cos_sin, value_embeds)
         skips: list[torch.Tensor] = []
@@ -469,6 +468,8 @@ class ModernGPT(GPT):
         for layer, block in enumerate(self.h):
             if (skip := layer - (config.n_layer - num_skips)) >= 0:
                 x = x + self.skip_lambdas[skip] * skips.pop()
+            if config.bigram_tables:
+                x = x + self.bigram_lambdas[layer] * bigram_embeds
             x = self.run_block(block, x, shared)
             if layer < num_skips:
                 skips.append(x)

@@ -211,6 +211,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "embedding_norm": True,
             "zero_init": True,
             "value_embeddings": 2,
+            "bigram_tables": 5,
             "x0_shortcut": True,
             "unet": True,
             "logit_softcap": 15.0,
@@ -433,9 +434,8 @@ LOGITS_BYTES = 2 << 30
 def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -> Config:
     """Resolve a micro_batch_size of 0.
 
-    It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes. On a
-    CPU, where `device_memory` is 0, it becomes 16. For training, it is reduced to the largest number that
-    divides the rows per rank.
+    It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes, or 16
+    on a CPU, where `device_memory` is 0. For training, it is the largest such divisor of the rows per rank.
     """
     model, training = config.model, config.training
     if training.micro_batch_size:
@@ -443,7 +443,8 @@ def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -
     max_rows = 16
     if device_memory:
         modern = isinstance(model, ModernConfig)
-        tables = (1 if model.tie_head else 2) + getattr(model, "value_embeddings", 0) * model.kv_heads / model.n_head
+        tables = (1.0 if model.tie_head else 2.0) + getattr(model, "bigram_tables", 0)
+        tables += getattr(model, "value_embeddings", 0) * model.kv_heads / model.n_head
         parameters = 12 * model.n_layer * model.n_embd**2 + tables * model.padded_vocab_size * model.n_embd
         row_bytes = ACTIVATION_BYTES * (1.3 if modern else 1.0) * model.n_layer * model.n_embd * model.block_size
         available = 0.8 * device_memory - BYTES_PER_PARAMETER * parameters - LOGITS_BYTES

@@ -50,6 +50,7 @@ ABLATIONS = {
     "tied head": ["--model.tie-head"],
     "biases": ["--model.bias"],
     "no value embeddings": ["--model.value-embeddings", "0"],
+    "no bigram embeddings": ["--model.bigram-tables", "0"],
     "no x0 shortcut": ["--model.no-x0-shortcut"],
     "no U-Net skip connections": ["--model.no-unet"],
     "no logit softcap": ["--model.logit-softcap", "None"],

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from babygpt.nn.attention import PackedRows
+from babygpt.nn.bigram import NO_TOKEN
+
 
 @dataclass(frozen=True)
 class Example:
@@ -77,14 +80,15 @@ class Batch:
 
     idx: torch.Tensor  # (B, L)
     positions: torch.Tensor  # (B, L), in the text of context and ending
+    previous: torch.Tensor  # (B, L), the token before each token in this text; -1: none
     segment_ids: torch.Tensor  # (B, L), from 1 in each row; 0 is padding
     ending_ids: torch.Tensor  # (B, L), 0 in a context, 1 + k in ending k
     logit_indices: torch.Tensor  # (M,), the index in B L of the token that predicts each target
     targets: torch.Tensor  # (M,)
     loss_indices: torch.Tensor  # (M,), 4 x example + ending: which sum the loss of each target is added to; on the CPU
 
-    def mask(self) -> torch.Tensor:
-        """Return the attention mask, (B, 1, L, L) bool.
+    def packed(self) -> PackedRows:
+        """Return the structure of the rows for the model.
 
         A token attends to itself and earlier tokens of its segment that are in the context or in its own ending.
         """
@@ -92,24 +96,26 @@ class Batch:
         same_segment = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]  # (B, L, L)
         key_ending = self.ending_ids[:, None, :]
         same_branch = (key_ending == 0) | (key_ending == self.ending_ids[:, :, None])
-        return (same_segment & same_branch & ~later)[:, None]
+        return PackedRows(self.positions, (same_segment & same_branch & ~later)[:, None], self.previous)
 
 
 def collate(rows: list[list[Segment]], row_tokens: int, device: torch.device) -> Batch:
     """Collate rows of segments into a batch, each row padded to `row_tokens` tokens."""
-    inputs = np.zeros((4, len(rows), row_tokens), np.int64)  # idx, positions, segment_ids, ending_ids
+    inputs = np.zeros((5, len(rows), row_tokens), np.int64)  # idx, positions, previous, segment_ids, ending_ids
     logit_indices, targets, loss_indices = [], [], []
     for r, row in enumerate(rows):
         end = 0
         for segment_id, segment in enumerate(row, 1):
             n, start = len(segment.context), end
             end = start + n
-            inputs[:, r, start:end] = segment.context, range(n), [segment_id] * n, [0] * n
+            previous = [NO_TOKEN, *segment.context[:-1]]
+            inputs[:, r, start:end] = segment.context, range(n), previous, [segment_id] * n, [0] * n
             context_end = end
             for k, ending in segment.endings.items():
                 m, start = len(ending) - 1, end
                 end = start + m
-                inputs[:, r, start:end] = ending[:-1], range(n, n + m), [segment_id] * m, [1 + k] * m
+                previous = [segment.context[-1], *ending[:-1]][:m]
+                inputs[:, r, start:end] = ending[:-1], range(n, n + m), previous, [segment_id] * m, [1 + k] * m
                 logit_indices += [r * row_tokens + i for i in (context_end - 1, *range(start, end))]
                 targets += ending
                 loss_indices += [4 * segment.example + k] * len(ending)
@@ -117,8 +123,8 @@ def collate(rows: list[list[Segment]], row_tokens: int, device: torch.device) ->
     def to_device(values: torch.Tensor) -> torch.Tensor:  # from pinned memory, so that the host does not wait
         return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
-    idx, positions, segment_ids, ending_ids = to_device(torch.from_numpy(inputs))
+    idx, positions, previous_ids, segment_ids, ending_ids = to_device(torch.from_numpy(inputs))
     return Batch(
-        idx, positions, segment_ids, ending_ids, to_device(torch.tensor(logit_indices)),
+        idx, positions, previous_ids, segment_ids, ending_ids, to_device(torch.tensor(logit_indices)),
         to_device(torch.tensor(targets)), torch.tensor(loss_indices),
     )  # fmt: skip

@@ -23,6 +23,15 @@ FLEX_DEVICES = ("cuda",)  # devices on which compiled code uses FlexAttention fo
 Mask = torch.Tensor | BlockMask | None
 
 
+@dataclass(frozen=True)
+class PackedRows:
+    """The structure of rows that contain several texts, which do not attend to each other."""
+
+    positions: torch.Tensor  # (B, T) int64, of each token in its text
+    mask: torch.Tensor  # (B, 1, T, T) bool, causal, true where a query attends to a key
+    previous: torch.Tensor  # (B, T) int64, the token before each token in its text; -1: none
+
+
 # ---------------------------------------------------------------------------------------------------------
 # KV cache
 
@@ -43,6 +52,7 @@ class KVCache:
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.documents = torch.zeros(batch_size, block_size, device=device, dtype=torch.int64)
+        self.last_token = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)  # for bigrams
         self.starts = starts
         self.length = 0  # slots in use
 
@@ -85,21 +95,21 @@ class MaskRule:
 
 
 def attention_mask(
-    idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None, extra_mask: torch.Tensor | None = None,
+    idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None = None, packed: PackedRows | None = None,
     rule: MaskRule = MaskRule(), can_use_flex: bool = False,
 ) -> Mask:  # fmt: skip
-    """Return the mask of T queries and S keys: causality, `rule`, padding in the cache, and `extra_mask`.
+    """Return the mask of T queries and S keys: causality, `rule`, padding in the cache, and packed rows.
 
-    idx is (B, T) int64, positions are (B or 1, T) int64, `extra_mask`, which must be causal, is (B, 1, T, T) bool. With
+    idx is (B, T) int64, positions are (B or 1, T) int64. With
     `can_use_flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, unless there is a cache or an extra mask.
     """
     padded = cache is not None and cache.starts is not None
     if rule.causal_only and not padded:
-        return extra_mask
+        return packed.mask if packed else None
     documents = torch.zeros_like(idx[:1])  # (1, T), all tokens in one document
     if rule.eot_id is not None:
         documents = (idx == rule.eot_id).cumsum(dim=1)  # (B, T)
-    if can_use_flex and cache is None and extra_mask is None and _can_compile_flex_attention(idx.device):
+    if can_use_flex and cache is None and packed is None and _can_compile_flex_attention(idx.device):
         return _flex_mask(documents, rule)
 
     key_positions, key_documents = positions, documents
@@ -117,7 +127,7 @@ def attention_mask(
     mask = (distance >= 0) & (documents[:, :, None] == key_documents[:, None, :])
     if rule.window is not None:
         mask = mask & (distance < rule.window)
-    return mask[:, None] if extra_mask is None else mask[:, None] & extra_mask
+    return mask[:, None] & packed.mask if packed else mask[:, None]
 
 
 def _can_compile_flex_attention(device: torch.device) -> bool:

@@ -144,10 +144,10 @@ def muon(
     parameters_by_name = dict(model.named_parameters())
     matrices = {name: p for name, p in parameters_by_name.items() if name.startswith("h.") and p.dim() == 2}
     splits = {p: _qkv_rows(p) if name.endswith("attn.c_attn.weight") else [p.size(0)] for name, p in matrices.items()}
-    embedding_prefixes: tuple[str, ...] = ("wte.", "wpe.", "vte.")
+    embedding_prefixes: tuple[str, ...] = ("wte.", "wpe.", "vte.", "bte.")
     head_prefixes: tuple[str, ...] = ("lm_head.",)
     if "lm_head.weight" not in parameters_by_name:  # a tied head is the embedding
-        embedding_prefixes, head_prefixes = ("wpe.", "vte."), ("wte.",)
+        embedding_prefixes, head_prefixes = ("wpe.", "vte.", "bte."), ("wte.",)
     groups = [
         ([p for name, p in parameters_by_name.items() if name.startswith(embedding_prefixes)], embedding_lr),
         ([p for name, p in parameters_by_name.items() if name.startswith(head_prefixes)], head_lr),

@@ -50,7 +50,14 @@ def plain_losses(model: GPT, example: hellaswag.Example) -> list[float]:
     return sums
 
 
-MODERN = {"rope": True, "qk_norm": True, "value_embeddings": 1, "unet": True, "document_mask": True, "eot_id": 299}
+MODERN = {
+    "rope": True,
+    "qk_norm": True,
+    "value_embeddings": 1,
+    "bigram_tables": 2,
+    "document_mask": True,
+    "eot_id": 299,
+}
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN, MODERN | {"window": 6}], ids=["gpt2", "modern", "window"])
