@@ -1,6 +1,6 @@
 """Measure how the number of streams of the data order affects the loss of a short run.
 
-    python benchmarks/streams.py DATASET [--jobs 2] [--out results/shuffle/streams.md]
+    python benchmarks/streams.py DATASET [--streams 64 1024] [--jobs 2] [--out results/shuffle/streams.md]
 
 DATASET is a prepared dataset with a small vocabulary. The preset modern trains --steps steps with the model of
 benchmarks/recipe.py, two seeds each. Runs are written to out/streams; finished runs are not repeated. If --jobs is
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared dataset")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: %(default)s)")
+    parser.add_argument("--streams", type=int, nargs="+", default=NUM_STREAMS, help="numbers of streams to compare")
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/streams", help="directory of the runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -47,7 +48,7 @@ def main() -> None:
                 "--data.num-streams",
                 str(num_streams),
             )
-            for num_streams in NUM_STREAMS
+            for num_streams in options.streams
             for seed in SEEDS
         ]
     )
@@ -63,7 +64,7 @@ def main() -> None:
         "| streams | validation loss, mean (min to max) |",
         "|---:|---:|",
     ]
-    for i, num_streams in enumerate(NUM_STREAMS):
+    for i, num_streams in enumerate(options.streams):
         losses = runs.format_losses(names[i * len(SEEDS) : (i + 1) * len(SEEDS)])
         lines.append(f"| {num_streams:,} | {losses} |")
     write_table(lines, options.out)
