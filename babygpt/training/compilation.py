@@ -20,17 +20,17 @@ from babygpt.training.distributed import Ranks
 from babygpt.training.run_dir import read_config
 
 CACHE_DIR = Path.home() / ".cache" / "babygpt" / "inductor"  # not in /tmp, so that a resume finds the compiled code
-# of small models on two CPU cores (results/speed/compile-cpu.md)
-CPU_COMPILE_SECONDS = 120  # without a cache
-CPU_STEP_RATIO = 0.8  # duration of a compiled step relative to an eager one
-MAX_TOKENS = 4096  # in the passes that estimate the duration of a run
+# results/speed/compile-cpu.md: small models on two cores compile in 31 to 41 s, and their compiled steps take 0.92 to
+# 1.14 of the time. So it is tried if the most that it might save is worth the attempt.
+CPU_COMPILE_SECONDS = 60
+MAX_SAVING = 0.25  # fraction of the time
 
 
 def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks) -> str:
     """Return --training.compile as "on" or "off". `config` is a train_config.Config, `build` returns its model.
 
-    With "auto", a model is compiled on CUDA, and on a CPU if this saves more time than compiling takes. A run that
-    resumes on a CPU keeps the decision in its config.json, so that it stays bitwise equal to an uninterrupted run.
+    With "auto", a model is compiled on CUDA, and on a CPU if the run is long and its compiled step is faster. A run
+    that resumes on a CPU keeps the decision in its config.json, so that it stays bitwise equal to an uninterrupted run.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR))
     setting = config.training.compile
@@ -41,12 +41,7 @@ def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks) -> str:
     earlier = read_config(config.general.out_dir / "config.json").get("training", {}).get("compile")
     if earlier in ("on", "off"):
         return earlier
-    pays = False
-    if ranks.is_main and can_compile_for_cpu():
-        seconds = estimate_seconds(config, build(), ranks.world_size)
-        pays = seconds * (1 - CPU_STEP_RATIO) > CPU_COMPILE_SECONDS
-        if pays:
-            console.info(f"Compiling the model: without this, the run would take about {seconds / 60:,.0f} minutes")
+    pays = ranks.is_main and can_compile_for_cpu() and compiling_pays(config, build(), ranks.world_size)
     return "on" if ranks.gather(float(pays))[0] else "off"  # the decision of rank 0
 
 
@@ -55,14 +50,35 @@ def can_compile_for_cpu() -> bool:
     return sys.platform == "linux" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
-def estimate_seconds(config: Any, model: nn.Module, world_size: int) -> float:
-    """Return the seconds that all steps take, from a forward and backward pass on random rows."""
+def compiling_pays(config: Any, model: nn.Module, world_size: int) -> bool:
+    """Return whether the compiled model is faster, tried only if the run is long enough. Changes gradients."""
     training, T = config.training, config.model.block_size
-    rows = torch.randint(config.model.vocab_size, (min(training.micro_batch_size, max(1, MAX_TOKENS // T)), T + 1))
-    for _ in range(2):  # the first pass allocates memory
+    model.bf16_activations = training.bf16_activations
+    model.activation_checkpointing = training.activation_checkpointing
+    rows = torch.randint(config.model.vocab_size, (training.micro_batch_size, T + 1))
+    seconds = time_pass(model, rows, training.dtype)
+    passes = training.batch_tokens // T // world_size / len(rows) * training.max_steps
+    if seconds * passes * MAX_SAVING < CPU_COMPILE_SECONDS:
+        return False
+    console.info(
+        f"Training takes about {seconds * passes / 60:,.0f} minutes. Compiling the model to see if it gets faster"
+    )
+    try:
+        compiled_seconds = time_pass(torch.compile(model, dynamic=False), rows, training.dtype)
+    except RuntimeError as error:  # of the C++ compiler, for instance
+        console.warning(f"The model cannot be compiled, so training is not compiled: {error!r:.300}")
+        return False
+    console.info(f"A pass takes {1e3 * seconds:,.0f} ms, compiled {1e3 * compiled_seconds:,.0f} ms")
+    return compiled_seconds < seconds
+
+
+def time_pass(model: Callable[..., torch.Tensor], rows: torch.Tensor, dtype: str) -> float:
+    """Return the least seconds of a forward and a backward pass on rows (B, T + 1) int64, after one to warm up."""
+    seconds = []
+    for _ in range(4):
         start = time.perf_counter()
-        with autocast(rows.device, training.dtype):
-            loss = model(rows[:, :-1], rows[:, 1:])
+        with autocast(rows.device, dtype):
+            loss = model(rows[:, :-1], rows[:, 1:], reduction="sum")
         loss.backward()
-    seconds_per_row = (time.perf_counter() - start) / len(rows)
-    return seconds_per_row * (training.batch_tokens // T // world_size) * training.max_steps
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

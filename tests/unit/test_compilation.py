@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,6 @@ from support.runs import flags
 
 import train
 from babygpt.training import compilation
-from model import build_model
 from train_config import preset, variant
 
 
@@ -25,9 +25,16 @@ def ranks(device: str = "cpu", is_main: bool = True, of_rank_0: float | None = N
     )
 
 
-def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, **fields) -> str:
-    monkeypatch.setattr(compilation, "estimate_seconds", lambda *_: seconds)
-    config = variant(preset("demo"), general={"out_dir": tmp_path}, training={"compile": setting})
+def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, **fields) -> str:
+    """Resolve with passes that take `seconds` for the whole run, and half of it when compiled."""
+    config = variant(
+        preset("demo"), general={"out_dir": tmp_path}, training={"compile": setting}, model={"vocab_size": 9}
+    )
+    passes = config.training.batch_tokens // 256 // 16 * config.training.max_steps
+    monkeypatch.setattr(compilation.torch, "compile", lambda model, dynamic: "compiled")
+    monkeypatch.setattr(
+        compilation, "time_pass", lambda model, *_: seconds / passes * (ratio if model == "compiled" else 1)
+    )
     return compilation.resolve(config, lambda: torch.nn.Identity(), ranks(**fields))
 
 
@@ -71,16 +78,41 @@ def test_resume_on_a_cpu_repeats_the_decision(earlier, tmp_path, monkeypatch):
     assert resolve(tmp_path, seconds=0.0, monkeypatch=monkeypatch, device="cuda") == "on"
 
 
-def test_estimate_is_proportional_to_the_steps():
-    """It covers all steps: ten times the steps take about ten times as long."""
-    config = variant(
-        preset("demo"), model={"vocab_size": 300, "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 32}
-    )
-    seconds = {}
-    for max_steps in (100, 1000):
-        config = variant(config, training={"max_steps": max_steps, "dtype": "float32"})
-        seconds[max_steps] = compilation.estimate_seconds(config, build_model(config.model), 1)
-    assert 0 < seconds[100] < seconds[1000] < 100 * seconds[100]
+def test_slower_compiled_code_is_not_used(tmp_path, monkeypatch):
+    assert resolve(tmp_path, seconds=1e6, monkeypatch=monkeypatch, ratio=0.9) == "on"
+    assert resolve(tmp_path, seconds=1e6, monkeypatch=monkeypatch, ratio=1.1) == "off"
+
+
+def test_failing_compiler_is_a_warning(tmp_path, monkeypatch, capsys):
+    def time_pass(model, *_):
+        if model == "compiled":
+            raise RuntimeError("C++ compile error")
+        return 1e3
+
+    changes = {"general": {"out_dir": tmp_path}, "model": {"vocab_size": 9}, "training": {"compile": "auto"}}
+    monkeypatch.setattr(compilation.torch, "compile", lambda model, dynamic: "compiled")
+    monkeypatch.setattr(compilation, "time_pass", time_pass)
+    config = variant(preset("demo"), **changes)
+    assert compilation.resolve(config, lambda: torch.nn.Identity(), ranks()) == "off"
+    assert "C++ compile error" in capsys.readouterr().err
+
+
+def test_short_run_does_not_compile_to_find_out(tmp_path, monkeypatch):
+    """A run of three minutes could not save the time of the compilation."""
+    assert resolve(tmp_path, seconds=180.0, monkeypatch=monkeypatch, ratio=0.1) == "off"
+
+
+def test_time_of_a_pass_is_positive_and_without_the_first():
+    calls = []
+
+    def model(idx, targets, reduction):
+        calls.append(reduction)
+        if len(calls) == 1:
+            time.sleep(0.2)
+        return (idx + targets).float().sum().requires_grad_()
+
+    assert 0 < compilation.time_pass(model, torch.zeros(2, 9, dtype=torch.int64), "float32") < 0.1
+    assert set(calls) == {"sum"}
 
 
 def test_decision_is_stored_and_does_not_change_the_run(dataset, tmp_path):
