@@ -309,7 +309,7 @@ class ModernConfig(GPTConfig):
     zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
     # number of value embeddings; blocks i and n_layer - value_embeddings + i use embedding i
     value_embeddings: NonNegative = 0
-    # size of the table of bigram embeddings, a multiple of the vocabulary; they are added to the input of each block
+    # size of the table of bigram embeddings, added to the input of each block, in multiples of the vocabulary; 0: off
     bigram_tables: NonNegative = 0
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
@@ -417,11 +417,11 @@ class ModernGPT(GPT):
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if not config.rope:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        kv_width = config.kv_heads * config.head_size
-        value_tables = [nn.Embedding(config.padded_vocab_size, kv_width) for _ in range(config.value_embeddings)]
-        self.vte = nn.ModuleList(value_tables)
+        table_shape = config.padded_vocab_size, config.kv_heads * config.head_size
+        self.vte = nn.ModuleList(nn.Embedding(*table_shape) for _ in range(config.value_embeddings))
         if config.bigram_tables:
-            self.bte = BigramEmbedding(config.bigram_tables * config.padded_vocab_size, config.n_embd)
+            num_bigrams = config.bigram_tables * config.padded_vocab_size
+            self.bte = BigramEmbedding(num_bigrams, config.n_embd, config.mask_rule.eot_id)
             self.bigram_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(ModernBlock(config, layer) for layer in range(config.n_layer))

@@ -3,7 +3,7 @@
     python benchmarks/compile_cpu.py DATASET [--out results/speed/compile-cpu.md]
 
 DATASET is a prepared dataset. Each preset trains --steps steps with the model of benchmarks/recipe.py: eager, compiled
-with an empty cache, and compiled again with the filled cache, three times in turns. The seconds of compilation are
+with an empty cache, and compiled again with the filled cache, --runs times in turns. The seconds of compilation are
 those of all steps minus their number times the median step.
 """
 

@@ -185,10 +185,12 @@ def train_ours(run: Run) -> tuple[torch.nn.Module, list[float]]:
     from model import GPT
     from train_config import preset
 
-    lr_names = ["max_lr"] if run.project == "gpt2" else ["max_lr", "embedding_lr", "head_lr", "scalar_lr"]
-    rates = {name: getattr(preset(run.project).optimizer, name) * run.factor for name in lr_names}
     if run.project == "gpt2":
         rates = {"max_lr": CLASSIC_LR * run.factor, "warmup_steps": run.steps // 20}
+    else:
+        optimizer = preset(run.project).optimizer
+        names = ("max_lr", "embedding_lr", "head_lr", "scalar_lr")
+        rates = {name: getattr(optimizer, name) * run.factor for name in names}
     command = [
         sys.executable, str(ROOT / "train.py"), run.project, "--general.mode", "train", "--general.out-dir", "out",
         "--general.seed", str(run.seed), "--general.device", "cpu", "--data.dataset", run.dataset,

@@ -100,8 +100,8 @@ def attention_mask(
 ) -> Mask:  # fmt: skip
     """Return the mask of T queries and S keys: causality, `rule`, padding in the cache, and packed rows.
 
-    idx is (B, T) int64, positions are (B or 1, T) int64. With
-    `can_use_flex`, compiled code on FLEX_DEVICES gets FlexAttention's mask, unless there is a cache or an extra mask.
+    idx is (B, T) int64, positions are (B or 1, T) int64. With `can_use_flex`, compiled code on FLEX_DEVICES gets
+    FlexAttention's mask, unless there is a cache or packed rows.
     """
     padded = cache is not None and cache.starts is not None
     if rule.causal_only and not padded:

@@ -97,7 +97,7 @@ def corrupt_json(text: str, rng: random.Random) -> str:
 # large values of these fields are valid, but the run would take too long
 SIZE_FIELDS = {
     "max_steps", "n_layer", "n_head", "n_embd", "max_new_tokens", "num_samples", "window", "block_size", "vocab_size",
-    "value_embeddings",
+    "value_embeddings", "bigram_tables",
 }  # fmt: skip
 
 
