@@ -435,7 +435,7 @@ def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -
     """Resolve a micro_batch_size of 0.
 
     It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes, or 16
-    on a CPU, where `device_memory` is 0. For training, it is the largest such divisor of the rows per rank.
+    on a CPU, where `device_memory` is 0. For training, it is the largest divisor of the rows per rank up to this.
     """
     model, training = config.model, config.training
     if training.micro_batch_size:
