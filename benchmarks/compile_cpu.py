@@ -9,12 +9,10 @@ those of all steps minus their number times the median step.
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from babygpt.training.log import column, read_log  # noqa: E402
-from benchmarks.table import write_table  # noqa: E402
+from benchmarks.table import machine, write_table  # noqa: E402
 
 PRESETS = ("gpt2", "modern")
 SETTINGS = ("eager", "empty cache", "filled cache")
@@ -64,8 +62,7 @@ def main() -> None:
                     print(f"{preset}, {setting}: {result[0]:.1f} s, {result[1]:.0f} ms", file=sys.stderr, flush=True)
     lines = [
         f"`python benchmarks/compile_cpu.py {Path(dataset).name} --steps {options.steps} --runs {options.runs}`, "
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {torch.get_num_threads()} threads. 4 layers, width 128, 4,096 tokens per step. Medians.",
+        f"{machine()}; {torch.get_num_threads()} threads. 4 layers, width 128, 4,096 tokens per step. Medians.",
         "",
         "| preset | code | seconds of compilation | ms per step | ratio to eager, median of pairs |",
         "|---|---|---:|---:|---:|",

@@ -9,22 +9,25 @@ sequence, 4,096 tokens per step, and trains a model of 4 layers of width 128 wit
 nanoGPT get the rows through replaced data loaders; their models, optimizers and schedules are their own.
 
 A first sweep multiplies all learning rates of a project by each of --factors, at the second of --tokens and with the
-first seed. The best factor is used for the table, so all projects get the same number of trials. nanochat scales its
-rates by the square root of the batch size relative to 524,288 tokens; a factor of 1 undoes this. Its warmup of 40 steps
-is shortened to at most a tenth of the run. Without --compile, nothing is compiled. nanoGPT's script trains in float32
-on a CPU, the others train in bfloat16.
+first seed, and then, at the best factor, its weight decay by each of --decays. The best of both is used for the table,
+so all projects get the same number of trials; modern has no weight decay and gets fewer. nanochat scales its rates by
+the square root of the batch size relative to 524,288 tokens; a factor of 1 undoes this. Its warmup of 40 steps is
+shortened to at most a tenth of the run. Without --compile, nothing is compiled. nanoGPT's script trains in float32 on a
+CPU, the others train in bfloat16.
 
 The loss is the mean over the first --val-tokens tokens of the validation split, under bfloat16 autocast. The seconds
-are those of the training steps, including compilation but not evaluation. Finished runs are not repeated.
+are those of the training steps, including compilation but not evaluation. Finished runs are not repeated, unless the
+commit of the project, the dataset or a setting is different.
 """
 
 import argparse
+import functools
+import hashlib
 import importlib
 import json
 import math
 import os
 import pickle
-import platform
 import runpy
 import statistics
 import subprocess
@@ -32,9 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -47,7 +48,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
-from benchmarks.table import write_table  # noqa: E402
+from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
 from dataloader import DataLoader, Order, Position, inputs_and_targets, validation_batches  # noqa: E402
 
 T, N_LAYER, N_HEAD, N_EMBD = 256, 4, 4, 128
@@ -66,12 +67,17 @@ class Run:
     steps: int
     seed: int
     factor: float  # of all learning rates
+    decay: float  # factor of the weight decay
     compile: bool
     val_tokens: int
 
     @property
     def name(self) -> str:
-        return f"{self.project}-{self.steps}-{self.seed}-{self.factor:g}" + ("-compiled" if self.compile else "")
+        """The settings, and a hash of these together with the commit of the project and the dataset."""
+        compiled = "-compiled" if self.compile else ""
+        values = f"{asdict(self)} {git_commit(self.checkout or ROOT)} {open_dataset(self.dataset).fingerprint}"
+        digest = hashlib.sha256(values.encode()).hexdigest()[:8]
+        return f"{self.project}-{self.steps}-{self.seed}-{self.factor:g}-{self.decay:g}{compiled}-{digest}"
 
 
 class TimedRows:
@@ -88,6 +94,13 @@ class TimedRows:
             self.times.append(time.perf_counter())
             idx, targets = inputs_and_targets(rows, CPU)
             yield idx, targets.contiguous()  # views would be rejected by nanochat
+
+
+@functools.cache
+def git_commit(path: str | Path) -> str:
+    """Return the commit of a checkout."""
+    command = ["git", "-C", str(path), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def stub(name: str, **attributes: object) -> None:
@@ -126,11 +139,12 @@ def train_nanochat(run: Run, dataset: Dataset) -> tuple[torch.nn.Module, list[fl
 
     batch_scale = math.sqrt(2**19 / (ROWS * T))
     rates = {"embedding": 0.3, "unembedding": 0.008, "matrix": 0.02, "scalar": 0.5}  # its defaults
+    weight_decay = 0.28  # its default, which it scales by batch, width and number of layers
     sys.argv = ["base_train", "--device-type", "cpu", "--depth", str(N_LAYER), "--aspect-ratio", str(N_EMBD // N_LAYER)]
     sys.argv += ["--head-dim", str(N_EMBD // N_HEAD), "--max-seq-len", str(T), "--window-pattern", "L"]
     sys.argv += ["--num-iterations", str(run.steps), "--device-batch-size", str(ROWS), "--total-batch-size"]
     sys.argv += [str(ROWS * T), "--eval-every", "-1", "--core-metric-every", "-1", "--sample-every", "-1"]
-    sys.argv += ["--warmup-steps", str(min(40, run.steps // 10))]
+    sys.argv += ["--warmup-steps", str(min(40, run.steps // 10)), "--weight-decay", str(weight_decay * run.decay)]
     for name, rate in rates.items():
         sys.argv += [f"--{name}-lr", str(rate * batch_scale * run.factor)]
     with mock.patch.object(common, "compute_init", seeded):
@@ -155,6 +169,7 @@ def train_nanogpt(run: Run, dataset: Dataset) -> tuple[torch.nn.Module, list[flo
     def next_rows(high: int, size: tuple[int], **_: object) -> torch.Tensor:
         """Replace torch.randint in get_batch: the offsets of the next rows, or of the first ones in an evaluation."""
         if sys._getframe(2).f_code.co_name == "estimate_loss":
+            times[-1] = time.perf_counter()  # start after the evaluation before the first step
             return torch.arange(ROWS) * (T + 1)
         times.append(time.perf_counter())
         return (torch.arange(ROWS) + ROWS * (len(times) - 1)) * (T + 1)
@@ -165,7 +180,7 @@ def train_nanogpt(run: Run, dataset: Dataset) -> tuple[torch.nn.Module, list[flo
         "eval_interval": run.steps + 1, "eval_iters": 1, "log_interval": 1000, "block_size": T, "batch_size": ROWS,
         "gradient_accumulation_steps": 1, "n_layer": N_LAYER, "n_head": N_HEAD, "n_embd": N_EMBD,
         "learning_rate": lr, "min_lr": lr / 10, "max_iters": run.steps - 1, "lr_decay_iters": run.steps,
-        "warmup_iters": run.steps // 20,
+        "warmup_iters": run.steps // 20, "weight_decay": 0.1 * run.decay,
     }  # fmt: skip
     sys.argv = ["train.py", *(f"--{name}={value}" for name, value in settings.items())]
     sys.path.insert(0, run.checkout)
@@ -185,12 +200,13 @@ def train_ours(run: Run) -> tuple[torch.nn.Module, list[float]]:
     from model import GPT
     from train_config import preset
 
+    optimizer = preset(run.project).optimizer
     if run.project == "gpt2":
-        rates = {"max_lr": CLASSIC_LR * run.factor, "warmup_steps": run.steps // 20}
+        settings = {"max_lr": CLASSIC_LR * run.factor, "warmup_steps": run.steps // 20}
     else:
-        optimizer = preset(run.project).optimizer
         names = ("max_lr", "embedding_lr", "head_lr", "scalar_lr")
-        rates = {name: getattr(optimizer, name) * run.factor for name in names}
+        settings = {name: getattr(optimizer, name) * run.factor for name in names}
+    settings["weight_decay"] = optimizer.weight_decay * run.decay
     command = [
         sys.executable, str(ROOT / "train.py"), run.project, "--general.mode", "train", "--general.out-dir", "out",
         "--general.seed", str(run.seed), "--general.device", "cpu", "--data.dataset", run.dataset,
@@ -199,7 +215,7 @@ def train_ours(run: Run) -> tuple[torch.nn.Module, list[float]]:
         str(ROWS), "--training.max-steps", str(run.steps), "--training.compile", "on" if run.compile else "off",
         "--training.dtype", "bfloat16", "--saving.every-n-steps", str(run.steps), "--logging.every-n-steps", "0",
     ]  # fmt: skip
-    for name, value in rates.items():
+    for name, value in settings.items():
         command += [f"--optimizer.{name.replace('_', '-')}", str(value)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     step_ms = column(read_log(Path("out/log.csv")), "step_ms")[1]
@@ -251,11 +267,10 @@ class Runs:
         self.options, self.directory = options, Path(options.runs)
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def make(self, project: str, tokens: int, seed: int, factor: float) -> Run:
-        options = self.options
+    def make(self, project: str, tokens: int, seed: int, factor: float, decay: float) -> Run:
+        options, steps = self.options, round(tokens / (ROWS * T))
         checkout = {"nanochat": options.nanochat, "nanogpt": options.nanogpt}.get(project) or ""
-        steps = round(tokens / (ROWS * T))
-        return Run(project, options.dataset, checkout, steps, seed, factor, options.compile, options.val_tokens)
+        return Run(project, options.dataset, checkout, steps, seed, factor, decay, options.compile, options.val_tokens)
 
     def execute(self, run: Run) -> dict:
         """Return the result of a run, which is trained in a process of its own unless it has finished before."""
@@ -275,8 +290,23 @@ class Runs:
         return result
 
     def execute_all(self, runs: list[Run]) -> list[dict]:
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            return list(pool.map(self.execute, runs))
+        return map_jobs(self.execute, runs, self.options.jobs)
+
+    def sweep(self, projects: list[str], tokens: int) -> list[dict]:
+        """Return the results of all trials: each factor of the learning rates, then each factor of weight decay."""
+        options, seed = self.options, self.options.seeds[0]
+        results = self.execute_all([self.make(p, tokens, seed, f, 1.0) for p in projects for f in options.factors])
+        decays = [
+            self.make(p, tokens, seed, best_of(results, p)["factor"], decay)
+            for p in projects
+            for decay in options.decays
+            if p != "modern"
+        ]
+        return results + self.execute_all(decays)
+
+
+def best_of(results: list[dict], project: str) -> dict:
+    return min((r for r in results if r["project"] == project), key=lambda r: r["loss"])
 
 
 def main() -> None:
@@ -288,6 +318,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[409_600, 819_200, 1_638_400, 3_276_800])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338, 1339])
     parser.add_argument("--factors", nargs="+", type=float, default=[0.5, 0.71, 1.0, 1.41, 2.0])
+    parser.add_argument("--decays", nargs="+", type=float, default=[0.0, 0.3])
     parser.add_argument("--compile", action="store_true", help="compile all projects")
     parser.add_argument("--val-tokens", type=int, default=1_000_000, help="validation tokens (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
@@ -307,17 +338,18 @@ def main() -> None:
     runs = Runs(options)
 
     sweep_tokens = options.tokens[min(1, len(options.tokens) - 1)]
-    trials = [runs.make(p, sweep_tokens, options.seeds[0], factor) for p in projects for factor in options.factors]
-    sweep = runs.execute_all(trials)
-    best = {p: min((r for r in sweep if r["project"] == p), key=lambda r: r["loss"])["factor"] for p in projects}
+    trials = runs.sweep(projects, sweep_tokens)
+    best = {p: best_of(trials, p) for p in projects}
     final = [
-        runs.make(p, tokens, seed, best[p]) for tokens in options.tokens for seed in options.seeds for p in projects
+        runs.make(p, tokens, seed, best[p]["factor"], best[p]["decay"])
+        for tokens in options.tokens
+        for seed in options.seeds
+        for p in projects
     ]
     results = runs.execute_all(final)
 
     lines = [
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
+        f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
         "",
         f"{N_LAYER} layers, {N_HEAD} heads, width {N_EMBD}, T = {T}, {ROWS * T:,} tokens per step; dataset: "
         f"{Path(options.dataset).name}; {options.val_tokens:,} validation tokens; "
@@ -325,15 +357,14 @@ def main() -> None:
         "",
         f"## Learning rates: loss at {sweep_tokens:,} tokens, seed {options.seeds[0]}",
         "",
-        "| factor of all learning rates | " + " | ".join(projects) + " |",
-        "|---:|" + "---:|" * len(projects),
+        "| project | factor of all learning rates | factor of the weight decay | validation loss |",
+        "|---|---:|---:|---:|",
     ]
-    for factor in options.factors:
-        losses = [next(r["loss"] for r in sweep if (r["project"], r["factor"]) == (p, factor)) for p in projects]
-        lines.append(f"| {factor:g} | " + " | ".join(f"{loss:.4f}" for loss in losses) + " |")
+    for r in sorted(trials, key=lambda r: projects.index(r["project"])):
+        lines.append(f"| {r['project']} | {r['factor']:g} | {r['decay']:g} | {r['loss']:.4f} |")
     lines += [
         "",
-        "## Loss by tokens, at the best factor of each project",
+        "## Loss by tokens, at the best trial of each project",
         "",
         "| tokens | project | parameters | validation loss, mean (min to max) | seconds, median | ms per step |",
         "|---:|---|---:|---:|---:|---:|",

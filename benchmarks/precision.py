@@ -14,20 +14,15 @@ Runs are written to out/precision and resumed; finished runs are not repeated.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import sys
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
 from benchmarks.recipe import SEEDS, Runs  # noqa: E402
-from benchmarks.table import write_table  # noqa: E402
+from benchmarks.table import machine, write_table  # noqa: E402
 
 # At this learning rate and warmup, rounding errors change the loss after 400 steps little; at 4e-3, by 0.1 nats.
 RECIPES = {"gpt2": ["--optimizer.max-lr", "1e-3", "--optimizer.warmup-steps", "100"], "modern": []}
@@ -68,8 +63,7 @@ def main() -> None:
         ranks,
     )  # fmt: skip
     lines = [
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}",
+        machine(),
         "",
         f"4 layers, 4 heads, n_embd = 128, T = 256, {options.steps} steps of 4,096 tokens; dataset: "
         f"{Path(options.dataset).name}.",

@@ -11,18 +11,15 @@ recipes use 4 layers, 4 heads, n_embd = 128, T = 256 and 4,096 tokens per step. 
 - an ablation: modern with one part removed or added at a time, at a quarter of the steps, with one seed;
 - timing: both recipes alternate three times, alone on the machine and with all its threads.
 
-Runs are written to out/recipe and resumed; finished runs are not repeated. If --jobs is greater than 1, each run uses
-one thread.
+Runs are written to --runs; finished runs are not repeated, so use a new directory after a change of the code or the
+dataset. If --jobs is greater than 1, each run uses one thread.
 """
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from babygpt.training.log import column, read_log  # noqa: E402
-from benchmarks.table import write_table  # noqa: E402
+from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (1337, 1338, 1339)
@@ -95,8 +92,7 @@ class Runs:
 
     def train_all(self, runs: list[tuple], ranks: dict[str, int] | None = None) -> list[str]:
         """Train runs given as arguments of `train`, on one rank unless `ranks` says otherwise; return their names."""
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            return list(pool.map(lambda a: self.train(*a, ranks=(ranks or {}).get(a[0], 1)), runs))
+        return map_jobs(lambda a: self.train(*a, ranks=(ranks or {}).get(a[0], 1)), runs, self.options.jobs)
 
     def final_loss(self, name: str) -> float:
         return column(read_log(self.out / name / "log.csv"), "val_loss")[1][-1]
@@ -203,8 +199,7 @@ def main() -> None:
             "median of three pairs of runs)."
         )
     lines = [
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
+        f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
         "",
         f"4 layers, 4 heads, n_embd = 128, T = 256, 4,096 tokens per step; dataset: {Path(options.dataset).name}. The",
         "validation loss is that after the last step.",

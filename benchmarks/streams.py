@@ -3,25 +3,20 @@
     python benchmarks/streams.py DATASET [--streams 64 1024] [--jobs 2] [--out results/shuffle/streams.md]
 
 DATASET is a prepared dataset with a small vocabulary. The preset modern trains --steps steps with the model of
-benchmarks/recipe.py, two seeds each. Runs are written to out/streams; finished runs are not repeated. If --jobs is
-greater than 1, each run uses one thread.
+benchmarks/recipe.py, two seeds each. Runs are written to --runs; finished runs are not repeated, so use a new directory
+after a change of the code or the dataset. If --jobs is greater than 1, each run uses one thread.
 """
 
 import argparse
-import os
-import platform
 import sys
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
 from babygpt.data.shards import open_dataset  # noqa: E402
 from benchmarks.recipe import Runs  # noqa: E402
-from benchmarks.table import write_table  # noqa: E402
+from benchmarks.table import machine, write_table  # noqa: E402
 from dataloader import default_num_streams  # noqa: E402
 
 NUM_STREAMS = (64, 256, 1024, 4096)
@@ -54,8 +49,7 @@ def main() -> None:
     )
     lines = [
         f"`python benchmarks/streams.py {Path(options.dataset).name} --steps {options.steps} --jobs {options.jobs}`, "
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}",
+        + machine(),
         "",
         f"The preset modern with 4 layers and n_embd = 128, T = 256; {train_tokens:,} training tokens, of which "
         f"{options.steps} steps read {options.steps * 4096:,}. The default for this dataset is "
