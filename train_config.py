@@ -110,6 +110,7 @@ class Optimizer:
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
     momentum_warmup_steps: Steps = 300  # with muon: number of steps over which Muon's momentum rises from 0.85 to 0.95
+    normuon: bool = False  # with muon: normalize the update of each neuron by its recent size (arXiv:2510.05491)
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
 
 
@@ -187,18 +188,9 @@ class Config:
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # the four sizes of GPT-2, with the GPT-3 paper's learning rates for these sizes (table 2.1)
     "gpt2": {},
-    "gpt2-medium": {
-        "model": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-        "optimizer": {"max_lr": 3e-4},
-    },
-    "gpt2-large": {
-        "model": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-        "optimizer": {"max_lr": 2.5e-4},
-    },
-    "gpt2-xl": {
-        "model": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-        "optimizer": {"max_lr": 2e-4},
-    },
+    "gpt2-medium": {"model": {"n_layer": 24, "n_head": 16, "n_embd": 1024}, "optimizer": {"max_lr": 3e-4}},
+    "gpt2-large": {"model": {"n_layer": 36, "n_head": 20, "n_embd": 1280}, "optimizer": {"max_lr": 2.5e-4}},
+    "gpt2-xl": {"model": {"n_layer": 48, "n_head": 25, "n_embd": 1600}, "optimizer": {"max_lr": 2e-4}},
     # the smallest size with the improvements of the public speed records (docs/modern.md)
     "modern": {
         "model": {
@@ -219,6 +211,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"max_steps": 3000},
         "optimizer": {
             "name": "muon",
+            "normuon": True,
             "max_lr": 0.04,
             "min_lr_ratio": 0.0,
             "warmup_steps": 0,

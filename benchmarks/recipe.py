@@ -36,6 +36,7 @@ FRACTIONS = (0.125, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
 # rows of the ablation table, with the flags of the run; BEST stands for the best learning rate of classic
 ABLATIONS = {
     "AdamW instead of Muon, best learning rate of classic": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
+    "no normalization of Muon's updates by neuron": ["--optimizer.no-normuon"],
     "cosine schedule instead of constant with linear cooldown": ["--optimizer.cooldown", "None"],
     "no momentum warmup": ["--optimizer.momentum-warmup-steps", "0"],
     "learned position embeddings instead of RoPE": ["--model.no-rope"],

@@ -11,6 +11,7 @@ training step skips updates this way without synchronizing host and device.
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -41,80 +42,118 @@ def adamw(
 # Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return approximately the nearest matrices with orthonormal rows or columns, (N, rows, columns) in bfloat16.
+# Coefficients (a, b, c) of the iterations of Polar Express (Amsel et al., arXiv:2505.16932). The values are those of
+# modded-nanogpt, computed for five iterations with a safety factor of 1.02 for rounding errors of bfloat16.
+POLAR_EXPRESS = (
+    (8.156554, -22.483293, 15.878770),
+    (4.042930, -2.808917, 0.500018),
+    (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490),
+    (2.346541, -1.709783, 0.423236),
+)
 
-    A Newton-Schulz iteration applies the polynomial a x + b x^3 + c x^5 to the singular values. Its slope at 0 is
-    steep: five iterations move all but the smallest singular values to 0.7 ... 1.2, which is close enough to 1.
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Return approximately the nearest matrices with orthonormal rows, in bfloat16.
+
+    `matrices` are (N, rows, columns) with rows <= columns. Each iteration applies a polynomial a x + b x^3 + c x^5 to
+    the singular values. The polynomials are chosen such that the five of them together move values between 0.001 and 1
+    as close to 1 as possible.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
-    if x.size(-2) > x.size(-1):
-        x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+    return x
 
 
 MUON_BATCH = 64 << 20  # elements that are updated at once: 256 MiB in float32
+NORMUON_BETA2 = 0.9  # decay rate of the moving average of squared updates
+
+
+@dataclass
+class MatrixBatch:
+    """Matrices of one shape that are updated together, each with rows <= columns: tall ones are transposed."""
+
+    weights: list[torch.Tensor]  # (rows, columns) each
+    grads: list[torch.Tensor]
+    momenta: list[torch.Tensor]
+    second_moments: list[torch.Tensor]  # (columns,) each
+    scales: list[float]  # of the learning rate
 
 
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose updates are orthogonalized, for the matrices of the blocks.
 
     `splits` maps each parameter to the numbers of rows of the matrices that are stacked in it (queries, keys, values).
-    These are orthogonalized separately. Every rank stores the momentum of all matrices, orthogonalizes a share of the
+    These are orthogonalized separately. Every rank stores the state of all matrices, orthogonalizes a share of the
     updates, and gathers the others.
+
+    With `normuon` (Li et al., arXiv:2510.05491), an orthogonalized update is divided, for each neuron, by the square
+    root of a moving average of its mean square, and its norm is set to that of a matrix with orthonormal rows. A neuron
+    is a row of the parameter, or a column if the matrix has more columns than rows.
     """
 
     def __init__(self, splits: dict[nn.Parameter, list[int]], max_lr: float, weight_decay: float = 0.0,
-                 momentum: float = 0.95, cautious: bool = False):  # fmt: skip
-        defaults = {"lr": 0.0, "max_lr": max_lr, "weight_decay": weight_decay, "momentum": momentum}
+                 normuon: bool = False, cautious: bool = False):  # fmt: skip
+        defaults = {"lr": 0.0, "max_lr": max_lr, "weight_decay": weight_decay, "momentum": 0.95}
         super().__init__(list(splits), defaults)
-        self.splits, self.cautious = splits, cautious
+        self.splits, self.normuon, self.cautious = splits, normuon, cautious
         self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         (group,) = self.param_groups
+        entries_by_shape = defaultdict(list)
         for p in group["params"]:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        entries_by_shape = defaultdict(list)  # matrices of one shape are updated in one batch, tall ones transposed
-        for p in group["params"]:
-            pieces = (t.split(self.splits[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
-            for piece in zip(*pieces, strict=True):
-                rows, columns = piece[0].shape
-                matrices = [matrix.mT for matrix in piece] if rows > columns else list(piece)
-                entries_by_shape[matrices[0].shape].append((*matrices, math.sqrt(max(1.0, rows / columns))))
+            state, row_counts = self.state[p], self.splits[p]
+            lengths = [max(rows, p.size(1)) for rows in row_counts]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            if "second_moment" not in state:
+                state["second_moment"] = p.new_zeros(sum(lengths))
+            pieces = (t.split(row_counts) for t in (p, p.grad, state["momentum_buffer"]))
+            for *matrices, second_moment in zip(*pieces, state["second_moment"].split(lengths), strict=True):
+                rows, columns = matrices[0].shape
+                if rows >= columns:
+                    matrices = [matrix.mT for matrix in matrices]
+                entry = (*matrices, second_moment, math.sqrt(max(1.0, rows / columns)))
+                entries_by_shape[matrices[0].shape].append(entry)
         for (rows, columns), entries in entries_by_shape.items():
             batch_size = max(1, MUON_BATCH // (rows * columns))
             for i in range(0, len(entries), batch_size):
-                self._update(group, *map(list, zip(*entries[i : i + batch_size], strict=True)))
+                self._update(group, MatrixBatch(*map(list, zip(*entries[i : i + batch_size], strict=True))))
 
-    def _update(
-        self, group: dict, matrices: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor],
-        scales: list[float],
-    ) -> None:  # fmt: skip
-        """Update matrices of one shape in one batch; gradients and momentum buffers have the same shape."""
-        lr, momentum = group["lr"], torch.stack(buffers)  # (N, rows, columns)
-        grad = torch.stack(grads)
+    def _update(self, group: dict, batch: MatrixBatch) -> None:
+        lr, momentum, grad = group["lr"], torch.stack(batch.momenta), torch.stack(batch.grads)  # (N, rows, columns)
         if self.found_inf is not None:
             # to skip the update, replace the gradient by the momentum, which then does not change
             lr, grad = lr * (1 - self.found_inf), torch.where(self.found_inf.bool(), momentum, grad)
         momentum.lerp_(grad, 1 - group["momentum"])
-        torch._foreach_copy_(buffers, momentum.unbind())
-        change = _orthogonalize_by_ranks(grad.lerp_(momentum, group["momentum"])).float().mul_(lr)  # Nesterov momentum
-        if max(scales) > 1:
-            torch._foreach_mul_(list(change.unbind()), scales)
+        torch._foreach_copy_(batch.momenta, momentum.unbind())
+        change = _orthogonalize_by_ranks(grad.lerp_(momentum, group["momentum"])).float()  # Nesterov momentum
+        if self.normuon:
+            change = self._normalize_neurons(change, batch.second_moments)
+        change.mul_(lr)
+        if max(batch.scales) > 1:
+            torch._foreach_mul_(list(change.unbind()), batch.scales)
         if group["weight_decay"] > 0:
-            weights = torch.stack(matrices)
+            weights = torch.stack(batch.weights)
             decay = lr * group["weight_decay"] * weights
             # cautious: only if decay and update have the same sign (arXiv:2411.16085 applies this to the update)
             change += decay * (change * weights > 0) if self.cautious else decay
-        torch._foreach_sub_(matrices, change.unbind())
+        torch._foreach_sub_(batch.weights, change.unbind())
+
+    def _normalize_neurons(self, change: torch.Tensor, second_moments: list[torch.Tensor]) -> torch.Tensor:
+        """Return `change` (N, rows, columns) divided by the root mean square of each column, averaged over steps."""
+        weight = (1 - NORMUON_BETA2) * (1.0 if self.found_inf is None else 1 - self.found_inf)
+        second_moment = torch.stack(second_moments)  # (N, columns)
+        second_moment.lerp_(change.square().mean(dim=-2), weight)
+        torch._foreach_copy_(second_moments, second_moment.unbind())
+        change = change * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(-2)
+        norm = change.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        return change * (math.sqrt(change.size(-2)) / norm)
 
 
 def _orthogonalize_by_ranks(updates: torch.Tensor) -> torch.Tensor:
@@ -135,7 +174,7 @@ def _orthogonalize_by_ranks(updates: torch.Tensor) -> torch.Tensor:
 
 def muon(
     model: nn.Module, max_lr: float, embedding_lr: float, head_lr: float, scalar_lr: float, weight_decay: float = 0.0,
-    beta1: float = 0.8, beta2: float = 0.95, eps: float = 1e-10, cautious: bool = False,
+    beta1: float = 0.8, beta2: float = 0.95, eps: float = 1e-10, normuon: bool = False, cautious: bool = False,
 ) -> Optimizers:  # fmt: skip
     """Build Muon for the matrices of the blocks, and Adam for embeddings, head, and all scalars and vectors.
 
@@ -155,7 +194,7 @@ def muon(
     ]
     adam = [{"params": parameters, "max_lr": lr} for parameters, lr in groups if parameters]
     return [
-        Muon(splits, max_lr, weight_decay, cautious=cautious),
+        Muon(splits, max_lr, weight_decay, normuon=normuon, cautious=cautious),
         torch.optim.AdamW(adam, lr=0.0, betas=(beta1, beta2), eps=eps, weight_decay=0.0, fused=True),
     ]
 
@@ -166,12 +205,15 @@ def _qkv_rows(c_attn: nn.Parameter) -> list[int]:
     return [c_attn.size(1), key_rows, key_rows]
 
 
+MUON_SETTINGS = ("embedding_lr", "head_lr", "scalar_lr", "normuon", "cautious")
+
+
 def make_optimizers(model: nn.Module, settings: dict) -> Optimizers:
     """Build the optimizers of a model. `settings` are the fields of train_config.Optimizer."""
     shared = {name: settings[name] for name in ("max_lr", "weight_decay", "beta1", "beta2", "eps")}
     if settings["name"] == "adamw":
         return adamw(model, **shared)
-    return muon(model, **shared, **{n: settings[n] for n in ("embedding_lr", "head_lr", "scalar_lr", "cautious")})
+    return muon(model, **shared, **{n: settings[n] for n in MUON_SETTINGS})
 
 
 # ---------------------------------------------------------------------------------------------------------

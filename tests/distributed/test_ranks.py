@@ -39,6 +39,7 @@ def test_modern_run_resumes_bitwise(world_size, dataset, tmp_path):
         "model__value_embeddings": 1,
         "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_scale": 0.3,
         "optimizer__momentum_warmup_steps": 10, "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
+        "optimizer__normuon": [],
     }  # fmt: skip
     fork_ranks(world_size, *flags(dataset, tmp_path / "uninterrupted", "modern", **modern))
     out = copy_killed_run(tmp_path / "uninterrupted", 7, tmp_path / "resumed")
@@ -46,7 +47,7 @@ def test_modern_run_resumes_bitwise(world_size, dataset, tmp_path):
     assert_bitwise_equal(out, tmp_path / "uninterrupted")
     rows = read_log(out / "log.csv")
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
-    assert {"momentum_buffer"} == load_tensors(out, STEPS)[1]["h.0.attn.c_attn.weight"].keys()
+    assert {"momentum_buffer", "second_moment"} == load_tensors(out, STEPS)[1]["h.0.attn.c_attn.weight"].keys()
 
 
 def test_modern_loss_does_not_depend_on_the_number_of_ranks(dataset, tmp_path):

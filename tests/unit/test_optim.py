@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from babygpt.training import optim
 from babygpt.training.guard import UpdateGuard
 from babygpt.training.optim import (
     Muon,
@@ -125,21 +126,53 @@ def run_steps(optimizers, parameters, num_steps: int = 3, seed: int = 5) -> None
 
 
 def test_orthogonalize_moves_singular_values_close_to_one():
-    for shape in ((3, 32, 8), (2, 8, 32), (1, 16, 16)):
-        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
-        assert values.min() > 0.3
-        assert values.max() < 1.3
-        assert abs(values.median() - 0.95) < 0.25
+    """Singular values that differ by a factor of 200 end within 16% of 1, also that of a matrix of rank 1."""
+    torch.manual_seed(0)
+    for rows, columns in ((8, 32), (16, 16)):
+        u, _, v = torch.linalg.svd(torch.randn(4, rows, columns), full_matrices=False)
+        for values in (torch.logspace(0, math.log10(0.005), rows), torch.ones(rows), torch.eye(rows)[0]):
+            orthogonal = orthogonalize(u * values @ v).float()
+            kept = values > 0
+            result = (u.mT @ orthogonal @ v.mT).diagonal(dim1=-2, dim2=-1)[:, kept]
+            assert (result - 1).abs().max() < 0.16, values
 
 
-def test_muon_equals_torch_optim_muon():
+def test_muon_equals_torch_optim_muon(monkeypatch):
+    """With the coefficients of the first Muon, and without normalization."""
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * [(3.4445, -4.7750, 2.0315)])
     ours, theirs = make_matrices(), make_matrices()
     optimizer = Muon({p: [p.size(0)] for p in ours}, max_lr=0.02, weight_decay=0.1)
     optimizer.param_groups[0]["lr"] = 0.02
     run_steps([optimizer], ours)
     run_steps([torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)], theirs)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # bfloat16 rounding of updates of 0.02
+        torch.testing.assert_close(a, b, atol=7e-4, rtol=0)  # bfloat16 rounding of updates of 0.02
+
+
+def test_normuon_equals_its_formula_in_float64():
+    """Each row of a tall or square matrix, and each column of a wide one, is divided by its root mean square."""
+    parameters = make_matrices()
+    expected = [p.detach().double() for p in parameters]
+    second_moments = [torch.zeros(max(p.shape), dtype=torch.float64) for p in parameters]
+    momenta = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    optimizer = Muon({p: [p.size(0)] for p in parameters}, max_lr=0.02, normuon=True)
+    optimizer.param_groups[0]["lr"] = 0.02
+    for seed in range(3):
+        run_steps([optimizer], parameters, 1, seed)
+        for p, w, m, v in zip(parameters, expected, momenta, second_moments, strict=True):
+            m.lerp_(p.grad.double(), 0.05)
+            u, values, vh = torch.linalg.svd(0.05 * p.grad.double() + 0.95 * m, full_matrices=False)
+            values /= values.norm()
+            for a, b, c in optim.POLAR_EXPRESS:
+                values = a * values + b * values**3 + c * values**5
+            rows, columns = p.shape
+            update = u * values @ vh
+            v.lerp_(update.square().mean(dim=1 if rows >= columns else 0), 0.1)
+            update /= v.sqrt()[:, None] if rows >= columns else v.sqrt()
+            update *= math.sqrt(min(rows, columns)) / update.norm()
+            w -= 0.02 * math.sqrt(max(1, rows / columns)) * update
+    for p, start, w in zip(parameters, make_matrices(), expected, strict=True):
+        assert (p - w).norm() < 0.05 * (start - w).norm()  # bfloat16 rounding
 
 
 def test_muon_batches_matrices_of_the_same_shape():
@@ -236,20 +269,21 @@ def test_cautious_decay_skips_weights_that_the_update_enlarges():
 
 
 def test_found_inf_skips_the_update_of_muon():
-    """Weights and momentum stay unchanged, and the next update is applied."""
+    """Weights and state stay unchanged, and the next update is applied."""
     parameters = make_matrices()
-    optimizer = Muon({p: [p.size(0)] for p in parameters}, 0.02, 0.1, cautious=True)
+    optimizer = Muon({p: [p.size(0)] for p in parameters}, 0.02, 0.1, normuon=True, cautious=True)
     optimizer.param_groups[0]["lr"] = 0.02
     run_steps([optimizer], parameters, 1)
     before = [p.detach().clone() for p in parameters]
-    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
+    states = [{name: t.clone() for name, t in optimizer.state[p].items()} for p in parameters]
+    assert all(state.keys() == {"momentum_buffer", "second_moment"} for state in states)
     optimizer.found_inf = torch.tensor(1.0)
     for p in parameters:
         p.grad = torch.full_like(p, math.nan)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    after = [optimizer.state[p]["momentum_buffer"] for p in parameters]
-    assert all(torch.equal(a, b) for a, b in zip(momentum, after, strict=True))
+    for p, state in zip(parameters, states, strict=True):
+        assert all(torch.equal(optimizer.state[p][name], t) for name, t in state.items())
     optimizer.found_inf = torch.tensor(0.0)
     run_steps([optimizer], parameters, 1)
     assert not torch.equal(before[0], parameters[0])
