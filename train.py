@@ -174,8 +174,6 @@ def identity_of(config: Config, dataset: Dataset, order: Order, tokenizer: Token
 
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     """Build the data order, the model, the optimizers and the log, and print a description of the run."""
-    compile_setting = compilation.resolve(config, lambda: build_model(config.model), ranks)
-    config = variant(config, training={"compile": compile_setting})
     training, model_config = config.training, config.model
     tokenizer = load_tokenizer(dataset.tokenizer)
     dataset.check_tokenizer(tokenizer, dataset.tokenizer)
@@ -189,6 +187,8 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
         check_length(examples, model_config.block_size)
 
+    compile_setting = compilation.resolve(config, lambda: build_model(model_config), ranks)  # may take a minute
+    config = variant(config, training={"compile": compile_setting})
     identity = identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, tokenizer, ranks)
     raw_model = start.model.to(ranks.device)
@@ -198,7 +198,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     if start.optimizer_state:
         optim.load_optimizer_state(optimizers, raw_model, start.optimizer_state)
         start.optimizer_state = None  # copied: free the memory
-    compiled = training.compile == "on"
+    compiled = compile_setting == "on"
     fast_model = cast(nn.Module, torch.compile(raw_model, dynamic=False)) if compiled else raw_model
     guard = UpdateGuard(ranks.device, training.skip_spikes, start.losses)
     state = TrainState(
