@@ -38,8 +38,9 @@ from babygpt.nn.attention import (
     token_positions,
 )
 from babygpt.nn.bigram import BigramEmbedding
-from babygpt.nn.cross_entropy import IGNORE_INDEX, apply_softcap, linear_cross_entropy, padded_vocab_size
+from babygpt.nn.cross_entropy import IGNORE_INDEX, linear_cross_entropy, padded_vocab_size
 from babygpt.nn.generation import SamplingParams, generate
+from babygpt.nn.shift import Shift
 from babygpt.pretrained import read_pretrained
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,12 +236,9 @@ class GPT(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., V) of hidden states (..., C), -inf for the entries that pad the vocabulary."""
-        logits = self.head(x)
+        logits = self.lm_head(x)
         logits[..., self.config.vocab_size :] = float("-inf")
         return logits
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(x)
 
     def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the summed cross entropy, () float32, of hidden states (N, C) and targets (N,), head included."""
@@ -259,7 +257,7 @@ class GPT(nn.Module):
         """Return an empty cache for sequences of up to block_size tokens; `starts` as in KVCache."""
         config = self.config
         shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
-        return KVCache(config.n_layer, shape, self.wte.weight.device, dtype, starts)
+        return KVCache(config.n_layer, shape, config.n_embd, self.wte.weight.device, dtype, starts)
 
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for the smallest GPT-2."""
@@ -294,9 +292,6 @@ class GPT(nn.Module):
 # the modern GPT
 
 
-PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
-
-
 @dataclass(frozen=True)
 class ModernConfig(GPTConfig):
     """Architecture: GPT-2 with optional improvements, most of which the preset modern turns on."""
@@ -311,12 +306,14 @@ class ModernConfig(GPTConfig):
     value_embeddings: NonNegative = 0
     # size of the table of bigram embeddings, added to the input of each block, in multiples of the vocabulary; 0: off
     bigram_tables: NonNegative = 0
+    # add the input of the previous token, weighted by channel, to the input of attention (arXiv:2512.17351)
+    token_shift: bool = False
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
-    # replace the logits with cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: off
-    logit_softcap: Annotated[PositiveFloat | None, metavar("CAP", "off")] = None
     # factor by which attention scores are multiplied before the softmax
-    attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None
+    attention_scale: Annotated[
+        Annotated[float, Gt(0), Lt(math.inf)] | None, metavar("SCALE", "1 / sqrt(head size)")
+    ] = None
     document_mask: bool = False  # attend within documents only; a document starts at each eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
     # size of the sliding attention window, including the current token
@@ -345,6 +342,7 @@ class SharedInputs:
 
     mask: Mask
     cache: KVCache | None
+    shift: Shift
     x0: torch.Tensor  # (B, T, C), the input of the first block
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None  # of rotary embeddings, (B or 1, 1, T, D / 2) each
     value_embeds: list[torch.Tensor]  # (B, T, K D) per table
@@ -393,13 +391,19 @@ class ModernBlock(nn.Module):
         self.attn = ModernAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = ModernMLP(config)
+        self.layer = layer
+        self.shift_lambdas = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
         # mixing weights: x, x0
         self.x0_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
 
     def forward(self, x: torch.Tensor, shared: SharedInputs) -> torch.Tensor:
         if self.x0_lambdas is not None:
             x = self.x0_lambdas[0] * x + self.x0_lambdas[1] * shared.x0
-        x = x + self.attn(self.ln_1(x), shared)
+        h = self.ln_1(x)
+        if self.shift_lambdas is not None:
+            last = shared.cache.last_inputs[self.layer] if shared.cache is not None else None
+            h = (h + self.shift_lambdas * shared.shift(h, last)).type_as(h)
+        x = x + self.attn(h, shared)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -421,7 +425,7 @@ class ModernGPT(GPT):
         self.vte = nn.ModuleList(nn.Embedding(*table_shape) for _ in range(config.value_embeddings))
         if config.bigram_tables:
             num_bigrams = config.bigram_tables * config.padded_vocab_size
-            self.bte = BigramEmbedding(num_bigrams, config.n_embd, config.mask_rule.eot_id)
+            self.bte = BigramEmbedding(num_bigrams, config.n_embd)
             self.bigram_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(ModernBlock(config, layer) for layer in range(config.n_layer))
@@ -451,6 +455,10 @@ class ModernGPT(GPT):
         positions = packed.positions if packed else token_positions(idx, cache, config.block_size)  # (B or 1, T)
         can_use_flex = config.head_size >= 16 and not (config.dropout and self.training)  # FlexAttention's limits
         attn_mask = attention_mask(idx, positions, cache, packed, config.mask_rule, can_use_flex)
+        is_first = positions == 0  # (B or 1, T)
+        if config.document_mask:
+            is_first = is_first | (idx == config.eot_id)  # (B, T)
+        shift = Shift(is_first, packed)
         x = self.wte(idx)  # (B, T, C)
         if not config.rope:
             x = x + self.wpe(positions)
@@ -460,9 +468,9 @@ class ModernGPT(GPT):
         x = self.to_activation_dtype(x)
         value_embeds = [self.to_activation_dtype(table(idx)) for table in self.vte]
         if config.bigram_tables:
-            bigram_embeds = self.to_activation_dtype(self.bte(idx, positions, cache, packed))  # (B, T, C)
+            bigram_embeds = self.to_activation_dtype(self.bte(idx, shift, None if cache is None else cache.last_token))
         cos_sin = rotary_cos_sin(positions, config.head_size) if config.rope else None
-        shared = SharedInputs(attn_mask, cache, x, cos_sin, value_embeds)
+        shared = SharedInputs(attn_mask, cache, shift, x, cos_sin, value_embeds)
         skips: list[torch.Tensor] = []
         num_skips = config.n_layer // 2 if config.unet else 0
         for layer, block in enumerate(self.h):
@@ -476,14 +484,6 @@ class ModernGPT(GPT):
         if cache is not None:
             cache.length += idx.size(1)
         return self.ln_f(x)
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        logits, cap = self.lm_head(x), self.config.logit_softcap
-        return logits if cap is None else apply_softcap(logits, cap)
-
-    def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        return linear_cross_entropy(x, self.lm_head.weight, targets, config.vocab_size, config.logit_softcap)
 
 
 # ---------------------------------------------------------------------------------------------------------

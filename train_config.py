@@ -204,9 +204,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "zero_init": True,
             "value_embeddings": 2,
             "bigram_tables": 5,
+            "token_shift": True,
             "x0_shortcut": True,
             "unet": True,
-            "logit_softcap": 15.0,
         },
         "training": {"max_steps": 3000},
         "optimizer": {

@@ -38,8 +38,8 @@ class Case:
         return mock.patch("model.linear_cross_entropy", plain_cross_entropy) if self.plain_loss else nullcontext()
 
 
-def plain_cross_entropy(x: Any, weight: Any, targets: Any, vocab_size: int, softcap: float | None = None) -> Any:
-    """Compute the loss from the full logits. Takes the arguments of linear_cross_entropy, but ignores the softcap."""
+def plain_cross_entropy(x: Any, weight: Any, targets: Any, vocab_size: int) -> Any:
+    """Compute the loss from the full logits. Takes the arguments of linear_cross_entropy."""
     import torch.nn.functional as F
 
     logits = F.linear(x, weight).float()[:, :vocab_size]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from babygpt.nn.attention import PackedRows
-from babygpt.nn.bigram import NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Batch:
 
     idx: torch.Tensor  # (B, L)
     positions: torch.Tensor  # (B, L), in the text of context and ending
-    previous: torch.Tensor  # (B, L), the token before each token in this text; -1: none
+    previous: torch.Tensor  # (B, L), the index in its row of the token before each token in this text
     segment_ids: torch.Tensor  # (B, L), from 1 in each row; 0 is padding
     ending_ids: torch.Tensor  # (B, L), 0 in a context, 1 + k in ending k
     logit_indices: torch.Tensor  # (M,), the index in B L of the token that predicts each target
@@ -108,13 +107,13 @@ def collate(rows: list[list[Segment]], row_tokens: int, device: torch.device) ->
         for segment_id, segment in enumerate(row, 1):
             n, start = len(segment.context), end
             end = start + n
-            previous = [NO_TOKEN, *segment.context[:-1]]
+            previous = [start, *range(start, end - 1)]
             inputs[:, r, start:end] = segment.context, range(n), previous, [segment_id] * n, [0] * n
             context_end = end
             for k, ending in segment.endings.items():
                 m, start = len(ending) - 1, end
                 end = start + m
-                previous = [segment.context[-1], *ending[:-1]][:m]
+                previous = [context_end - 1, *range(start, end - 1)][:m]
                 inputs[:, r, start:end] = ending[:-1], range(n, n + m), previous, [segment_id] * m, [1 + k] * m
                 logit_indices += [r * row_tokens + i for i in (context_end - 1, *range(start, end))]
                 targets += ending
@@ -123,8 +122,8 @@ def collate(rows: list[list[Segment]], row_tokens: int, device: torch.device) ->
     def to_device(values: torch.Tensor) -> torch.Tensor:  # from pinned memory, so that the host does not wait
         return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
-    idx, positions, previous_ids, segment_ids, ending_ids = to_device(torch.from_numpy(inputs))
+    idx, positions, previous, segment_ids, ending_ids = to_device(torch.from_numpy(inputs))
     return Batch(
-        idx, positions, previous_ids, segment_ids, ending_ids, to_device(torch.tensor(logit_indices)),
+        idx, positions, previous, segment_ids, ending_ids, to_device(torch.tensor(logit_indices)),
         to_device(torch.tensor(targets)), torch.tensor(loss_indices),
     )  # fmt: skip

@@ -29,7 +29,7 @@ class PackedRows:
 
     positions: torch.Tensor  # (B, T) int64, of each token in its text
     mask: torch.Tensor  # (B, 1, T, T) bool, causal, true where a query attends to a key
-    previous: torch.Tensor  # (B, T) int64, the token before each token in its text; -1: none
+    previous: torch.Tensor  # (B, T) int64, the index in its row of the token before each token; any for the first one
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -39,20 +39,22 @@ class PackedRows:
 class KVCache:
     """Keys and values of all previous tokens, for B sequences of up to `block_size` tokens.
 
-    Sequences of different lengths are padded on the left: `starts`, (B,) int64, is the slot of the first token of each.
+    It also stores what the next token needs of the last one (babygpt/nn/shift.py). Sequences of different lengths are
+    padded on the left: `starts`, (B,) int64, is the slot of the first token of each.
     """
 
     def __init__(
-        self, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype,
+        self, n_layer: int, shape: tuple[int, int, int, int], width: int, device: torch.device, dtype: torch.dtype,
         starts: torch.Tensor | None = None,
     ):  # fmt: skip
-        """`shape` is the shape of the keys of one layer: (B, K, block_size, D)."""
+        """`shape` is the shape of the keys of one layer: (B, K, block_size, D); `width` is C."""
         batch_size, _, block_size, _ = shape
         # one tensor per layer: compiled code updates it in place, but would copy a single tensor of all layers
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.documents = torch.zeros(batch_size, block_size, device=device, dtype=torch.int64)
-        self.last_token = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)  # for bigrams
+        self.last_token = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)  # id + 1
+        self.last_inputs = [torch.zeros(batch_size, 1, width, device=device) for _ in range(n_layer)]  # of attention
         self.starts = starts
         self.length = 0  # slots in use
 

@@ -3,6 +3,7 @@
 import torch
 
 from babygpt.nn.bigram import BigramEmbedding
+from babygpt.nn.shift import Shift
 
 V, TABLES = 300, 5
 
@@ -12,7 +13,7 @@ def entries(idx: torch.Tensor) -> torch.Tensor:
     table = BigramEmbedding(TABLES * V, 1)
     with torch.no_grad():
         table.weight.copy_(torch.arange(TABLES * V, dtype=torch.float32)[:, None])
-        return table(idx, torch.arange(idx.size(1))[None], None, None)[..., 0]
+        return table(idx, Shift(torch.arange(idx.size(1))[None] == 0))[..., 0]
 
 
 def test_entry_depends_on_both_tokens_and_not_on_the_position():

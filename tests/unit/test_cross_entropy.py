@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from babygpt.nn import cross_entropy
-from babygpt.nn.cross_entropy import apply_softcap, linear_cross_entropy
+from babygpt.nn.cross_entropy import linear_cross_entropy
 
 N, C, V, PADDED = 37, 16, 90, 128
 
@@ -21,9 +21,8 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, weight, targets
 
 
-def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
+def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = F.linear(x, weight).float()[:, :V]
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
@@ -38,26 +37,24 @@ def chunked(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("chunked")
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_loss_and_gradients_equal_those_of_full_logits(cap):
+def test_loss_and_gradients_equal_those_of_full_logits():
     x, weight, targets = inputs()
-    expected = plain(x, weight, targets, cap)
+    expected = plain(x, weight, targets)
     expected_gradients = torch.autograd.grad(expected * 0.25, (x, weight))
-    found = linear_cross_entropy(x, weight, targets, V, cap)
+    found = linear_cross_entropy(x, weight, targets, V)
     gradients = torch.autograd.grad(found * 0.25, (x, weight))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
     assert (gradients[1][V:] == 0).all()
     with torch.no_grad(), mock.patch.object(F, "softmax", side_effect=AssertionError("computes an unneeded gradient")):
-        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, V, cap), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, V), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_bfloat16_gradients_are_close_to_float32(cap):
+def test_bfloat16_gradients_are_close_to_float32():
     x, weight, targets = inputs()
-    expected = torch.autograd.grad(plain(x, weight, targets, cap), (x, weight))
+    expected = torch.autograd.grad(plain(x, weight, targets), (x, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, V, cap), (x, weight))
+        found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, V), (x, weight))
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() < 0.02 * b.norm()
 
@@ -75,11 +72,6 @@ def test_non_finite_input_gives_a_non_finite_loss():
     with torch.no_grad():
         x[20] = float("nan")
     assert not linear_cross_entropy(x, weight, targets, V).isfinite()
-
-
-def test_softcap_is_a_scaled_tanh():
-    logits = torch.linspace(-200, 200, 999)
-    torch.testing.assert_close(apply_softcap(logits, 15.0), 15 * torch.tanh(logits / 15), atol=1e-5, rtol=0)
 
 
 def test_full_logits_are_never_materialized(monkeypatch):
@@ -115,14 +107,13 @@ def test_compiled_chunks_are_equal_multiples_of_tiles(rows, expected):
     assert found * 50_304 * 2 <= 2 << 30
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_compiled_gradients_equal_eager(cap):
+def test_compiled_gradients_equal_eager():
     """Compiled code computes the same loss and the same gradients, which are not zero."""
     torch._dynamo.reset()
     results = []
     for function in (linear_cross_entropy, torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)):
         x, weight, targets = inputs()
-        loss = function(x, weight, targets, V, cap)
+        loss = function(x, weight, targets, V)
         results.append([loss.detach(), *torch.autograd.grad(loss, (x, weight))])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     assert results[1][1].abs().sum() > 0

@@ -232,6 +232,7 @@ def test_modern_parameters_have_the_learning_rate_of_their_kind():
         "tie_head": False,
         "value_embeddings": 1,
         "bigram_tables": 1,
+        "token_shift": True,
         "x0_shortcut": True,
         "unet": True,
         "n_kv_head": 1,
@@ -246,7 +247,14 @@ def test_modern_parameters_have_the_learning_rate_of_their_kind():
     }
     assert {peak_lrs[f"{name}.weight"] for name in ("wte", "vte.0", "bte")} == {0.6}
     assert peak_lrs["lm_head.weight"] == 0.008
-    scalars = ("skip_lambdas", "bigram_lambdas", "h.1.attn.value_lambdas", "h.0.x0_lambdas", "ln_f.bias")
+    scalars = (
+        "skip_lambdas",
+        "bigram_lambdas",
+        "h.0.shift_lambdas",
+        "h.1.attn.value_lambdas",
+        "h.0.x0_lambdas",
+        "ln_f.bias",
+    )
     assert {peak_lrs[name] for name in scalars} == {0.03}
     assert optimizers[0].splits[model.h[0].attn.c_attn.weight] == [8, 4, 4]
 

@@ -22,6 +22,8 @@ def make_model(**fields: object) -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)  # larger weights, so that one token is clearly the most probable
+            if not parameter.any():
+                parameter.normal_(0, 0.1)  # biases, bigram embeddings and token shifts are initialized to zero
     return model.eval()
 
 
@@ -65,7 +67,16 @@ def test_full_context_drops_its_older_half():
     assert first == model(prompt[:, -16:])[:, -1].argmax()
 
 
-MODERN = {"rope": True, "qk_norm": True, "document_mask": True, "eot_id": 299, "window": 40, "value_embeddings": 1}
+MODERN = {
+    "rope": True,
+    "qk_norm": True,
+    "document_mask": True,
+    "eot_id": 299,
+    "window": 40,
+    "value_embeddings": 1,
+    "bigram_tables": 2,
+    "token_shift": True,
+}
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
