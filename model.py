@@ -40,7 +40,7 @@ from babygpt.nn.attention import (
 from babygpt.nn.bigram import BigramEmbedding
 from babygpt.nn.cross_entropy import IGNORE_INDEX, linear_cross_entropy, padded_vocab_size
 from babygpt.nn.generation import SamplingParams, generate
-from babygpt.nn.shift import Shift
+from babygpt.nn.shift import Shift, shift_keys
 from babygpt.pretrained import read_pretrained
 
 # ---------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class GPT(nn.Module):
         """Return an empty cache for sequences of up to block_size tokens; `starts` as in KVCache."""
         config = self.config
         shape = (batch_size, config.kv_heads, config.block_size, config.head_size)
-        return KVCache(config.n_layer, shape, config.n_embd, self.wte.weight.device, dtype, starts)
+        return KVCache(config.n_layer, shape, self.wte.weight.device, dtype, starts)
 
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for the smallest GPT-2."""
@@ -306,8 +306,7 @@ class ModernConfig(GPTConfig):
     value_embeddings: NonNegative = 0
     # size of the table of bigram embeddings, added to the input of each block, in multiples of the vocabulary; 0: off
     bigram_tables: NonNegative = 0
-    # add the input of the previous token, weighted by channel, to the input of attention (arXiv:2512.17351)
-    token_shift: bool = False
+    key_shift: bool = False  # replace half of the channels of each key by those of the previous token's key
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     # factor by which attention scores are multiplied before the softmax
@@ -353,7 +352,7 @@ class ModernAttention(CausalSelfAttention):
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__(config, layer)
-        self.qk_norm, self.scale = config.qk_norm, config.attention_scale
+        self.qk_norm, self.key_shift, self.scale = config.qk_norm, config.key_shift, config.attention_scale
         # index of this block's table of value embeddings, negative if it has none
         index_in_last_blocks = layer - (config.n_layer - config.value_embeddings)
         self.table_index = layer if layer < config.value_embeddings else index_in_last_blocks
@@ -366,6 +365,9 @@ class ModernAttention(CausalSelfAttention):
             q, k = norm(q).type_as(v), norm(k).type_as(v)  # autocast may return float32
         if shared.cos_sin is not None:
             q, k = apply_rotary_emb(q, shared.cos_sin), apply_rotary_emb(k, shared.cos_sin)
+        if self.key_shift:
+            last = None if shared.cache is None else shared.cache.last_keys[self.layer]
+            k = shift_keys(k, shared.shift, last)  # (B, K, T, D)
         if self.value_lambdas is not None:
             B, K, T, D = v.size()
             embedded = shared.value_embeds[self.table_index].view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
@@ -391,19 +393,13 @@ class ModernBlock(nn.Module):
         self.attn = ModernAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = ModernMLP(config)
-        self.layer = layer
-        self.shift_lambdas = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
         # mixing weights: x, x0
         self.x0_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
 
     def forward(self, x: torch.Tensor, shared: SharedInputs) -> torch.Tensor:
         if self.x0_lambdas is not None:
             x = self.x0_lambdas[0] * x + self.x0_lambdas[1] * shared.x0
-        h = self.ln_1(x)
-        if self.shift_lambdas is not None:
-            last = shared.cache.last_inputs[self.layer] if shared.cache is not None else None
-            h = (h + self.shift_lambdas * shared.shift(h, last)).type_as(h)
-        x = x + self.attn(h, shared)
+        x = x + self.attn(self.ln_1(x), shared)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -455,10 +451,7 @@ class ModernGPT(GPT):
         positions = packed.positions if packed else token_positions(idx, cache, config.block_size)  # (B or 1, T)
         can_use_flex = config.head_size >= 16 and not (config.dropout and self.training)  # FlexAttention's limits
         attn_mask = attention_mask(idx, positions, cache, packed, config.mask_rule, can_use_flex)
-        is_first = positions == 0  # (B or 1, T)
-        if config.document_mask:
-            is_first = is_first | (idx == config.eot_id)  # (B, T)
-        shift = Shift(is_first, packed)
+        shift = Shift.of(idx, positions, packed, config.mask_rule.eot_id)
         x = self.wte(idx)  # (B, T, C)
         if not config.rope:
             x = x + self.wpe(positions)

@@ -109,7 +109,8 @@ class Optimizer:
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
-    momentum_warmup_steps: Steps = 300  # with muon: number of steps over which Muon's momentum rises from 0.85 to 0.95
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95  # with muon: Muon's momentum
+    momentum_warmup_steps: Steps = 300  # with muon: number of steps over which the momentum rises from 0.85
     normuon: bool = False  # with muon: normalize the update of each neuron by its recent size (arXiv:2510.05491)
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
 
@@ -204,7 +205,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "zero_init": True,
             "value_embeddings": 2,
             "bigram_tables": 5,
-            "token_shift": True,
+            "key_shift": True,
             "x0_shortcut": True,
             "unet": True,
         },

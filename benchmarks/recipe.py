@@ -51,7 +51,7 @@ ABLATIONS = {
     "no bigram embeddings": ["--model.bigram-tables", "0"],
     "no x0 shortcut": ["--model.no-x0-shortcut"],
     "no U-Net skip connections": ["--model.no-unet"],
-    "no token shift": ["--model.no-token-shift"],
+    "no key shift": ["--model.no-key-shift"],
 }
 ADDITIONS = {
     "2 key and value heads for 4 query heads": ["--model.n-kv-head", "2"],

@@ -44,17 +44,17 @@ class KVCache:
     """
 
     def __init__(
-        self, n_layer: int, shape: tuple[int, int, int, int], width: int, device: torch.device, dtype: torch.dtype,
+        self, n_layer: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype,
         starts: torch.Tensor | None = None,
     ):  # fmt: skip
-        """`shape` is the shape of the keys of one layer: (B, K, block_size, D); `width` is C."""
-        batch_size, _, block_size, _ = shape
+        """`shape` is the shape of the keys of one layer: (B, K, block_size, D)."""
+        batch_size, K, block_size, D = shape
         # one tensor per layer: compiled code updates it in place, but would copy a single tensor of all layers
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.documents = torch.zeros(batch_size, block_size, device=device, dtype=torch.int64)
         self.last_token = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)  # id + 1
-        self.last_inputs = [torch.zeros(batch_size, 1, width, device=device) for _ in range(n_layer)]  # of attention
+        self.last_keys = [torch.zeros(batch_size, 1, K, D, device=device, dtype=dtype) for _ in range(n_layer)]
         self.starts = starts
         self.length = 0  # slots in use
 

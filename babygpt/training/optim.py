@@ -230,7 +230,7 @@ def set_learning_rates(optimizers: Optimizers, schedule: LRSchedule, step: int) 
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = schedule.learning_rate(step, group["max_lr"])
         if "momentum" in group:
-            group["momentum"] = schedule.momentum(step)
+            group["momentum"] = schedule.momentum_at(step)
     return optimizers[0].param_groups[0]["lr"]
 
 

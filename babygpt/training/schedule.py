@@ -59,6 +59,7 @@ class LRSchedule:
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
     cooldown: float | None = None
+    momentum: float = 0.95
     momentum_warmup_steps: int = 0
 
     def learning_rate(self, step: int, max_lr: float) -> float:
@@ -71,6 +72,8 @@ class LRSchedule:
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
         return max_lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
-    def momentum(self, step: int) -> float:
-        """Return the momentum of Muon at update `step`: linear warmup from 0.85 to 0.95."""
-        return 0.85 + 0.1 * (min(1.0, step / self.momentum_warmup_steps) if self.momentum_warmup_steps else 1.0)
+    def momentum_at(self, step: int) -> float:
+        """Return the momentum of Muon at update `step`: linear warmup from 0.85, unless `momentum` is smaller."""
+        start = min(0.85, self.momentum)
+        progress = min(1.0, step / self.momentum_warmup_steps) if self.momentum_warmup_steps else 1.0
+        return start + (self.momentum - start) * progress

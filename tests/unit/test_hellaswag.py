@@ -55,7 +55,7 @@ MODERN = {
     "qk_norm": True,
     "value_embeddings": 1,
     "bigram_tables": 2,
-    "token_shift": True,
+    "key_shift": True,
     "document_mask": True,
     "eot_id": 299,
 }

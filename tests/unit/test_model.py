@@ -296,7 +296,7 @@ def test_unet_adds_outputs_of_early_blocks_to_late_inputs(n_layer):
 @torch.no_grad()
 def test_document_mask_separates_documents():
     """The logits of a document do not depend on the one before it."""
-    model = perturbed(document_mask=True, eot_id=299, rope=True, bigram_tables=2, token_shift=True)
+    model = perturbed(document_mask=True, eot_id=299, rope=True, bigram_tables=2, key_shift=True)
     first, second = rows(12), rows(20, seed=9)
     first[:, 0] = second[:, 0] = 299
     alone = model(second)

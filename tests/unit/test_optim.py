@@ -232,7 +232,6 @@ def test_modern_parameters_have_the_learning_rate_of_their_kind():
         "tie_head": False,
         "value_embeddings": 1,
         "bigram_tables": 1,
-        "token_shift": True,
         "x0_shortcut": True,
         "unet": True,
         "n_kv_head": 1,
@@ -250,7 +249,6 @@ def test_modern_parameters_have_the_learning_rate_of_their_kind():
     scalars = (
         "skip_lambdas",
         "bigram_lambdas",
-        "h.0.shift_lambdas",
         "h.1.attn.value_lambdas",
         "h.0.x0_lambdas",
         "ln_f.bias",
@@ -306,7 +304,7 @@ def test_cooldown_decays_linearly_after_a_constant_rate():
 
 
 def test_momentum_warms_up_and_each_group_scales_its_peak_lr():
-    """The schedule scales the peak learning rate of each group, and Muon's momentum rises from 0.85 to 0.95."""
+    """The schedule scales each group's peak learning rate, and Muon's momentum rises from 0.85, if it is larger."""
     model = tiny_model()
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
     schedule = LRSchedule(max_steps=100, warmup_steps=2, cooldown=0.4, momentum_warmup_steps=10)
@@ -318,8 +316,9 @@ def test_momentum_warms_up_and_each_group_scales_its_peak_lr():
     assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
     assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0.02, 0.3, 0.004, 0.015])
     assert optimizers[1].param_groups[1]["params"] == [model.wte.weight], "a tied wte is in the head's group"
-    set_learning_rates(optimizers, LRSchedule(max_steps=100), 0)
-    assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
+    for schedule, momentum in ((LRSchedule(100), 0.95), (LRSchedule(100, momentum=0.8, momentum_warmup_steps=10), 0.8)):
+        set_learning_rates(optimizers, schedule, 0)
+        assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(momentum)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ MODERN = {
     "window": 40,
     "value_embeddings": 1,
     "bigram_tables": 2,
-    "token_shift": True,
+    "key_shift": True,
 }
 
 
