@@ -434,7 +434,7 @@ class ModernGPT(GPT):
         self.init_weights()
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's initialization, except for zero_init, and N(0, 1) for value tables and a normalized, untied wte."""
+        """GPT-2's initialization, except for zero_init, key_shift, value tables, and a normalized, untied wte."""
         config = self.config
         normalized = config.embedding_norm and not config.tie_head and name == "wte.weight"
         if name.endswith("lambdas"):
@@ -445,6 +445,10 @@ class ModernGPT(GPT):
             parameter.normal_(0.0, 1.0)
         else:
             super().init_parameter(name, parameter)
+        if config.key_shift and name.endswith("c_attn.weight"):  # at first, a query matches tokens like its own
+            q, rest = parameter.split([config.n_embd, len(parameter) - config.n_embd])  # rest: keys, values
+            first_heads = q.view(config.kv_heads, -1, *q.shape[1:])[:, : config.head_size]  # of each group, (K, D, C)
+            rest[: len(rest) // 2] = first_heads.flatten(0, 1)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, packed: PackedRows | None = None) -> torch.Tensor:
         config = self.config

@@ -439,8 +439,8 @@ def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
         start=start,
     )
     lr_schedule = LRSchedule(
-        max_steps, optimizer.warmup_steps, optimizer.min_lr_ratio, optimizer.cooldown, optimizer.momentum,
-        optimizer.momentum_warmup_steps,
+        max_steps, optimizer.warmup_steps, optimizer.min_lr_ratio, optimizer.cooldown,
+        cast(float, optimizer.momentum), optimizer.momentum_warmup_steps,
     )  # fmt: skip
     return schedule, lr_schedule
 

@@ -38,6 +38,7 @@ OUT_PRESET = Path("out/PRESET")  # PRESET stands for the name of the preset
 
 Mode = Literal["train", "val", "eval", "sample"]
 Rate = Annotated[float, Ge(0)]
+Decay = Annotated[float, Ge(0), Lt(1)]
 Steps = Annotated[NonNegative, metavar("N")]
 
 
@@ -102,14 +103,16 @@ class Optimizer:
     # final fraction of the steps, over which the learning rate decays linearly to its minimum; None: cosine decay
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
     weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: of the matrices only
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # Adam's decay rate of the moving average of gradients
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # Adam's decay rate of the moving average of squared gradients
+    # Adam's decay rate of the moving average of gradients
+    beta1: Annotated[Decay | None, metavar("RATE", "0.9; with muon 0.6 for small batches, 0.8 for large ones")] = None
+    beta2: Decay = 0.95  # Adam's decay rate of the moving average of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
-    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95  # with muon: Muon's momentum
+    # with muon: Muon's momentum
+    momentum: Annotated[Decay | None, metavar("RATE", "0.8 for small batches, 0.95 for large ones")] = None
     momentum_warmup_steps: Steps = 300  # with muon: number of steps over which the momentum rises from 0.85
     normuon: bool = False  # with muon: normalize the update of each neuron by its recent size (arXiv:2510.05491)
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
@@ -186,6 +189,26 @@ class Config:
 # presets
 
 
+MODERN_MODEL: dict[str, Any] = {
+    "bias": False, "tie_head": False, "rope": True, "qk_norm": True, "key_shift": True, "relu2": True, "rms_norm": True,
+    "embedding_norm": True, "zero_init": True, "value_embeddings": 2, "bigram_tables": 5, "x0_shortcut": True,
+    "unet": True,
+}  # fmt: skip
+MODERN_OPTIMIZER: dict[str, Any] = {
+    "name": "muon", "normuon": True, "max_lr": 0.04, "min_lr_ratio": 0.0, "warmup_steps": 0, "cooldown": 0.3,
+    "eps": 1e-10, "weight_decay": 0.0, "grad_clip": 0.0,
+}  # fmt: skip
+DEMO_MODEL: dict[str, Any] = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 192}
+DEMO: dict[str, dict[str, Any]] = {
+    "data": {"dataset": "data/demo"},
+    "training": {"max_steps": 400, "batch_tokens": 4096, "micro_batch_size": 16, "compile": "off"},
+    "validation": {"every_n_steps": 40},
+    "evaluation": {"every_n_steps": 400, "limit": 200},
+    "sampling": {"every_n_steps": 200, "prompt": "def ", "num_samples": 2, "temperature": 0.8},
+    "saving": {"every_n_steps": 200},
+    "logging": {"every_n_steps": 10},
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # the four sizes of GPT-2, with the GPT-3 paper's learning rates for these sizes (table 2.1)
     "gpt2": {},
@@ -193,48 +216,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2-large": {"model": {"n_layer": 36, "n_head": 20, "n_embd": 1280}, "optimizer": {"max_lr": 2.5e-4}},
     "gpt2-xl": {"model": {"n_layer": 48, "n_head": 25, "n_embd": 1600}, "optimizer": {"max_lr": 2e-4}},
     # the smallest size with the improvements of the public speed records (docs/modern.md)
-    "modern": {
-        "model": {
-            "bias": False,
-            "tie_head": False,
-            "rope": True,
-            "qk_norm": True,
-            "relu2": True,
-            "rms_norm": True,
-            "embedding_norm": True,
-            "zero_init": True,
-            "value_embeddings": 2,
-            "bigram_tables": 5,
-            "key_shift": True,
-            "x0_shortcut": True,
-            "unet": True,
-        },
-        "training": {"max_steps": 3000},
-        "optimizer": {
-            "name": "muon",
-            "normuon": True,
-            "max_lr": 0.04,
-            "min_lr_ratio": 0.0,
-            "warmup_steps": 0,
-            "cooldown": 0.3,
-            "beta1": 0.8,
-            "eps": 1e-10,
-            "weight_decay": 0.0,
-            "grad_clip": 0.0,
-        },
-    },
-    # three minutes on a laptop, with the source code of Python's standard library
-    "demo": {
-        "data": {"dataset": "data/demo"},
-        "model": {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 192},
-        "training": {"max_steps": 400, "batch_tokens": 4096, "micro_batch_size": 16, "compile": "off"},
-        "optimizer": {"max_lr": 3e-3, "warmup_steps": 40},
-        "validation": {"every_n_steps": 40},
-        "evaluation": {"every_n_steps": 400, "limit": 200},
-        "sampling": {"every_n_steps": 200, "prompt": "def ", "num_samples": 2, "temperature": 0.8},
-        "saving": {"every_n_steps": 200},
-        "logging": {"every_n_steps": 10},
-    },
+    "modern": {"model": MODERN_MODEL, "training": {"max_steps": 3000}, "optimizer": MODERN_OPTIMIZER},
+    # three minutes on a laptop, with the source code of Python's standard library: the recipe of modern, or of gpt2
+    "demo": DEMO | {"model": MODERN_MODEL | DEMO_MODEL, "optimizer": MODERN_OPTIMIZER},
+    "demo-classic": DEMO | {"model": DEMO_MODEL, "optimizer": {"max_lr": 3e-3, "warmup_steps": 40}},
     # recipes of other projects; docs/recipes.md has the results that their authors report
     "babygpt-en": {"data": {"dataset": "data/fineweb-10BT", "chunk_tokens": 30_000_000, "num_streams": 64}},
     "babygpt-pl": {
@@ -343,13 +328,24 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """Check the config for this number of ranks. ConfigError lists all problems; nothing is read or written."""
+    """Check the config for this number of ranks and resolve its momenta. ConfigError lists all problems."""
     problems = violations(config)
     if not any(problem.startswith(("--model.", "--training.")) for problem in problems):
         problems += conflicts(config, world_size)
     if problems:
         raise ConfigError(summary(problems, "The settings are invalid:"))
-    return config
+    return with_momenta(config)
+
+
+def with_momenta(config: Config) -> Config:
+    """Resolve a beta1 and a momentum of None. Between 32,768 and 524,288 tokens per step, they grow with the logarithm.
+
+    The values for large batches are those of modded-nanogpt; those for small ones were measured (docs/modern.md).
+    """
+    large = min(1.0, max(0.0, math.log2(config.training.batch_tokens / 32_768) / 4))
+    muon = config.optimizer.name == "muon"
+    defaults = {"beta1": 0.6 + 0.2 * large if muon else 0.9, "momentum": 0.8 + 0.15 * large}
+    return variant(config, optimizer={k: v for k, v in defaults.items() if getattr(config.optimizer, k) is None})
 
 
 def conflicts(config: Config, world_size: int) -> list[str]:

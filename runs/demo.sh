@@ -13,7 +13,7 @@ options=()
 if [ "${1:-}" = --quick ]; then
     run=demo-quick
     options=(--training.max-steps 12 --validation.every-n-steps 6 --sampling.every-n-steps 12
-        --evaluation.limit 20 --optimizer.warmup-steps 4)
+        --evaluation.limit 20)
 elif [ $# -gt 0 ]; then
     echo "usage: bash runs/demo.sh [--quick]" >&2
     exit 2

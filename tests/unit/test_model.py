@@ -339,6 +339,19 @@ def test_left_padded_sequences_have_the_logits_of_each_alone(fields):
     torch.testing.assert_close(together[1, 9:], model(idx[1:, 9:])[0, :, :300], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_shifted_keys_are_initialized_like_the_queries(kv_heads):
+    """Each key head equals the first query head of its group, so a token matches tokens like itself."""
+    model = tiny(key_shift=True, n_kv_head=kv_heads)
+    C, D = model.config.n_embd, model.config.head_size
+    for block in model.h:
+        q, k, v = block.attn.c_attn.weight.split([C, kv_heads * D, kv_heads * D])
+        for head in range(kv_heads):
+            query_head = head * (model.config.n_head // kv_heads)
+            assert torch.equal(k[head * D : (head + 1) * D], q[query_head * D : (query_head + 1) * D])
+        assert not torch.equal(v, k)
+
+
 def test_unet_with_one_block_has_no_skip_connection():
     model, idx = perturbed(unet=True, n_layer=1), rows()
     model(idx, idx).backward()
