@@ -362,8 +362,11 @@ def conflicts(config: Config, world_size: int) -> list[str]:
             f"--model.n-kv-head {model.n_kv_head} does not divide --model.n-head {model.n_head}. Use one of {divisors}."
         )
     if isinstance(model, ModernConfig):
-        if model.rope and model.head_size % 4:
-            problems.append(f"--model.rope requires a head size divisible by 4; n_embd / n_head = {model.head_size}.")
+        if (model.rope or model.key_shift) and model.head_size % 4:
+            problems.append(
+                "--model.rope and --model.key-shift require a head size divisible by 4; n_embd / n_head = "
+                f"{model.head_size}."
+            )
         if 2 * model.value_embeddings > model.n_layer:
             problems.append(
                 f"--model.value-embeddings {model.value_embeddings} is more than half of --model.n-layer "
