@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from babygpt.constraints import NonNegative, Positive, metavar, violations
+from babygpt.constraints import NonNegative, Positive, PositiveFloat, metavar, violations
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.nn.attention import (
     KVCache,
@@ -40,7 +40,7 @@ from babygpt.nn.attention import (
 from babygpt.nn.bigram import BigramEmbedding
 from babygpt.nn.cross_entropy import IGNORE_INDEX, linear_cross_entropy, padded_vocab_size
 from babygpt.nn.generation import SamplingParams, generate
-from babygpt.nn.shift import Shift, shift_keys
+from babygpt.nn.shift import Shift, offset_keys
 from babygpt.pretrained import read_pretrained
 
 # ---------------------------------------------------------------------------------------------------------
@@ -306,13 +306,11 @@ class ModernConfig(GPTConfig):
     value_embeddings: NonNegative = 0
     # size of the table of bigram embeddings, added to the input of each block, in multiples of the vocabulary; 0: off
     bigram_tables: NonNegative = 0
-    key_shift: bool = False  # replace half of the channels of each key by those of the previous token's key
+    partial_key_offset: bool = False  # half of each key's channels are those of the previous token's key
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
     # factor by which attention scores are multiplied before the softmax
-    attention_scale: Annotated[
-        Annotated[float, Gt(0), Lt(math.inf)] | None, metavar("SCALE", "1 / sqrt(head size)")
-    ] = None
+    attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None
     document_mask: bool = False  # attend within documents only; a document starts at each eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
     # size of the sliding attention window, including the current token
@@ -341,18 +339,19 @@ class SharedInputs:
 
     mask: Mask
     cache: KVCache | None
-    shift: Shift
+    shift: Shift  # by one token
     x0: torch.Tensor  # (B, T, C), the input of the first block
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None  # of rotary embeddings, (B or 1, 1, T, D / 2) each
     value_embeds: list[torch.Tensor]  # (B, T, K D) per table
 
 
 class ModernAttention(CausalSelfAttention):
-    """Attention with optional QK norm, rotary embeddings and value embeddings."""
+    """Attention with optional QK norm, rotary embeddings, partial key offset and value embeddings."""
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__(config, layer)
-        self.qk_norm, self.key_shift, self.scale = config.qk_norm, config.key_shift, config.attention_scale
+        self.qk_norm, self.scale = config.qk_norm, config.attention_scale
+        self.partial_key_offset = config.partial_key_offset
         # index of this block's table of value embeddings, negative if it has none
         index_in_last_blocks = layer - (config.n_layer - config.value_embeddings)
         self.table_index = layer if layer < config.value_embeddings else index_in_last_blocks
@@ -365,9 +364,9 @@ class ModernAttention(CausalSelfAttention):
             q, k = norm(q).type_as(v), norm(k).type_as(v)  # autocast may return float32
         if shared.cos_sin is not None:
             q, k = apply_rotary_emb(q, shared.cos_sin), apply_rotary_emb(k, shared.cos_sin)
-        if self.key_shift:
+        if self.partial_key_offset:
             last = None if shared.cache is None else shared.cache.last_keys[self.layer]
-            k = shift_keys(k, shared.shift, last)  # (B, K, T, D)
+            k = offset_keys(k, shared.shift, last)  # (B, K, T, D)
         if self.value_lambdas is not None:
             B, K, T, D = v.size()
             embedded = shared.value_embeds[self.table_index].view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
@@ -434,7 +433,7 @@ class ModernGPT(GPT):
         self.init_weights()
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's initialization, except for zero_init, key_shift, value tables, and a normalized, untied wte."""
+        """GPT-2's initialization, except for some embeddings, zero_init and partial_key_offset."""
         config = self.config
         normalized = config.embedding_norm and not config.tie_head and name == "wte.weight"
         if name.endswith("lambdas"):
@@ -445,7 +444,8 @@ class ModernGPT(GPT):
             parameter.normal_(0.0, 1.0)
         else:
             super().init_parameter(name, parameter)
-        if config.key_shift and name.endswith("c_attn.weight"):  # at first, a query matches tokens like its own
+        if config.partial_key_offset and name.endswith("c_attn.weight"):
+            # copy the queries to the keys, so that at first a query matches similar tokens
             q, rest = parameter.split([config.n_embd, len(parameter) - config.n_embd])  # rest: keys, values
             first_heads = q.view(config.kv_heads, -1, *q.shape[1:])[:, : config.head_size]  # of each group, (K, D, C)
             rest[: len(rest) // 2] = first_heads.flatten(0, 1)
@@ -455,7 +455,7 @@ class ModernGPT(GPT):
         positions = packed.positions if packed else token_positions(idx, cache, config.block_size)  # (B or 1, T)
         can_use_flex = config.head_size >= 16 and not (config.dropout and self.training)  # FlexAttention's limits
         attn_mask = attention_mask(idx, positions, cache, packed, config.mask_rule, can_use_flex)
-        shift = Shift.of(idx, positions, packed, config.mask_rule.eot_id)
+        shift = Shift.from_tokens(idx, positions, packed, config.mask_rule.eot_id)
         x = self.wte(idx)  # (B, T, C)
         if not config.rope:
             x = x + self.wpe(positions)

@@ -187,7 +187,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
         check_length(examples, model_config.block_size)
 
-    compile_setting = compilation.resolve(config, lambda: build_model(model_config), ranks)  # may take a minute
+    compile_setting = compilation.resolve(config, lambda: build_model(model_config), ranks)  # may compile for a minute
     config = variant(config, training={"compile": compile_setting})
     identity = identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, tokenizer, ranks)
@@ -440,7 +440,7 @@ def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
     )
     lr_schedule = LRSchedule(
         max_steps, optimizer.warmup_steps, optimizer.min_lr_ratio, optimizer.cooldown,
-        cast(float, optimizer.momentum), optimizer.momentum_warmup_steps,
+        momentum=optimizer.momentum or 0.0, momentum_warmup_steps=optimizer.momentum_warmup_steps,
     )  # fmt: skip
     return schedule, lr_schedule
 

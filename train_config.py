@@ -38,7 +38,7 @@ OUT_PRESET = Path("out/PRESET")  # PRESET stands for the name of the preset
 
 Mode = Literal["train", "val", "eval", "sample"]
 Rate = Annotated[float, Ge(0)]
-Decay = Annotated[float, Ge(0), Lt(1)]
+DecayRate = Annotated[float, Ge(0), Lt(1)]
 Steps = Annotated[NonNegative, metavar("N")]
 
 
@@ -104,17 +104,17 @@ class Optimizer:
     cooldown: Annotated[Fraction | None, metavar("FRACTION", "cosine decay")] = None
     weight_decay: Rate = 0.1  # weight decay of matrices and embeddings; with muon: of the matrices only
     # Adam's decay rate of the moving average of gradients
-    beta1: Annotated[Decay | None, metavar("RATE", "0.9; with muon 0.6 for small batches, 0.8 for large ones")] = None
-    beta2: Decay = 0.95  # Adam's decay rate of the moving average of squared gradients
+    beta1: Annotated[DecayRate | None, metavar("RATE", "0.9; with muon 0.6 to 0.8, depending on the batch size")] = None
+    beta2: DecayRate = 0.95  # Adam's decay rate of the moving average of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
     embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
-    # with muon: Muon's momentum
-    momentum: Annotated[Decay | None, metavar("RATE", "0.8 for small batches, 0.95 for large ones")] = None
-    momentum_warmup_steps: Steps = 300  # with muon: number of steps over which the momentum rises from 0.85
-    normuon: bool = False  # with muon: normalize the update of each neuron by its recent size (arXiv:2510.05491)
+    # with muon: momentum of the matrices
+    momentum: Annotated[DecayRate | None, metavar("RATE", "with muon 0.8 to 0.95, depending on the batch size")] = None
+    momentum_warmup_steps: Steps = 300  # with muon: number of steps over which a momentum above 0.85 rises from 0.85
+    normuon: bool = False  # with muon: divide the update of each neuron by its recent RMS (arXiv:2510.05491)
     cautious: bool = False  # with muon: apply weight decay to a weight only if the update also shrinks it
 
 
@@ -190,9 +190,9 @@ class Config:
 
 
 MODERN_MODEL: dict[str, Any] = {
-    "bias": False, "tie_head": False, "rope": True, "qk_norm": True, "key_shift": True, "relu2": True, "rms_norm": True,
-    "embedding_norm": True, "zero_init": True, "value_embeddings": 2, "bigram_tables": 5, "x0_shortcut": True,
-    "unet": True,
+    "bias": False, "tie_head": False, "rope": True, "qk_norm": True, "partial_key_offset": True, "relu2": True,
+    "rms_norm": True, "embedding_norm": True, "zero_init": True, "value_embeddings": 2, "bigram_tables": 5,
+    "x0_shortcut": True, "unet": True,
 }  # fmt: skip
 MODERN_OPTIMIZER: dict[str, Any] = {
     "name": "muon", "normuon": True, "max_lr": 0.04, "min_lr_ratio": 0.0, "warmup_steps": 0, "cooldown": 0.3,
@@ -217,7 +217,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2-xl": {"model": {"n_layer": 48, "n_head": 25, "n_embd": 1600}, "optimizer": {"max_lr": 2e-4}},
     # the smallest size with the improvements of the public speed records (docs/modern.md)
     "modern": {"model": MODERN_MODEL, "training": {"max_steps": 3000}, "optimizer": MODERN_OPTIMIZER},
-    # three minutes on a laptop, with the source code of Python's standard library: the recipe of modern, or of gpt2
+    # three minutes on two CPU cores, on the source code of Python's standard library: the recipe of modern, or of gpt2
     "demo": DEMO | {"model": MODERN_MODEL | DEMO_MODEL, "optimizer": MODERN_OPTIMIZER},
     "demo-classic": DEMO | {"model": DEMO_MODEL, "optimizer": {"max_lr": 3e-3, "warmup_steps": 40}},
     # recipes of other projects; docs/recipes.md has the results that their authors report
@@ -328,23 +328,28 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """Check the config for this number of ranks and resolve its momenta. ConfigError lists all problems."""
+    """Check the config for this number of ranks, and resolve beta1 and momentum. Reads no files.
+
+    Raises a ConfigError with all problems.
+    """
     problems = violations(config)
     if not any(problem.startswith(("--model.", "--training.")) for problem in problems):
         problems += conflicts(config, world_size)
     if problems:
         raise ConfigError(summary(problems, "The settings are invalid:"))
-    return with_momenta(config)
+    return with_momentum_defaults(config)
 
 
-def with_momenta(config: Config) -> Config:
-    """Resolve a beta1 and a momentum of None. Between 32,768 and 524,288 tokens per step, they grow with the logarithm.
+def with_momentum_defaults(config: Config) -> Config:
+    """Set beta1 and, with muon, momentum if they are None.
 
-    The values for large batches are those of modded-nanogpt; those for small ones were measured (docs/modern.md).
+    Between 32,768 and 524,288 tokens per step, they grow linearly with the logarithm of the batch size. The values for
+    large batches are modded-nanogpt's. Those for small ones were best in runs of 100 to 800 steps of a small model.
     """
-    large = min(1.0, max(0.0, math.log2(config.training.batch_tokens / 32_768) / 4))
-    muon = config.optimizer.name == "muon"
-    defaults = {"beta1": 0.6 + 0.2 * large if muon else 0.9, "momentum": 0.8 + 0.15 * large}
+    fraction = min(1.0, max(0.0, math.log2(config.training.batch_tokens / 32_768) / 4))
+    defaults = {"beta1": 0.9}
+    if config.optimizer.name == "muon":
+        defaults = {"beta1": 0.6 + 0.2 * fraction, "momentum": 0.8 + 0.15 * fraction}
     return variant(config, optimizer={k: v for k, v in defaults.items() if getattr(config.optimizer, k) is None})
 
 
@@ -362,10 +367,11 @@ def conflicts(config: Config, world_size: int) -> list[str]:
             f"--model.n-kv-head {model.n_kv_head} does not divide --model.n-head {model.n_head}. Use one of {divisors}."
         )
     if isinstance(model, ModernConfig):
-        if (model.rope or model.key_shift) and model.head_size % 4:
+        if (model.rope or model.partial_key_offset) and model.head_size % 4:
             problems.append(
-                "--model.rope and --model.key-shift require a head size divisible by 4; n_embd / n_head = "
-                f"{model.head_size}."
+                f"--model.n-embd {model.n_embd} / --model.n-head {model.n_head} is a head size of {model.head_size}. "
+                "--model.rope and --model.partial-key-offset require a multiple of 4. Use a --model.n-embd divisible "
+                f"by {4 * model.n_head}."
             )
         if 2 * model.value_embeddings > model.n_layer:
             problems.append(

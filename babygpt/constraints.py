@@ -8,6 +8,7 @@
 """
 
 import io
+import math
 import operator
 import re
 import shlex
@@ -55,6 +56,7 @@ NonNegative = Annotated[int, Ge(0), metavar("N")]
 Seed = Annotated[int, Ge(0), Lt(2**63), tyro.conf.arg(metavar="SEED")]
 Fraction = Annotated[float, Ge(0), Le(1), metavar("FRACTION")]
 Probability = Annotated[float, Gt(0), Le(1), metavar("PROBABILITY")]
+PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 Name = Annotated[str, metavar("NAME")]
 ModelArgument = Annotated[Positional[str], metavar("MODEL")]
 RunArgument = Annotated[Positional[Path], metavar("RUN")]

@@ -21,7 +21,6 @@ import contextlib
 import io
 import itertools
 import os
-import platform
 import random
 import shutil
 import signal
@@ -32,7 +31,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -57,13 +55,13 @@ from babygpt.training import checkpoint  # noqa: E402
 from babygpt.training.log import read_log  # noqa: E402
 from babygpt.training.optim import adamw, optimizer_state  # noqa: E402
 from babygpt.training.run_dir import FINISHED, STOPPED  # noqa: E402
-from benchmarks.table import write_table  # noqa: E402
+from benchmarks.table import machine, write_table  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 TableRow = tuple[str, str, str]  # fault, count, outcome
 MODERN = {
-    "model__value_embeddings": 1, "model__document_mask": [], "optimizer__momentum_warmup_steps": 10,
-    "optimizer__weight_decay": 0.1,
+    "model__value_embeddings": 1, "model__document_mask": [], "optimizer__momentum": 0.95,
+    "optimizer__momentum_warmup_steps": 10, "optimizer__weight_decay": 0.1,
 }  # fmt: skip
 
 
@@ -420,8 +418,7 @@ def main() -> None:
             print(f"{stage}: {stage_rows}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
             rows += stage_rows
     lines = [
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}",
+        machine(),
         "",
         "| fault | count | outcome |",
         "|---|---:|---|",

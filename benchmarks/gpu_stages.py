@@ -44,7 +44,7 @@ from benchmarks.cases import Case
 from dataloader import Batch, Position
 from model import build_model
 from train import TrainState, next_token_loss, train_step
-from train_config import Config, preset, variant, with_momenta
+from train_config import Config, preset, variant, with_momentum_defaults
 
 ROOT = Path(__file__).parent.parent
 Result = dict[str, Any]
@@ -176,7 +176,7 @@ class Training:
         self.raw_model = build_model(config.model).to(sizes.device)
         self.raw_model.bf16_activations = config.training.bf16_activations
         self.raw_model.activation_checkpointing = config.training.activation_checkpointing
-        self.optimizers = make_optimizers(self.raw_model, asdict(with_momenta(config).optimizer))
+        self.optimizers = make_optimizers(self.raw_model, asdict(with_momentum_defaults(config).optimizer))
         set_learning_rates(self.optimizers, LRSchedule(100, min_lr_ratio=0.1), 10)
         module = sizes.compile(self.raw_model) if compiled else self.raw_model
         self.model = self.ranks.data_parallel(module)

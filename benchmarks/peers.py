@@ -9,15 +9,16 @@ sequence, 4,096 tokens per step, and trains a model of 4 layers of width 128 wit
 nanoGPT get the rows through replaced data loaders; their models, optimizers and schedules are their own.
 
 A first sweep multiplies all learning rates of a project by each of --factors, at the second of --tokens and with the
-first seed, and then, at the best factor, its weight decay by each of --decays. The best of both is used for the table,
-so all projects get the same number of trials; modern has no weight decay and gets fewer. nanochat scales its rates by
-the square root of the batch size relative to 524,288 tokens; a factor of 1 undoes this. Its warmup of 40 steps is
-shortened to at most a tenth of the run. Without --compile, nothing is compiled. nanoGPT's script trains in float32 on a
-CPU, the others train in bfloat16.
+first seed, and then, at the best factor, its weight decay by each of --decays. The best trial of each project is used
+for the table. All get the same number of trials, except modern, which has no weight decay and gets fewer.
+
+nanochat scales its rates by the square root of the batch size relative to 524,288 tokens; a factor of 1 undoes this.
+Its warmup of 40 steps is shortened to at most a tenth of the run. Without --compile, nothing is compiled. nanoGPT's
+script trains in float32 on a CPU, the others train in bfloat16.
 
 The loss is the mean over the first --val-tokens tokens of the validation split, under bfloat16 autocast. The seconds
-are those of the training steps, including compilation but not evaluation. Finished runs are not repeated, unless the
-commit of the project, the dataset or a setting is different.
+are those of the training steps, including compilation but not evaluation. A finished run is repeated only if the
+code of the project, this file, the dataset or a setting has changed.
 """
 
 import argparse
@@ -73,9 +74,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The settings, and a hash of these together with the commit of the project and the dataset."""
+        """The main settings, and a hash of all settings, the code and the dataset."""
         compiled = "-compiled" if self.compile else ""
-        values = f"{asdict(self)} {git_commit(self.checkout or ROOT)} {open_dataset(self.dataset).fingerprint}"
+        settings = asdict(self) | {"checkout": code_version(self.checkout or ROOT), "dataset": ""}
+        values = f"{settings} {Path(__file__).read_text()} {open_dataset(self.dataset).fingerprint}"
         digest = hashlib.sha256(values.encode()).hexdigest()[:8]
         return f"{self.project}-{self.steps}-{self.seed}-{self.factor:g}-{self.decay:g}{compiled}-{digest}"
 
@@ -97,10 +99,13 @@ class TimedRows:
 
 
 @functools.cache
-def git_commit(path: str | Path) -> str:
-    """Return the commit of a checkout."""
-    command = ["git", "-C", str(path), "rev-parse", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def code_version(path: str | Path) -> str:
+    """Return the commit of a checkout, and its uncommitted changes."""
+    commands = (["rev-parse", "HEAD"], ["diff", "HEAD"])
+    return "".join(
+        subprocess.run(["git", "-C", str(path), *command], check=True, capture_output=True, text=True).stdout
+        for command in commands
+    )
 
 
 def stub(name: str, **attributes: object) -> None:
@@ -306,6 +311,7 @@ class Runs:
 
 
 def best_of(results: list[dict], project: str) -> dict:
+    """Return the result of a project with the lowest loss."""
     return min((r for r in results if r["project"] == project), key=lambda r: r["loss"])
 
 
@@ -355,7 +361,7 @@ def main() -> None:
         f"{Path(options.dataset).name}; {options.val_tokens:,} validation tokens; "
         f"{'compiled' if options.compile else 'not compiled'}.",
         "",
-        f"## Learning rates: loss at {sweep_tokens:,} tokens, seed {options.seeds[0]}",
+        f"## Learning rates and weight decay: loss at {sweep_tokens:,} tokens, seed {options.seeds[0]}",
         "",
         "| project | factor of all learning rates | factor of the weight decay | validation loss |",
         "|---|---:|---:|---:|",

@@ -10,7 +10,8 @@ with the same seed.
     bf16-activations    the residual stream is bfloat16; compared with the default
     bf16-gradients      two ranks all-reduce gradients in bfloat16; compared with two ranks and float32 gradients
 
-Runs are written to out/precision and resumed; finished runs are not repeated.
+Runs are written to the directory --runs, and finished runs are not repeated. Use a new directory if the code or the
+dataset has changed.
 """
 
 import argparse

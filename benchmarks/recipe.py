@@ -11,8 +11,8 @@ recipes use 4 layers, 4 heads, n_embd = 128, T = 256 and 4,096 tokens per step. 
 - an ablation: modern with one part removed or added at a time, at a quarter of the steps, with one seed;
 - timing: both recipes alternate three times, alone on the machine and with all its threads.
 
-Runs are written to --runs; finished runs are not repeated, so use a new directory after a change of the code or the
-dataset. If --jobs is greater than 1, each run uses one thread.
+Runs are written to the directory --runs, and finished runs are not repeated. Use a new directory if the code or the
+dataset has changed. If --jobs is greater than 1, each run uses one thread.
 """
 
 import argparse
@@ -36,9 +36,9 @@ FRACTIONS = (0.125, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
 # rows of the ablation table, with the flags of the run; BEST stands for the best learning rate of classic
 ABLATIONS = {
     "AdamW instead of Muon, best learning rate of classic": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
-    "no normalization of Muon's updates by neuron": ["--optimizer.no-normuon"],
+    "Muon instead of NorMuon": ["--optimizer.no-normuon"],
     "cosine schedule instead of constant with linear cooldown": ["--optimizer.cooldown", "None"],
-    "no momentum warmup": ["--optimizer.momentum-warmup-steps", "0"],
+    "momentum and beta1 of large batches": ["--optimizer.momentum", "0.95", "--optimizer.beta1", "0.8"],
     "learned position embeddings instead of RoPE": ["--model.no-rope"],
     "no QK-norm": ["--model.no-qk-norm"],
     "GELU instead of ReLU^2": ["--model.no-relu2"],
@@ -51,7 +51,7 @@ ABLATIONS = {
     "no bigram embeddings": ["--model.bigram-tables", "0"],
     "no x0 shortcut": ["--model.no-x0-shortcut"],
     "no U-Net skip connections": ["--model.no-unet"],
-    "no key shift": ["--model.no-key-shift"],
+    "no key shift": ["--model.no-partial-key-offset"],
 }
 ADDITIONS = {
     "2 key and value heads for 4 query heads": ["--model.n-kv-head", "2"],

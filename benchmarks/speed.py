@@ -58,7 +58,7 @@ from dataloader import Batch, Position  # noqa: E402
 from hellaswag import load_examples, losses, predictions  # noqa: E402
 from model import GPT, GPTConfig, build_model  # noqa: E402
 from train import TrainState, next_token_loss, train_step  # noqa: E402
-from train_config import Config, preset, variant, with_momenta  # noqa: E402
+from train_config import Config, preset, variant, with_momentum_defaults  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -98,7 +98,7 @@ def step_ours(name: str, dtype: str, compiled: bool) -> dict:
     training = config.training
     torch.manual_seed(0)
     raw_model = build_model(config.model).to(DEVICE)
-    optimizers = make_optimizers(raw_model, asdict(with_momenta(config).optimizer))
+    optimizers = make_optimizers(raw_model, asdict(with_momentum_defaults(config).optimizer))
     model: torch.nn.Module = raw_model
     if compiled:
         model = cast(torch.nn.Module, torch.compile(raw_model, dynamic=False))  # typed as returning a function

@@ -3,8 +3,9 @@
     python benchmarks/streams.py DATASET [--streams 64 1024] [--jobs 2] [--out results/shuffle/streams.md]
 
 DATASET is a prepared dataset with a small vocabulary. The preset modern trains --steps steps with the model of
-benchmarks/recipe.py, two seeds each. Runs are written to --runs; finished runs are not repeated, so use a new directory
-after a change of the code or the dataset. If --jobs is greater than 1, each run uses one thread.
+benchmarks/recipe.py, two seeds each. Runs are written to the directory --runs, and finished runs are not
+repeated. Use a new directory if the code or the dataset has changed. If --jobs is greater than 1, each run uses one
+thread.
 """
 
 import argparse

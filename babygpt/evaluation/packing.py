@@ -79,7 +79,7 @@ class Batch:
 
     idx: torch.Tensor  # (B, L)
     positions: torch.Tensor  # (B, L), in the text of context and ending
-    previous: torch.Tensor  # (B, L), the index in its row of the token before each token in this text
+    previous: torch.Tensor  # (B, L), the index in the row of each token's previous token; a first token has its own
     segment_ids: torch.Tensor  # (B, L), from 1 in each row; 0 is padding
     ending_ids: torch.Tensor  # (B, L), 0 in a context, 1 + k in ending k
     logit_indices: torch.Tensor  # (M,), the index in B L of the token that predicts each target

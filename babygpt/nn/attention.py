@@ -29,7 +29,7 @@ class PackedRows:
 
     positions: torch.Tensor  # (B, T) int64, of each token in its text
     mask: torch.Tensor  # (B, 1, T, T) bool, causal, true where a query attends to a key
-    previous: torch.Tensor  # (B, T) int64, the index in its row of the token before each token; any for the first one
+    previous: torch.Tensor  # (B, T) int64, the index in the row of each token's previous token; ignored for the first
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -39,8 +39,8 @@ class PackedRows:
 class KVCache:
     """Keys and values of all previous tokens, for B sequences of up to `block_size` tokens.
 
-    It also stores what the next token needs of the last one (babygpt/nn/shift.py). Sequences of different lengths are
-    padded on the left: `starts`, (B,) int64, is the slot of the first token of each.
+    It also stores the id and the keys of the last token, which the next one needs (babygpt/nn/shift.py). Sequences of
+    different lengths are padded on the left: `starts`, (B,) int64, is the slot of the first token of each.
     """
 
     def __init__(
@@ -227,6 +227,11 @@ def rotary_cos_sin(positions: torch.Tensor, head_size: int) -> tuple[torch.Tenso
     inv_freq = F.pad(inv_freq, (0, head_size // 2 - half))
     angles = positions[:, None, :, None] * inv_freq
     return angles.cos(), angles.sin()
+
+
+def rotated_channels(head_size: int, device: torch.device) -> torch.Tensor:
+    """Return which channels of a head rotary embeddings rotate, (D,) bool: the first half of each of its two halves."""
+    return torch.arange(head_size, device=device) % (head_size // 2) < head_size // 4
 
 
 def apply_rotary_emb(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ class BigramEmbedding(nn.Embedding):
     """A table of embeddings (num_embeddings, C) in which a hash of the bigram chooses the entry."""
 
     def forward(self, idx: torch.Tensor, shift: Shift, last: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
-        """Return the embeddings (B, T, C) of the bigrams that end with the tokens idx (B, T); `last` as in Shift."""
-        previous = shift(idx + 1, last)  # 0: none
+        """Return the embeddings (B, T, C) of the bigrams that end with the tokens idx (B, T); `last` is as in Shift."""
+        previous = shift(idx + 1, last)  # id + 1, or 0 for the first token of a text
         # two primes, small enough that nothing overflows for vocabularies of up to 2^32 tokens
         return super().forward((previous * 1_000_003 + idx * 7919).remainder(self.num_embeddings))

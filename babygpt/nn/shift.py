@@ -1,34 +1,36 @@
-"""Shifts by one token: the value of the token before each token, in its text."""
+"""Shift values by one token: each token receives the value of the previous token of its text."""
 
 from dataclasses import dataclass
 
 import torch
 
-from babygpt.nn.attention import PackedRows
+from babygpt.nn.attention import PackedRows, rotated_channels
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Gives each token the value of the token before it, and zero to the first token of a text.
+    """Shift values by one token. The first token of each text receives zero.
 
     >>> shift = Shift(torch.tensor([[True, False, False]]))
     >>> shift(torch.tensor([[5, 6, 7]]))
     tensor([[0, 5, 6]])
     """
 
-    is_first: torch.Tensor  # (B or 1, T) bool, whether a token is the first one of its text
+    is_first: torch.Tensor  # (B or 1, T) bool, true for the first token of each text
     packed: PackedRows | None = None
 
     @classmethod
-    def of(cls, idx: torch.Tensor, positions: torch.Tensor, packed: PackedRows | None, eot_id: int | None) -> "Shift":
-        """Return the shift of token ids (B, T) at positions (B or 1, T). With `eot_id`, a document is a text."""
+    def from_tokens(
+        cls, idx: torch.Tensor, positions: torch.Tensor, packed: PackedRows | None, eot_id: int | None
+    ) -> "Shift":
+        """Return the Shift for token ids (B, T) at positions (B or 1, T). With `eot_id`, each document is a text."""
         is_first = positions == 0
         return cls(is_first if eot_id is None else is_first | (idx == eot_id), packed)
 
     def __call__(self, x: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the shifted x (B, T, ...).
+        """Return x (B, T, ...), shifted.
 
-        If the rows continue cached tokens, `last` (B, 1, ...) has the value of the last of these, and is updated.
+        With a cache, `last` (B, 1, ...) holds the value of the last cached token and is updated in place.
         """
         trailing = (1,) * (x.dim() - 2)
         if self.packed is not None:
@@ -42,11 +44,11 @@ class Shift:
         return shifted.masked_fill(self.is_first.view(*self.is_first.shape, *trailing), 0)
 
 
-def shift_keys(k: torch.Tensor, shift: Shift, last: torch.Tensor | None) -> torch.Tensor:
-    """Shift the channels of keys (B, K, T, D) that rotary embeddings do not rotate (modded-nanogpt, record 49).
+def offset_keys(k: torch.Tensor, shift: Shift, last: torch.Tensor | None) -> torch.Tensor:
+    """Replace the channels of keys (B, K, T, D) that are not rotated by those of the previous token's key.
 
-    A query can then attend to the token after one that it matches, in a single layer. `last` is (B, 1, K, D).
+    This is the partial key offset of modded-nanogpt (record 49). It allows an induction head in a single layer: a query
+    attends to the token that follows a matching one. `last` is (B, 1, K, D), as in Shift.
     """
-    D = k.size(-1)
-    unrotated = torch.arange(D, device=k.device) % (D // 2) >= D // 4
-    return torch.where(unrotated, shift(k.transpose(1, 2), last).transpose(1, 2), k)
+    shifted = shift(k.transpose(1, 2), last).transpose(1, 2)
+    return torch.where(rotated_channels(k.size(-1), k.device), k, shifted)

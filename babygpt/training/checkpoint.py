@@ -255,6 +255,11 @@ def read_state(path: Path) -> dict:
             f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "
             "version that wrote it, or train again."
         )
+    if (softcap := state["model"].pop("logit_softcap", None)) is not None:  # a field of earlier versions
+        raise UserError(
+            f"{path} has a model with a logit softcap of {softcap}, which this version of BabyGPT does not support. "
+            f"Use the version that wrote it, or train again. {path / STATE} contains its commit."
+        )
     return state
 
 

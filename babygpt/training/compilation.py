@@ -23,7 +23,7 @@ CACHE_DIR = "~/.cache/babygpt/inductor"  # of CPU code; not in /tmp, so that a r
 # is tried if the most that it might save is worth the attempt.
 CPU_COMPILE_SECONDS = 60
 MAX_SAVING = 0.25  # fraction of the time
-SLOW_SECONDS = 5  # of a pass: one is enough
+SLOW_SECONDS = 5  # after this time, no further pass is timed
 MIN_GAIN = 0.95  # of the eager time; a smaller difference is noise
 
 
@@ -50,7 +50,7 @@ def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks) -> str:
 
 
 def can_compile_for_cpu() -> bool:
-    """Return whether this is Linux with the C++ compiler that Inductor runs."""
+    """Return whether the system is Linux and has the C++ compiler that Inductor calls."""
     return sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
@@ -81,7 +81,7 @@ def compiling_pays(config: Any, model: nn.Module) -> bool:
 def time_pass(model: Callable[..., torch.Tensor], rows: torch.Tensor, dtype: str) -> float:
     """Return the least seconds of a forward and a backward pass on rows (B, T + 1) int64, after one to warm up.
 
-    Three passes are timed, or one if they are slow.
+    Up to three passes are timed; after SLOW_SECONDS in total, no further one is started.
     """
     seconds = list[float]()
     while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds[1:]) < SLOW_SECONDS):

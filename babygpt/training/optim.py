@@ -42,8 +42,9 @@ def adamw(
 # Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
 
 
-# Coefficients (a, b, c) of the iterations of Polar Express (Amsel et al., arXiv:2505.16932). The values are those of
-# modded-nanogpt, computed for five iterations with a safety factor of 1.02 for rounding errors of bfloat16.
+# Coefficients (a, b, c) of the five iterations of Polar Express (Amsel et al., arXiv:2505.16932). The values are
+# modded-nanogpt's, with a safety factor of 1.02 against bfloat16 rounding.
+SAFETY_FACTOR = 1.02
 POLAR_EXPRESS = (
     (8.156554, -22.483293, 15.878770),
     (4.042930, -2.808917, 0.500018),
@@ -57,11 +58,10 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return approximately the nearest matrices with orthonormal rows, in bfloat16.
 
     `matrices` are (N, rows, columns) with rows <= columns. Each iteration applies a polynomial a x + b x^3 + c x^5 to
-    the singular values. The polynomials are chosen such that the five of them together move values between 0.001 and 1
-    as close to 1 as possible.
+    the singular values. The five polynomials together map values between 0.001 and 1 to 0.86 ... 1.14.
     """
     x = matrices.bfloat16()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x / (SAFETY_FACTOR * x.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-7)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -69,18 +69,18 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 MUON_BATCH = 64 << 20  # elements that are updated at once: 256 MiB in float32
-NORMUON_BETA2 = 0.9  # decay rate of the moving average of squared updates
+NORMUON_BETA2 = 0.9  # decay rate of the moving average of squared updates, as in nanochat
 
 
 @dataclass
 class MatrixBatch:
-    """Matrices of one shape that are updated together, each with rows <= columns: tall ones are transposed."""
+    """Matrices of one shape that are updated together. All have rows <= columns: tall parameters are transposed."""
 
     weights: list[torch.Tensor]  # (rows, columns) each
     grads: list[torch.Tensor]
     momenta: list[torch.Tensor]
-    second_moments: list[torch.Tensor]  # (columns,) each
-    scales: list[float]  # of the learning rate
+    second_moments: list[torch.Tensor]  # (columns,) each, or (rows,), which is as long, for square matrices
+    lr_factors: list[float]
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,9 +90,9 @@ class Muon(torch.optim.Optimizer):
     These are orthogonalized separately. Every rank stores the state of all matrices, orthogonalizes a share of the
     updates, and gathers the others.
 
-    With `normuon` (Li et al., arXiv:2510.05491), an orthogonalized update is divided, for each neuron, by the square
-    root of a moving average of its mean square, and its norm is set to that of a matrix with orthonormal rows. A neuron
-    is a row of the parameter, or a column if the matrix has more columns than rows.
+    With `normuon` (Li et al., arXiv:2510.05491), the update of each neuron is divided by its root mean square, a moving
+    average over steps. The matrix is then rescaled to the Frobenius norm of a matrix with orthonormal rows. A neuron is
+    a row of the parameter, or a column if the matrix has more columns than rows.
     """
 
     def __init__(self, splits: dict[nn.Parameter, list[int]], max_lr: float, weight_decay: float = 0.0,
@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
             pieces = (t.split(row_counts) for t in (p, p.grad, state["momentum_buffer"]))
             for *matrices, second_moment in zip(*pieces, state["second_moment"].split(lengths), strict=True):
                 rows, columns = matrices[0].shape
-                if rows >= columns:
+                if rows > columns:
                     matrices = [matrix.mT for matrix in matrices]
                 entry = (*matrices, second_moment, math.sqrt(max(1.0, rows / columns)))
                 entries_by_shape[matrices[0].shape].append(entry)
@@ -136,8 +136,8 @@ class Muon(torch.optim.Optimizer):
         if self.normuon:
             change = self._normalize_neurons(change, batch.second_moments)
         change.mul_(lr)
-        if max(batch.scales) > 1:
-            torch._foreach_mul_(list(change.unbind()), batch.scales)
+        if max(batch.lr_factors) > 1:
+            torch._foreach_mul_(list(change.unbind()), batch.lr_factors)
         if group["weight_decay"] > 0:
             weights = torch.stack(batch.weights)
             decay = lr * group["weight_decay"] * weights
@@ -146,12 +146,13 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_sub_(batch.weights, change.unbind())
 
     def _normalize_neurons(self, change: torch.Tensor, second_moments: list[torch.Tensor]) -> torch.Tensor:
-        """Return `change` (N, rows, columns) divided by the root mean square of each column, averaged over steps."""
+        """Return `change` (N, rows, columns), normalized by neuron; see the class. Updates `second_moments`."""
+        dim = -1 if change.size(-2) == change.size(-1) else -2  # wide matrices: transposed ones, or more columns
         weight = (1 - NORMUON_BETA2) * (1.0 if self.found_inf is None else 1 - self.found_inf)
-        second_moment = torch.stack(second_moments)  # (N, columns)
-        second_moment.lerp_(change.square().mean(dim=-2), weight)
+        second_moment = torch.stack(second_moments)  # (N, columns), or (N, rows) for square matrices
+        second_moment.lerp_(change.square().mean(dim=dim), weight)
         torch._foreach_copy_(second_moments, second_moment.unbind())
-        change = change * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(-2)
+        change = change * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(dim)
         norm = change.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
         return change * (math.sqrt(change.size(-2)) / norm)
 

@@ -73,7 +73,7 @@ class LRSchedule:
         return max_lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def momentum_at(self, step: int) -> float:
-        """Return the momentum of Muon at update `step`: linear warmup from 0.85, unless `momentum` is smaller."""
+        """Return Muon's momentum at update `step`: a linear warmup from 0.85, or constant if `momentum` is smaller."""
         start = min(0.85, self.momentum)
         progress = min(1.0, step / self.momentum_warmup_steps) if self.momentum_warmup_steps else 1.0
         return start + (self.momentum - start) * progress

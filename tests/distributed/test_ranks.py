@@ -38,8 +38,8 @@ def test_modern_run_resumes_bitwise(world_size, dataset, tmp_path):
     modern = {
         "model__value_embeddings": 1,
         "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_scale": 0.3,
-        "optimizer__momentum_warmup_steps": 10, "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
-        "optimizer__normuon": [],
+        "optimizer__momentum": 0.95, "optimizer__momentum_warmup_steps": 10,
+        "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
     }  # fmt: skip
     fork_ranks(world_size, *flags(dataset, tmp_path / "uninterrupted", "modern", **modern))
     out = copy_killed_run(tmp_path / "uninterrupted", 7, tmp_path / "resumed")
@@ -63,7 +63,7 @@ def test_modern_loss_does_not_depend_on_the_number_of_ranks(dataset, tmp_path):
     one, two, four = (read_log(tmp_path / world_size / "log.csv") for world_size in ("1", "2", "4"))
     for other in (two, four):
         for a, b in zip(one[:-1], other[:-1], strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)  # Newton-Schulz runs in bfloat16
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)  # orthogonalization runs in bfloat16
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-2)
 
 

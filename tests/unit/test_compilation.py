@@ -50,7 +50,11 @@ def test_auto_compiles_on_cuda_and_for_long_runs_on_a_cpu(setting, device, secon
 
 
 def test_auto_does_not_compile_without_a_compiler_or_on_macos(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None if name == "icpx" else f"/usr/bin/{name}")
+    monkeypatch.setenv("CXX", "icpx")
+    assert resolve(tmp_path, seconds=1e6, monkeypatch=monkeypatch) == "off"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
     assert resolve(tmp_path, seconds=1e6, monkeypatch=monkeypatch) == "off"
     monkeypatch.setattr(compilation.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -29,7 +29,7 @@ from babygpt.training.schedule import LRSchedule
 from dataloader import Batch, Position
 from model import GPT, build_model
 from train import TrainState, next_token_loss, train_step
-from train_config import Config, preset, variant, with_momenta
+from train_config import Config, preset, variant, with_momentum_defaults
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def model_and_step(
     with device if device != CPU else nullcontext():
         model = build_model(config.model)
     model.bf16_activations = config.training.bf16_activations
-    optimizers: Optimizers = make_optimizers(model, asdict(with_momenta(config).optimizer))
+    optimizers: Optimizers = make_optimizers(model, asdict(with_momentum_defaults(config).optimizer))
     guard, ranks = UpdateGuard(device, skip_spikes=6.0), Ranks(0, 0, 1, device)
     state = TrainState(model, optimizers, guard, ranks, config.training.dtype, config.optimizer.grad_clip)
     batches = list(torch.randint(300, (MICRO_BATCHES, 4, config.model.block_size + 1)))

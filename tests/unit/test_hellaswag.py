@@ -55,7 +55,7 @@ MODERN = {
     "qk_norm": True,
     "value_embeddings": 1,
     "bigram_tables": 2,
-    "key_shift": True,
+    "partial_key_offset": True,
     "document_mask": True,
     "eot_id": 299,
 }

@@ -34,8 +34,9 @@ def test_attention_equals_plain_attention(kv_heads, T, S):
 
 
 @torch.no_grad()
-def test_logits_do_not_depend_on_later_tokens():
-    model, idx = tiny(n_kv_head=2), torch.randint(0, 300, (1, 32))
+@pytest.mark.parametrize("fields", [{}, {"rope": True, "partial_key_offset": True, "bigram_tables": 2}])
+def test_logits_do_not_depend_on_later_tokens(fields):
+    model, idx = tiny(n_kv_head=2, **fields), torch.randint(0, 300, (1, 32))
     changed = idx.clone()
     changed[0, 20] = (idx[0, 20] + 1) % 300
     before, after = model(idx), model(changed)
@@ -296,7 +297,7 @@ def test_unet_adds_outputs_of_early_blocks_to_late_inputs(n_layer):
 @torch.no_grad()
 def test_document_mask_separates_documents():
     """The logits of a document do not depend on the one before it."""
-    model = perturbed(document_mask=True, eot_id=299, rope=True, bigram_tables=2, key_shift=True)
+    model = perturbed(document_mask=True, eot_id=299, rope=True, bigram_tables=2, partial_key_offset=True)
     first, second = rows(12), rows(20, seed=9)
     first[:, 0] = second[:, 0] = 299
     alone = model(second)
@@ -342,7 +343,7 @@ def test_left_padded_sequences_have_the_logits_of_each_alone(fields):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_shifted_keys_are_initialized_like_the_queries(kv_heads):
     """Each key head equals the first query head of its group, so a token matches tokens like itself."""
-    model = tiny(key_shift=True, n_kv_head=kv_heads)
+    model = tiny(partial_key_offset=True, n_kv_head=kv_heads)
     C, D = model.config.n_embd, model.config.head_size
     for block in model.h:
         q, k, v = block.attn.c_attn.weight.split([C, kv_heads * D, kv_heads * D])

@@ -126,7 +126,7 @@ def run_steps(optimizers, parameters, num_steps: int = 3, seed: int = 5) -> None
 
 
 def test_orthogonalize_moves_singular_values_close_to_one():
-    """Singular values that differ by a factor of 200 end within 16% of 1, also that of a matrix of rank 1."""
+    """Singular values that span a factor of 200 are mapped to within 16% of 1, also that of a matrix of rank 1."""
     torch.manual_seed(0)
     for rows, columns in ((8, 32), (16, 16)):
         u, _, v = torch.linalg.svd(torch.randn(4, rows, columns), full_matrices=False)
@@ -138,19 +138,23 @@ def test_orthogonalize_moves_singular_values_close_to_one():
 
 
 def test_muon_equals_torch_optim_muon(monkeypatch):
-    """With the coefficients of the first Muon, and without normalization."""
+    """With the coefficients of the original Muon, and without normalization."""
     monkeypatch.setattr(optim, "POLAR_EXPRESS", 5 * [(3.4445, -4.7750, 2.0315)])
+    monkeypatch.setattr(optim, "SAFETY_FACTOR", 1.0)
     ours, theirs = make_matrices(), make_matrices()
     optimizer = Muon({p: [p.size(0)] for p in ours}, max_lr=0.02, weight_decay=0.1)
     optimizer.param_groups[0]["lr"] = 0.02
     run_steps([optimizer], ours)
     run_steps([torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)], theirs)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=7e-4, rtol=0)  # bfloat16 rounding of updates of 0.02
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # bfloat16 rounding of updates of 0.02
 
 
 def test_normuon_equals_its_formula_in_float64():
-    """Each row of a tall or square matrix, and each column of a wide one, is divided by its root mean square."""
+    """Each row of a tall matrix, and each column of a wide one, is divided by its root mean square.
+
+    It cannot tell rows from columns for a square matrix, whose rows and columns have equal norms after Polar Express.
+    """
     parameters = make_matrices()
     expected = [p.detach().double() for p in parameters]
     second_moments = [torch.zeros(max(p.shape), dtype=torch.float64) for p in parameters]
@@ -162,7 +166,7 @@ def test_normuon_equals_its_formula_in_float64():
         for p, w, m, v in zip(parameters, expected, momenta, second_moments, strict=True):
             m.lerp_(p.grad.double(), 0.05)
             u, values, vh = torch.linalg.svd(0.05 * p.grad.double() + 0.95 * m, full_matrices=False)
-            values /= values.norm()
+            values /= optim.SAFETY_FACTOR * values.norm()
             for a, b, c in optim.POLAR_EXPRESS:
                 values = a * values + b * values**3 + c * values**5
             rows, columns = p.shape
@@ -173,6 +177,18 @@ def test_normuon_equals_its_formula_in_float64():
             w -= 0.02 * math.sqrt(max(1, rows / columns)) * update
     for p, start, w in zip(parameters, make_matrices(), expected, strict=True):
         assert (p - w).norm() < 0.05 * (start - w).norm()  # bfloat16 rounding
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(4, -2), (8, -1)])
+def test_normuon_equalizes_neurons(rows, dim):
+    """In a batch, neurons are the columns of matrices with more columns than rows, and the rows of square ones."""
+    torch.manual_seed(0)
+    change = torch.randn(3, rows, 8) * torch.rand(3, rows, 1) * torch.rand(3, 1, 8)
+    second_moments = [torch.zeros(8) for _ in range(3)]
+    optimizer = Muon({torch.nn.Parameter(torch.zeros(8, 8)): [8]}, 0.02, normuon=True)
+    result = optimizer._normalize_neurons(change, second_moments)
+    torch.testing.assert_close(torch.stack(second_moments), 0.1 * change.square().mean(dim=dim))
+    torch.testing.assert_close(result.square().mean(dim=dim), torch.full((3, 8), 1 / 8))
 
 
 def test_muon_batches_matrices_of_the_same_shape():
@@ -206,8 +222,8 @@ def test_queries_keys_values_are_orthogonalized_separately():
     stacked = torch.nn.Parameter(torch.randn(16, 8))
     start = stacked.detach().clone()
     separate = [torch.nn.Parameter(piece.clone()) for piece in start.split([8, 4, 4])]
-    stacked_muon = Muon({stacked: [8, 4, 4]}, 0.02)
-    separate_muon = Muon({p: [p.size(0)] for p in separate}, 0.02)
+    stacked_muon = Muon({stacked: [8, 4, 4]}, 0.02, normuon=True)
+    separate_muon = Muon({p: [p.size(0)] for p in separate}, 0.02, normuon=True)
     for optimizer in (stacked_muon, separate_muon):
         optimizer.param_groups[0]["lr"] = 0.02
     grad = torch.randn(16, 8)
@@ -219,7 +235,7 @@ def test_queries_keys_values_are_orthogonalized_separately():
     torch.testing.assert_close(stacked.detach(), torch.cat([p.detach() for p in separate]))
     unsplit = torch.nn.Parameter(start.clone())
     unsplit.grad = grad
-    unsplit_muon = Muon({unsplit: [16]}, 0.02)
+    unsplit_muon = Muon({unsplit: [16]}, 0.02, normuon=True)
     unsplit_muon.param_groups[0]["lr"] = 0.02
     unsplit_muon.step()
     assert not torch.allclose(unsplit, stacked, atol=1e-3), "the update of an unsplit matrix must differ"
@@ -304,7 +320,7 @@ def test_cooldown_decays_linearly_after_a_constant_rate():
 
 
 def test_momentum_warms_up_and_each_group_scales_its_peak_lr():
-    """The schedule scales each group's peak learning rate, and Muon's momentum rises from 0.85, if it is larger."""
+    """The schedule scales each group's peak learning rate, and Muon's momentum rises from 0.85 unless it is smaller."""
     model = tiny_model()
     optimizers = muon(model, 0.04, 0.6, 0.008, 0.03)
     schedule = LRSchedule(max_steps=100, warmup_steps=2, cooldown=0.4, momentum_warmup_steps=10)

@@ -23,8 +23,20 @@ def make_model(**fields: object) -> GPT:
         for parameter in model.parameters():
             parameter.mul_(3.0)  # larger weights, so that one token is clearly the most probable
             if not parameter.any():
-                parameter.normal_(0, 0.1)  # biases, bigram embeddings and token shifts are initialized to zero
+                parameter.normal_(0, 0.1)  # biases and bigram embeddings are initialized to zero
     return model.eval()
+
+
+MODERN = {
+    "rope": True,
+    "qk_norm": True,
+    "document_mask": True,
+    "eot_id": 299,
+    "window": 40,
+    "value_embeddings": 1,
+    "bigram_tables": 2,
+    "partial_key_offset": True,
+}
 
 
 def greedy(max_new_tokens: int) -> SamplingParams:
@@ -51,10 +63,11 @@ def test_decode_step_computes_one_token(monkeypatch):
     assert lengths == [10] + [1] * 49
 
 
+@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
 @torch.no_grad()
-def test_full_context_drops_its_older_half():
+def test_full_context_drops_its_older_half(fields):
     """Prompts longer than the block size keep their last tokens."""
-    model = make_model(block_size=16)
+    model = make_model(**fields | {"block_size": 16})
     context = torch.randint(0, 300, (10,)).tolist()
     for (token,) in generate(model, [context[:]], greedy(60)):
         assert token == model(torch.tensor([context]))[0, -1].argmax()
@@ -65,18 +78,6 @@ def test_full_context_drops_its_older_half():
     prompt = torch.randint(0, 300, (1, 40))
     (first,) = next(generate(model, prompt.tolist(), greedy(1)))
     assert first == model(prompt[:, -16:])[:, -1].argmax()
-
-
-MODERN = {
-    "rope": True,
-    "qk_norm": True,
-    "document_mask": True,
-    "eot_id": 299,
-    "window": 40,
-    "value_embeddings": 1,
-    "bigram_tables": 2,
-    "key_shift": True,
-}
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
@@ -159,8 +160,9 @@ def test_end_of_text_precedes_the_prompt(dataset, monkeypatch):
     assert inputs == [[[tokenizer.eot_id, *tokenizer.encode("the model")]] * 2]
 
 
-def test_sampling_works_under_bfloat16(dataset):
-    model, tokenizer = make_model(), load_tokenizer(dataset)
+@pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
+def test_sampling_works_under_bfloat16(fields, dataset):
+    model, tokenizer = make_model(**fields), load_tokenizer(dataset)
     with torch.autocast("cpu", torch.bfloat16):
         assert len(sample(model, tokenizer, ["the model"] * 2, SamplingParams(20, top_p=0.9))) == 2
 
@@ -195,7 +197,7 @@ def test_script_asks_for_prompts_until_an_empty_line(run, capsys, monkeypatch):
 
 def test_decode_step_compiles_once_and_gives_equal_tokens(monkeypatch):
     torch._dynamo.reset()
-    model, counter = make_model(document_mask=True, eot_id=299, window=9), CompileCounter()
+    model, counter = make_model(**MODERN | {"window": 9}), CompileCounter()
     prompts = torch.randint(0, 300, (2, 10)).tolist()
     prompts[1] = prompts[1][4:]
     plain = list(generate(model, prompts, SamplingParams(60)))

@@ -320,7 +320,7 @@ def test_ranks_that_see_different_checkpoints_are_rejected(uninterrupted_run, da
 
 def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
     """A changed switch is rejected even if it adds no parameters, so that the weights would load."""
-    disabled = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet", "key-shift"]
+    disabled = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet", "partial-key-offset"]
     switches = [f"--model.no-{name}" for name in disabled] + ["--model.bias", "--model.tie-head"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
     call(train.main, *flags(dataset, tmp_path / "run", "modern", **changes), *switches)
@@ -347,6 +347,22 @@ def test_checkpoint_of_another_format_is_rejected(version, uninterrupted_run, da
         call(train.main, *flags(dataset, out, general__init_from="resume"))
     with pytest.raises(UserError, match=message):
         GPT.from_pretrained(out)
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0])
+def test_checkpoint_with_a_logit_softcap_is_rejected(softcap, uninterrupted_run, dataset, tmp_path):
+    """Earlier versions had this field. A checkpoint in which it is off is loaded."""
+    out = copy_killed_run(uninterrupted_run, 6, tmp_path / "earlier")
+    loaded = checkpoint.load(checkpoint.latest(out))
+    state = loaded.state | {"model": loaded.state["model"] | {"logit_softcap": softcap}}
+    checkpoint.save(out, 6, loaded.model, loaded.optimizer, state, keep=0)
+    if softcap is None:
+        GPT.from_pretrained(out)
+        return
+    with pytest.raises(UserError, match=r"a logit softcap of 15\.0, which this version .* does not support"):
+        GPT.from_pretrained(out)
+    with pytest.raises(UserError, match="a logit softcap"):
+        call(train.main, *flags(dataset, out, general__init_from="resume"))
 
 
 def test_resume_beyond_max_steps_is_rejected(uninterrupted_run, dataset):

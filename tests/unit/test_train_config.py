@@ -20,7 +20,7 @@ from train_config import (
     to_json,
     variant,
     with_micro_batch_size,
-    with_momenta,
+    with_momentum_defaults,
 )
 
 
@@ -214,13 +214,13 @@ def test_modern_switch_on_a_classic_preset_is_rejected():
 def test_momenta_grow_with_the_batch_unless_they_are_set():
     def momenta(name: str, batch_tokens: int, **optimizer) -> tuple:
         changed = variant(preset(name), training={"batch_tokens": batch_tokens}, optimizer=optimizer)
-        return with_momenta(changed).optimizer.beta1, with_momenta(changed).optimizer.momentum
+        return with_momentum_defaults(changed).optimizer.beta1, with_momentum_defaults(changed).optimizer.momentum
 
     assert momenta("modern", 4096) == momenta("modern", 32_768) == (0.6, 0.8)
     assert momenta("modern", 131_072) == pytest.approx((0.7, 0.875))
     assert momenta("modern", 524_288) == momenta("modern", 1 << 20) == pytest.approx((0.8, 0.95))
     assert momenta("modern", 4096, beta1=0.0, momentum=0.9) == (0.0, 0.9)
-    assert momenta("gpt2", 4096)[0] == 0.9
+    assert momenta("gpt2", 4096) == (0.9, None), "off"
 
 
 def test_resolve_reads_no_files(monkeypatch):
@@ -228,4 +228,4 @@ def test_resolve_reads_no_files(monkeypatch):
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
     monkeypatch.setattr("os.stat", lambda *_, **__: pytest.fail("os.stat was called"))
     config = variant(preset("modern"), data={"dataset": "s3://bucket/data"})
-    assert resolve(config, 8) == with_momenta(config)
+    assert resolve(config, 8) == with_momentum_defaults(config)
