@@ -138,7 +138,7 @@ def shrink(command: str) -> str:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the repository, by links, with a dataset at the default path and the files that the commands read."""
+    """A copy of the repository, by links, with datasets at the default paths and the files that the commands read."""
     for path in ROOT.iterdir():
         if path.name not in ("data", "out", ".git") and not path.name.startswith(".venv"):
             (tmp_path / path.name).symlink_to(path)
@@ -154,6 +154,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         fineweb.main, "files", "--input", "pages/*.jsonl.gz", "--out-dir", "data/fineweb-edu-10BT", "--val-tokens",
         5000, "--workers", 1,
     )  # fmt: skip
+    (tmp_path / "data" / "demo").symlink_to(tmp_path / "data" / "fineweb-edu-10BT")
     return tmp_path
 
 
