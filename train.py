@@ -133,6 +133,8 @@ class InitialState:
     """The state in which training starts, new or from a checkpoint."""
 
     model: GPT
+    init_from: str  # "scratch" or the source of the initial weights, also after a resume
+    checkpoint: Path | None = None  # from which the run resumes
     optimizer_state: dict | None = None  # by parameter name; None: new
     step: int = 0
     tokens: int = 0  # number of tokens trained on so far
@@ -187,10 +189,12 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
         check_length(examples, model_config.block_size)
 
-    compile_setting = compilation.resolve(config, lambda: build_model(model_config), ranks)  # may compile for a minute
-    config = variant(config, training={"compile": compile_setting})
     identity = identity_of(config, dataset, order, tokenizer)
-    start = restore_or_initialize(config, dataset, identity, tokenizer, ranks)
+    start = restore_or_initialize(config, dataset, identity, ranks)
+    # may compile for a minute
+    compile_setting = compilation.resolve(config, lambda: build_model(model_config), ranks, start.launches)
+    config = variant(config, training={"compile": compile_setting})
+    record_start(config, start, tokenizer, ranks)
     raw_model = start.model.to(ranks.device)
     raw_model.activation_checkpointing = training.activation_checkpointing  # may change on resume
     raw_model.bf16_activations = training.bf16_activations
@@ -237,12 +241,9 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
             console.warning(warning)
 
 
-def restore_or_initialize(
-    config: Config, dataset: Dataset, identity: dict[str, dict], tokenizer: Tokenizer, ranks: Ranks
-) -> InitialState:
-    """Return the state in which training starts, from --general.init-from; write config.json and the tokenizer."""
-    out, init_from = config.general.out_dir, config.general.init_from
-    path = None
+def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, dict], ranks: Ranks) -> InitialState:
+    """Return the state in which training starts, from --general.init-from."""
+    out, init_from, path = config.general.out_dir, config.general.init_from, None
     if init_from == "resume":
         path = run_dir.latest_checkpoint(out, ranks)
         # without a checkpoint, start again from the run's initial weights
@@ -254,28 +255,31 @@ def restore_or_initialize(
         )
     torch.manual_seed(config.general.seed)  # the same initial weights on all ranks
     if path:
-        start = restore(path, config, identity)
-    elif init_from == "scratch":
-        start = InitialState(build_model(config.model))
-    else:
-        console.info(f"Starting from the weights of {init_from}")
-        weights = ranks.main_process_first(lambda: read_pretrained(init_from))
-        dataset.check_tokenizer(weights.tokenizer, init_from)
-        start = InitialState(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)))
+        return restore(path, init_from, config, identity)
+    if init_from == "scratch":
+        return InitialState(build_model(config.model), init_from)
+    console.info(f"Starting from the weights of {init_from}")
+    weights = ranks.main_process_first(lambda: read_pretrained(init_from))
+    dataset.check_tokenizer(weights.tokenizer, init_from)
+    return InitialState(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)), init_from)
 
-    settings = to_json(variant(config, general={"init_from": init_from}))
+
+def record_start(config: Config, start: InitialState, tokenizer: Tokenizer, ranks: Ranks) -> None:
+    """Print the settings that change on resume, and write config.json and the tokenizer."""
+    out, settings = config.general.out_dir, to_json(variant(config, general={"init_from": start.init_from}))
+    for line in run_dir.changed_settings(out / "config.json", settings) if start.checkpoint else []:
+        console.info(line)
     run_dir.record_launch(start.launches, start.step, settings, ranks)
     ranks.barrier()  # rank 0 must not write to the directory until all ranks have read it
     if ranks.is_main:
         (out / run_dir.FINISHED).unlink(missing_ok=True)
-        if path is None:  # on resume, the next save replaces it
+        if start.checkpoint is None:  # on resume, the next save replaces it
             files.write_json(out / "config.json", settings)
         if tokenizer.name != "gpt2":
             files.write(out / tokenizer.name, tokenizer.data)
-    return start
 
 
-def restore(path: Path, config: Config, identity: dict[str, dict]) -> InitialState:
+def restore(path: Path, init_from: str, config: Config, identity: dict[str, dict]) -> InitialState:
     """Load a checkpoint to resume from. ConfigError if its identity is not that of this run."""
     loaded = checkpoint.load(path)
     try:
@@ -293,11 +297,9 @@ def restore(path: Path, config: Config, identity: dict[str, dict]) -> InitialSta
             "a different --general.out-dir."
         )
     console.info(f"Resuming from {path}")
-    for line in run_dir.changed_settings(path.parent.parent / "config.json", to_json(config)):
-        console.info(line)
     model = build_model(config.model)
     checkpoint.load_model_tensors(model, loaded.model)
-    return InitialState(model, loaded.optimizer, step, tokens, position, losses, launches)
+    return InitialState(model, init_from, path, loaded.optimizer, step, tokens, position, losses, launches)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Whether torch.compile pays for a run, and where compiled code is cached.
 
->>> config = variant(config, training={"compile": resolve(config, lambda: build_model(config.model), ranks)})
+>>> setting = resolve(config, lambda: build_model(config.model), ranks, launches)  # "on" or "off"
 """
 
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 from babygpt.console import console
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
-from babygpt.training.run_dir import read_config
 
 CACHE_DIR = "~/.cache/babygpt/inductor"  # of CPU code; not in /tmp, so that a resume finds it
 # Small models on two cores compile in 31 to 41 s (results/speed/compile-cpu.md), and not all of them get faster. So it
@@ -27,12 +26,12 @@ SLOW_SECONDS = 5  # after this time, no further pass is timed
 MIN_GAIN = 0.95  # of the eager time; a smaller difference is noise
 
 
-def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks) -> str:
+def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks, launches: Sequence[dict] = ()) -> str:
     """Return --training.compile as "on" or "off". `config` is a train_config.Config, `build` returns its model.
 
     With "auto", a model is compiled on CUDA, and on a CPU if there is one rank, the run is long, and its compiled step
-    is faster. A run that resumes on a CPU keeps the decision in its config.json, so that it stays bitwise equal to an
-    uninterrupted run; an earlier "auto" was not compiled.
+    is faster. A run that resumes on the CPU of its last launch, as recorded in `launches`, repeats the decision, so
+    that it stays bitwise equal to an uninterrupted run; an earlier version recorded "auto" and did not compile.
     """
     setting, is_cpu = config.training.compile, ranks.device.type == "cpu"
     if is_cpu:
@@ -43,9 +42,8 @@ def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks) -> str:
         return "on" if ranks.device.type == "cuda" else "off"
     if ranks.world_size > 1 or not can_compile_for_cpu():
         return "off"
-    earlier = read_config(config.general.out_dir / "config.json").get("training", {}).get("compile")
-    if earlier is not None:
-        return "on" if earlier == "on" else "off"
+    if launches and launches[-1]["provenance"]["device"] == torch.backends.cpu.get_cpu_capability():
+        return "on" if launches[-1]["config"]["training"]["compile"] == "on" else "off"
     return "on" if compiling_pays(config, build()) else "off"
 
 

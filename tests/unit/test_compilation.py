@@ -1,8 +1,11 @@
 """compilation.py: when a model is compiled, and that a resumed run repeats the decision."""
 
 import json
+import os
+import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ from support.helpers import call
 from support.runs import flags
 
 import train
+from babygpt.errors import ConfigError
 from babygpt.training import compilation
 from train_config import preset, variant
 
@@ -19,7 +23,7 @@ def ranks(device: str = "cpu", world_size: int = 1) -> SimpleNamespace:
     return SimpleNamespace(device=torch.device(device), world_size=world_size)
 
 
-def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, **fields) -> str:
+def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, launches=(), **fields) -> str:
     """Resolve with passes that take `seconds` for the whole run, and half of it when compiled."""
     config = variant(
         preset("demo"), general={"out_dir": tmp_path}, training={"compile": setting}, model={"vocab_size": 9}
@@ -29,7 +33,7 @@ def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, 
     monkeypatch.setattr(
         compilation, "time_pass", lambda model, *_: seconds / passes * (ratio if model == "compiled" else 1)
     )
-    return compilation.resolve(config, lambda: torch.nn.Identity(), ranks(**fields))
+    return compilation.resolve(config, lambda: torch.nn.Identity(), ranks(**fields), launches)
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +72,16 @@ def test_several_ranks_on_a_cpu_are_not_compiled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("earlier", ["on", "off", "auto"])
 def test_resume_on_a_cpu_repeats_the_decision(earlier, tmp_path, monkeypatch):
-    """An earlier version stored auto, and did not compile on a CPU."""
-    (tmp_path / "config.json").write_text(json.dumps({"training": {"compile": earlier}}))
-    assert resolve(tmp_path, seconds=0.0 if earlier == "on" else 1e6, monkeypatch=monkeypatch) == (
-        "on" if earlier == "on" else "off"
+    """Unless the last launch ran on a GPU. An earlier version recorded auto, and did not compile on a CPU."""
+    on_cpu, on_gpu = (
+        {"config": {"training": {"compile": earlier}}, "provenance": {"device": device}}
+        for device in (torch.backends.cpu.get_cpu_capability(), "NVIDIA H200")
     )
-    assert resolve(tmp_path, seconds=0.0, monkeypatch=monkeypatch, device="cuda") == "on"
+    expected, opposite = ("on", "off") if earlier == "on" else ("off", "on")
+    seconds = 0.0 if earlier == "on" else 1e6  # of which a first launch would decide the opposite
+    assert resolve(tmp_path, seconds=seconds, monkeypatch=monkeypatch, launches=[on_gpu, on_cpu]) == expected
+    assert resolve(tmp_path, seconds=seconds, monkeypatch=monkeypatch, launches=[on_cpu, on_gpu]) == opposite
+    assert resolve(tmp_path, seconds=0.0, monkeypatch=monkeypatch, launches=[on_cpu], device="cuda") == "on"
 
 
 def test_slower_compiled_code_is_not_used(tmp_path, monkeypatch):
@@ -113,6 +121,26 @@ def test_time_of_a_pass_is_positive_and_without_the_first():
     assert set(calls) == {"sum"}
 
 
+def test_slow_passes_are_timed_once(monkeypatch):
+    """One pass to warm up, and one that takes more than SLOW_SECONDS; passes that take less are timed three times."""
+    now = [0.0]
+    monkeypatch.setattr(compilation.time, "perf_counter", lambda: now[0])
+
+    def model_of(seconds, calls):
+        def model(idx, targets, reduction):
+            now[0] += seconds
+            calls.append(1)
+            return (idx + targets).float().sum().requires_grad_()
+
+        return model
+
+    rows = torch.zeros(2, 9, dtype=torch.int64)
+    slow, fast = [], []
+    assert compilation.time_pass(model_of(6.0, slow), rows, "float32") == 6.0
+    assert compilation.time_pass(model_of(1.0, fast), rows, "float32") == 1.0
+    assert (len(slow), len(fast)) == (2, 4)
+
+
 def test_decision_is_stored_and_does_not_change_the_run(dataset, tmp_path):
     """The passes that estimate the duration change neither the weights nor the random numbers of training."""
     weights = {}
@@ -122,3 +150,36 @@ def test_decision_is_stored_and_does_not_change_the_run(dataset, tmp_path):
         weights[name] = (tmp_path / name / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes()
         assert json.loads((tmp_path / name / "config.json").read_text())["training"]["compile"] == "off"
     assert weights["estimated"] == weights["fixed"]
+
+
+def test_existing_run_is_reported_before_a_model_is_compiled(dataset, tmp_path, monkeypatch):
+    """Compiling to find out takes a minute."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    monkeypatch.setattr(compilation, "resolve", lambda *_: pytest.fail("compiled first"))
+    with pytest.raises(ConfigError, match="already contains a run"):
+        call(train.main, *flags(dataset, tmp_path / "run"))
+
+
+def test_resumed_compiled_run_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
+    """And the resumed run is compiled again."""
+    backend = os.environ.get("TEST_BACKEND", "aot_eager")  # runs/test.sh --slow: inductor
+    calls, compile = [], torch.compile
+
+    def counting_compile(model, dynamic):
+        calls.append(model)
+        torch._dynamo.reset()
+        return compile(model, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", counting_compile)
+    changes = {"training__compile": "on", "training__max_steps": 4, "model__value_embeddings": 1}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    call(train.main, *flags(dataset, whole, "modern", **changes))
+    shutil.copytree(whole, resumed)
+    for step in (3, 4):
+        shutil.rmtree(resumed / "checkpoints" / f"step_{step:08d}")
+    call(train.main, *flags(dataset, resumed, "modern", **changes, general__init_from="resume"))
+    assert len(calls) == 2
+    for name in ("model.safetensors", "optimizer.pt"):
+        file = Path("checkpoints", "step_00000004", name)
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes(), name
