@@ -299,18 +299,14 @@ class ModernConfig(GPTConfig):
     rope: bool = False  # rotary embeddings (arXiv:2104.09864) instead of learned position embeddings
     qk_norm: bool = False  # RMS norm of queries and keys (arXiv:2010.04245)
     relu2: bool = False  # squared ReLU instead of GELU (arXiv:2109.08668)
-    rms_norm: bool = False  # RMS norm (arXiv:1910.07467) without parameters instead of layer norm
-    embedding_norm: bool = False  # RMS norm after the embedding
-    zero_init: bool = False  # initialize projections into the residual stream, and an untied head, to zero
+    embedding_norm: bool = False  # RMS norm (arXiv:1910.07467) after the embedding
     # number of value embeddings; blocks i and n_layer - value_embeddings + i use embedding i
     value_embeddings: NonNegative = 0
     # size of the table of bigram embeddings, added to the input of each block, in multiples of the vocabulary; 0: off
     bigram_tables: NonNegative = 0
     partial_key_offset: bool = False  # half of each key's channels are those of the previous token's key
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
-    unet: bool = False  # add the output of block i to the input of block n_layer - 1 - i
-    # factor by which attention scores are multiplied before the softmax
-    attention_scale: Annotated[PositiveFloat | None, metavar("SCALE", "1 / sqrt(head size)")] = None
+    attention_sharpness: PositiveFloat = 1.0  # factor of the attention scores, besides 1 / sqrt(head size)
     document_mask: bool = False  # attend within documents only; a document starts at each eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
     # size of the sliding attention window, including the current token
@@ -325,12 +321,6 @@ class ModernConfig(GPTConfig):
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMS norm of x (..., C) without parameters."""
     return F.rms_norm(x, (x.size(-1),))
-
-
-def make_norm(config: ModernConfig) -> nn.Module:
-    if config.rms_norm:
-        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 @dataclass
@@ -350,7 +340,7 @@ class ModernAttention(CausalSelfAttention):
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__(config, layer)
-        self.qk_norm, self.scale = config.qk_norm, config.attention_scale
+        self.qk_norm, self.scale = config.qk_norm, config.attention_sharpness / math.sqrt(config.head_size)
         self.partial_key_offset = config.partial_key_offset
         # index of this block's table of value embeddings, negative if it has none
         index_in_last_blocks = layer - (config.n_layer - config.value_embeddings)
@@ -388,9 +378,9 @@ class ModernBlock(nn.Module):
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__()
-        self.ln_1 = make_norm(config)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = ModernAttention(config, layer)
-        self.ln_2 = make_norm(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = ModernMLP(config)
         # mixing weights: x, x0
         self.x0_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
@@ -406,7 +396,6 @@ class ModernGPT(GPT):
     """A GPT with the switches of ModernConfig."""
 
     config: ModernConfig
-    ln_f: nn.Module  # type: ignore[assignment]
 
     def __init__(self, config: ModernConfig):
         nn.Module.__init__(self)  # not GPT's: the modules differ, and their order determines the random numbers
@@ -424,21 +413,19 @@ class ModernGPT(GPT):
             self.bigram_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(ModernBlock(config, layer) for layer in range(config.n_layer))
-        self.ln_f = make_norm(config)
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_head:
             self.lm_head.weight = self.wte.weight
-        if config.unet and config.n_layer > 1:
-            self.skip_lambdas = nn.Parameter(torch.ones(config.n_layer // 2))  # weights of the skip connections
         self.init_weights()
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's initialization, except for some embeddings, zero_init and partial_key_offset."""
+        """GPT-2's initialization, except for some embeddings and partial_key_offset."""
         config = self.config
         normalized = config.embedding_norm and not config.tie_head and name == "wte.weight"
         if name.endswith("lambdas"):
             return  # set in the constructor
-        if name == "bte.weight" or (config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight"))):
+        if name == "bte.weight":
             parameter.zero_()
         elif normalized or name.startswith("vte."):
             parameter.normal_(0.0, 1.0)
@@ -468,16 +455,10 @@ class ModernGPT(GPT):
             bigram_embeds = self.to_activation_dtype(self.bte(idx, shift, None if cache is None else cache.last_token))
         cos_sin = rotary_cos_sin(positions, config.head_size) if config.rope else None
         shared = SharedInputs(attn_mask, cache, shift, x, cos_sin, value_embeds)
-        skips: list[torch.Tensor] = []
-        num_skips = config.n_layer // 2 if config.unet else 0
         for layer, block in enumerate(self.h):
-            if (skip := layer - (config.n_layer - num_skips)) >= 0:
-                x = x + self.skip_lambdas[skip] * skips.pop()
             if config.bigram_tables:
                 x = x + self.bigram_lambdas[layer] * bigram_embeds
             x = self.run_block(block, x, shared)
-            if layer < num_skips:
-                skips.append(x)
         if cache is not None:
             cache.length += idx.size(1)
         return self.ln_f(x)

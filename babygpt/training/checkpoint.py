@@ -30,6 +30,8 @@ from babygpt.errors import UserError
 from babygpt.files import sha256, write_json
 
 FORMAT = 2  # of a checkpoint's files; 1 had other parameter names
+# fields of earlier versions of ModernConfig, and the values at which they change nothing
+REMOVED_SWITCHES = {"logit_softcap": None, "rms_norm": False, "unet": False, "attention_scale": None}
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 
 
@@ -255,11 +257,13 @@ def read_state(path: Path) -> dict:
             f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "
             "version that wrote it, or train again."
         )
-    if (softcap := state["model"].pop("logit_softcap", None)) is not None:  # a field of earlier versions
-        raise UserError(
-            f"{path} has a model with a logit softcap of {softcap}, which this version of BabyGPT does not support. "
-            f"Use the version that wrote it, or train again. {path / STATE} contains its commit."
-        )
+    for name, off in REMOVED_SWITCHES.items():
+        if (value := state["model"].pop(name, off)) != off:
+            raise UserError(
+                f"{path} has a model with {name} {value}, which this version of BabyGPT does not support. Use the "
+                f"version that wrote it, or train again. {path / STATE} contains its commit."
+            )
+    state["model"].pop("zero_init", None)  # a field of earlier versions that only initialization used
     return state
 
 

@@ -320,7 +320,7 @@ def test_ranks_that_see_different_checkpoints_are_rejected(uninterrupted_run, da
 
 def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
     """A changed switch is rejected even if it adds no parameters, so that the weights would load."""
-    disabled = ["rope", "rms-norm", "zero-init", "x0-shortcut", "unet", "partial-key-offset"]
+    disabled = ["rope", "x0-shortcut", "partial-key-offset"]
     switches = [f"--model.no-{name}" for name in disabled] + ["--model.bias", "--model.tie-head"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
     call(train.main, *flags(dataset, tmp_path / "run", "modern", **changes), *switches)
@@ -349,19 +349,22 @@ def test_checkpoint_of_another_format_is_rejected(version, uninterrupted_run, da
         GPT.from_pretrained(out)
 
 
-@pytest.mark.parametrize("softcap", [None, 15.0])
-def test_checkpoint_with_a_logit_softcap_is_rejected(softcap, uninterrupted_run, dataset, tmp_path):
-    """Earlier versions had this field. A checkpoint in which it is off is loaded."""
+@pytest.mark.parametrize(
+    ("name", "value"), [("logit_softcap", 15.0), ("rms_norm", True), ("unet", True), ("attention_scale", 0.1), ("", 0)]
+)
+def test_checkpoint_with_a_removed_switch_is_rejected(name, value, uninterrupted_run, dataset, tmp_path):
+    """Earlier versions had these fields. A checkpoint in which all of them are off is loaded."""
     out = copy_killed_run(uninterrupted_run, 6, tmp_path / "earlier")
     loaded = checkpoint.load(checkpoint.latest(out))
-    state = loaded.state | {"model": loaded.state["model"] | {"logit_softcap": softcap}}
+    off = {"logit_softcap": None, "rms_norm": False, "unet": False, "attention_scale": None, "zero_init": True}
+    state = loaded.state | {"model": loaded.state["model"] | off | ({name: value} if name else {})}
     checkpoint.save(out, 6, loaded.model, loaded.optimizer, state, keep=0)
-    if softcap is None:
+    if not name:
         GPT.from_pretrained(out)
         return
-    with pytest.raises(UserError, match=r"a logit softcap of 15\.0, which this version .* does not support"):
+    with pytest.raises(UserError, match=f"a model with {name} {value}, which this version .* does not support"):
         GPT.from_pretrained(out)
-    with pytest.raises(UserError, match="a logit softcap"):
+    with pytest.raises(UserError, match=f"a model with {name}"):
         call(train.main, *flags(dataset, out, general__init_from="resume"))
 
 
