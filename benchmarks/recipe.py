@@ -5,11 +5,12 @@
 DATASET is a prepared dataset with a small vocabulary (`python -m tools.train_tokenizer --vocab-size 8192`). Both
 recipes use 4 layers, 4 heads, n_embd = 128, T = 256 and 4,096 tokens per step. The benchmark runs
 
-- classic: the preset gpt2 with five learning rates and one seed, then the best learning rate with two more seeds;
+- classic: the preset gpt2 with three learning rates and one seed, then the best learning rate with two more seeds;
 - modern: the preset modern, unchanged, with three seeds, at increasing fractions of the classic steps up to the first
   fraction whose mean loss is at most that of classic;
-- an ablation: modern with one part removed or added at a time, at a quarter of the steps, with one seed;
-- timing: both recipes alternate three times, alone on the machine and with all its threads.
+- an ablation: modern with one part removed or added at a time, at an eighth of the steps, with two seeds;
+- timing: classic and each variant of modern take single steps in turn with modern, alone on the machine and with all
+  its threads. The ratio is the median over pairs of steps.
 
 Runs are written to the directory --runs, and finished runs are not repeated. Use a new directory if the code or the
 dataset has changed. If --jobs is greater than 1, each run uses one thread.
@@ -20,6 +21,8 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,12 +30,26 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
+from babygpt.training.distributed import Ranks  # noqa: E402
+from babygpt.training.guard import UpdateGuard  # noqa: E402
 from babygpt.training.log import column, read_log  # noqa: E402
+from babygpt.training.optim import make_optimizers  # noqa: E402
 from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
+from dataloader import Batch, Position  # noqa: E402
+from model import build_model  # noqa: E402
+from train import TrainState, next_token_loss, train_step  # noqa: E402
+from train_config import bind, parse, resolve  # noqa: E402
 
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)  # of the classic recipe
 SEEDS = (1337, 1338, 1339)
-FRACTIONS = (0.125, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
+FRACTIONS = (0.0625, 0.09375, 0.125, 0.15, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
+ABLATION_FRACTION, ABLATION_SEEDS = 0.125, SEEDS[:2]
+TIMED_PAIRS = 15
+SHAPE = (
+    "--model.block-size", "256", "--model.n-layer", "4", "--model.n-head", "4", "--model.n-embd", "128",
+    "--training.batch-tokens", "4096", "--training.micro-batch-size", "16",
+)  # fmt: skip
 # rows of the ablation table, with the flags of the run; BEST stands for the best learning rate of classic
 ABLATIONS = {
     "AdamW instead of Muon, best learning rate of classic": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
@@ -66,19 +83,16 @@ class Runs:
     def __init__(self, options: argparse.Namespace):
         self.options, self.out = options, Path(options.runs)
 
-    def train(
-        self, name: str, preset: str, steps: int, seed: int, *flags: str, alone: bool = False, ranks: int = 1
-    ) -> str:
+    def train(self, name: str, preset: str, steps: int, seed: int, *flags: str, ranks: int = 1) -> str:
         """Train the run unless it has finished, and return its name."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        thread_environment = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 and not alone else {}
+        thread_environment = {"OMP_NUM_THREADS": "1"} if self.options.jobs > 1 else {}
         command = [
             *(torchrun if ranks > 1 else [sys.executable]), "train.py", preset,
             "--general.out-dir", str(self.out / name), "--general.init-from", "resume",
             "--general.mode", "train", "val", "--general.seed", str(seed), "--data.dataset", self.options.dataset,
-            "--model.block-size", "256", "--model.n-layer", "4", "--model.n-head", "4", "--model.n-embd", "128",
-            "--training.batch-tokens", "4096", "--training.micro-batch-size", "16", "--training.max-steps", str(steps),
-            "--validation.every-n-steps", "1000000", "--saving.every-n-steps", "0", *flags,
+            *SHAPE, "--training.max-steps", str(steps), "--validation.every-n-steps", "1000000",
+            "--saving.every-n-steps", "0", *flags,
         ]  # fmt: skip
         if (self.out / name / "log.csv").exists() and read_log(self.out / name / "log.csv")[-1]["step"] == steps:
             return name
@@ -95,16 +109,65 @@ class Runs:
     def final_loss(self, name: str) -> float:
         return column(read_log(self.out / name / "log.csv"), "val_loss")[1][-1]
 
-    def step_ms(self, name: str) -> float:
-        """Return the median, because the load on the machine varies."""
-        return statistics.median(column(read_log(self.out / name / "log.csv"), "step_ms")[1])
-
     def mean_loss(self, names: list[str]) -> float:
         return statistics.mean(map(self.final_loss, names))
 
     def format_losses(self, names: list[str]) -> str:
         losses = sorted(map(self.final_loss, names))
         return f"{statistics.mean(losses):.4f} ({losses[0]:.4f} to {losses[-1]:.4f})"
+
+
+class TimedModel:
+    """A model of a preset, and its training step on random tokens."""
+
+    def __init__(self, dataset: Dataset, preset: str, *flags: str):
+        _, config = parse([preset, *SHAPE, "--training.dtype", "bfloat16", *flags])
+        config = bind(resolve(config, 1), dataset)
+        torch.manual_seed(0)
+        ranks = Ranks(0, 0, 1, torch.device("cpu"))
+        self.model = build_model(config.model)
+        optimizers = make_optimizers(self.model, asdict(config.optimizer))
+        self.state = TrainState(self.model, optimizers, UpdateGuard(ranks.device, None), ranks, config.training.dtype)
+        rows = torch.randint(config.model.vocab_size, (16, 257))
+        self.batch = Batch(Position(), Position(), [rows], num_targets=16 * 256)
+
+    def step(self) -> float:
+        """Return the seconds of a step."""
+        start = time.perf_counter()
+        train_step(self.state, self.batch, next_token_loss, seed=0)
+        return time.perf_counter() - start
+
+
+def time_ratio(model: TimedModel, reference: TimedModel) -> float:
+    """Return the time of a step of `model`, relative to `reference`."""
+    pairs = [(model.step(), reference.step()) for _ in range(TIMED_PAIRS + 1)]
+    return statistics.median(seconds / reference_seconds for seconds, reference_seconds in pairs[1:])
+
+
+def ablation_rows(runs: Runs, steps: int, best_lr: float, dataset: Dataset, reference: TimedModel) -> list[str]:
+    """Train modern with each change, and return the rows of the table. `reference` is modern without a change."""
+    changes: dict[str, list[str]] = {"none": []}
+    for change, flags in (ABLATIONS | ADDITIONS).items():
+        changes[change] = [flag.replace("BEST", str(best_lr)) for flag in flags]
+    runs.train_all([
+        (run_name(change, seed), "modern", steps, seed, *flags)
+        for change, flags in changes.items() for seed in ABLATION_SEEDS
+    ])  # fmt: skip
+    rows = []
+    for change, flags in changes.items():
+        losses, baseline = ([runs.final_loss(run_name(c, seed)) for seed in ABLATION_SEEDS] for c in (change, "none"))
+        differences = [loss - base for loss, base in zip(losses, baseline, strict=True)]
+        variant = TimedModel(dataset, "modern", *flags)
+        rows.append(
+            f"| {change} | {statistics.mean(losses):.4f} | {statistics.mean(differences):+.4f} "
+            f"({', '.join(f'{difference:+.4f}' for difference in differences)}) | "
+            f"{time_ratio(variant, reference):.2f} | {variant.model.num_params() / 1e6:.1f}M |"
+        )
+    return rows
+
+
+def run_name(change: str, seed: int) -> str:
+    return f"{change}-{seed}".replace(" ", "_")
 
 
 def plot_losses(curves: dict[str, list[Path]], target_loss: float, out: Path) -> None:
@@ -160,30 +223,10 @@ def main() -> None:
         if runs.mean_loss(modern[fraction]) <= runs.mean_loss(classic):
             needed = fraction
             break
-    baseline = modern[0.25] = runs.train_all([modern_run(0.25, seed) for seed in SEEDS])
-    variants = [
-        (
-            change,
-            (
-                "-".join([kind, *(f.replace("BEST", f"{best_lr:g}").strip("-") for f in flags)]),
-                "modern",
-                round(0.25 * steps),
-                SEEDS[0],
-                *(f.replace("BEST", str(best_lr)) for f in flags),
-            ),
-        )
-        for kind, changes in (("without", ABLATIONS), ("with", ADDITIONS))
-        for change, flags in changes.items()
-    ]
-    variant_names = runs.train_all([arguments for _, arguments in variants])
-    ablation = [("none", baseline[0]), *zip((change for change, _ in variants), variant_names, strict=True)]
 
-    timed: dict[str, list[str]] = {"gpt2": [], "modern": []}
-    for turn in range(3):
-        for preset, names in timed.items():
-            names.append(runs.train(f"clock-{preset}-{turn}", preset, 30, SEEDS[0], alone=True))
-    ms = {preset: statistics.median(map(runs.step_ms, names)) for preset, names in timed.items()}
-    time_ratio = statistics.median(runs.step_ms(m) / runs.step_ms(c) for c, m in zip(*timed.values(), strict=True))
+    dataset = open_dataset(options.dataset)
+    reference = TimedModel(dataset, "modern")
+    relative_time = time_ratio(reference, TimedModel(dataset, "gpt2"))
 
     def row(recipe: str, rate: str, fraction: float, names: list[str]) -> str:
         tokens = round(fraction * steps) * 4096
@@ -192,9 +235,8 @@ def main() -> None:
     summary = "At none of these fractions does modern reach the loss of classic."
     if needed:
         summary = (
-            f"Modern reaches the loss of classic with at most {needed:g} of its tokens, in {needed * time_ratio:.2f} "
-            f"of its time: a step takes {ms['modern']:.0f} ms instead of {ms['gpt2']:.0f} ms (ratio {time_ratio:.2f}, "
-            "median of three pairs of runs)."
+            f"Modern reaches the loss of classic with at most {needed:g} of its tokens, in {needed * relative_time:.2f} "
+            f"of its time: a step takes {relative_time:.2f} times as long."
         )
     lines = [
         f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
@@ -210,19 +252,16 @@ def main() -> None:
         "",
         summary,
         "",
-        f"## Ablation of modern, at {round(0.25 * steps) * 4096:,} tokens, one seed",
+        f"## Ablation of modern, at {round(ABLATION_FRACTION * steps) * 4096:,} tokens, seeds "
+        f"{' and '.join(map(str, ABLATION_SEEDS))}",
         "",
-        f"Modern without a change, three seeds: {runs.format_losses(baseline)}.",
-        "",
-        "| change | validation loss | difference |",
-        "|---|---:|---:|",
+        "| change | validation loss | difference, mean (by seed) | time of a step, relative | parameters |",
+        "|---|---:|---:|---:|---:|",
+        *ablation_rows(runs, round(ABLATION_FRACTION * steps), best_lr, dataset, reference),
     ]
-    for change, name in ablation:
-        difference = runs.final_loss(name) - runs.final_loss(baseline[0])
-        lines.append(f"| {change} | {runs.final_loss(name):.4f} | {difference:+.4f} |")
     write_table(lines, options.out and options.out / "recipe.md")
     if options.out:
-        curves = {"classic": classic, f"modern, {needed or 0.25:g} of the tokens": modern[needed or 0.25]}
+        curves = {"classic": classic, f"modern, {fraction:g} of the tokens": modern[fraction]}
         directories = {name: [runs.out / run for run in names] for name, names in curves.items()}
         plot_losses(directories, runs.mean_loss(classic), options.out / "recipe.png")
 
