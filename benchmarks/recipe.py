@@ -139,9 +139,15 @@ class TimedModel:
 
 
 def time_ratio(model: TimedModel, reference: TimedModel) -> float:
-    """Return the time of a step of `model`, relative to `reference`."""
-    pairs = [(model.step(), reference.step()) for _ in range(TIMED_PAIRS + 1)]
-    return statistics.median(seconds / reference_seconds for seconds, reference_seconds in pairs[1:])
+    """Return the time of a step of `model`, relative to `reference`, whose steps it follows and precedes in turn."""
+    ratios = []
+    for i in range(TIMED_PAIRS + 1):
+        if i % 2:
+            seconds, reference_seconds = model.step(), reference.step()
+        else:
+            reference_seconds, seconds = reference.step(), model.step()
+        ratios.append(seconds / reference_seconds)
+    return statistics.median(ratios[1:])
 
 
 def ablation_rows(runs: Runs, steps: int, best_lr: float, dataset: Dataset, reference: TimedModel) -> list[str]:
