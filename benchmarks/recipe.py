@@ -241,8 +241,8 @@ def main() -> None:
     summary = "At none of these fractions does modern reach the loss of classic."
     if needed:
         summary = (
-            f"Modern reaches the loss of classic with at most {needed:g} of its tokens, in {needed * relative_time:.2f} "
-            f"of its time: a step takes {relative_time:.2f} times as long."
+            f"Modern reaches the loss of classic with at most {needed:g} of its tokens, in "
+            f"{needed * relative_time:.2f} of its time: a step takes {relative_time:.2f} times as long."
         )
     lines = [
         f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
