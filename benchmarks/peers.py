@@ -49,6 +49,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
+from babygpt.nn.cross_entropy import IGNORE_INDEX  # noqa: E402
 from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
 from dataloader import DataLoader, Order, Position, inputs_and_targets, validation_batches  # noqa: E402
 
@@ -233,13 +234,15 @@ def mean_loss(model: torch.nn.Module, project: str, dataset: Dataset, val_tokens
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for idx, targets in validation_batches(dataset.val, T, ROWS):
+            num_targets = int((targets != IGNORE_INDEX).sum())
+            ignored = targets.masked_fill(targets == IGNORE_INDEX, -1)  # the others' value
             if project == "nanochat":
-                loss = model(idx, targets, loss_reduction="sum")
+                loss = model(idx, ignored, loss_reduction="sum")
             elif project == "nanogpt":
-                loss = model(idx, targets)[1] * targets.numel()
+                loss = model(idx, ignored)[1] * num_targets
             else:
                 loss = model(idx, targets, reduction="sum")
-            loss_sum, count = loss_sum + loss.item(), count + targets.numel()
+            loss_sum, count = loss_sum + loss.item(), count + num_targets
             if count >= val_tokens:
                 break
     return loss_sum / count
