@@ -127,6 +127,17 @@ def test_all_problems_are_reported_together():
     assert len(problems(variant(Config(), model={"n_head": 7}, sampling={"top_p": 2.0}))) == 2
 
 
+@pytest.mark.parametrize("head_size", [1, 2, 6])
+@pytest.mark.parametrize("switch", ["rope", "partial_key_offset"])
+def test_head_size_of_modern_must_be_a_multiple_of_4(head_size, switch):
+    """RoPE rotates half of each half of a head's channels, and the partial key offset shifts the others."""
+    switches = {"rope": False, "partial_key_offset": False} | {switch: True}
+    (problem,) = problems(variant(preset("modern"), model={"n_head": 12, "n_embd": 12 * head_size, **switches}))
+    assert problem.endswith("require a multiple of 4. Use a --model.n-embd divisible by 48.")
+    classic = variant(preset("modern"), model={"n_head": 12, "n_embd": 12 * head_size, **switches, switch: False})
+    assert problems(classic) == []
+
+
 def test_batch_tokens_must_be_divisible_by_micro_batches():
     """By micro_batch_size x block_size x ranks, or block_size x ranks if micro_batch_size is 0; in train mode only."""
     (problem,) = problems(variant(Config(), training={"micro_batch_size": 16}), world_size=3)
