@@ -91,16 +91,19 @@ def _loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the summed loss of logits (n, V) and its gradient with respect to them, float32."""
-    masked = logits.float()
-    masked[:, vocab_size:] = float("-inf")
-    loss = F.cross_entropy(masked, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    scores = logits.float()  # (n, V)
+    scores[:, vocab_size:] = float("-inf")
+    compiled = torch.compiler.is_compiling()
+    if not needs_grad or compiled:
+        loss = F.cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     if not needs_grad:
         return loss, None
-    probabilities = F.softmax(masked, dim=-1)
-    if torch.compiler.is_compiling():  # pointwise, so that it is fused; a scatter would write float32 to memory first
-        one_hot = torch.arange(masked.size(1), device=masked.device) == targets[:, None]
-        dlogits = (probabilities - one_hot.float()) * (targets >= 0)[:, None]
-    else:
-        target_mask = (targets >= 0).float()[:, None]
-        dlogits = probabilities.mul_(target_mask).scatter_add_(1, targets[:, None].clamp(min=0), -target_mask)
-    return loss, dlogits
+    if compiled:  # pointwise, so that it is fused; a scatter would write float32 to memory first
+        one_hot = torch.arange(scores.size(1), device=scores.device) == targets[:, None]
+        return loss, (F.softmax(scores, dim=-1) - one_hot.float()) * (targets >= 0)[:, None]
+    # in place and with one exponential, half the time of F.cross_entropy and F.softmax on a CPU
+    index, counted = targets[:, None].clamp(min=0), (targets >= 0).float()[:, None]
+    target_scores, maxima = scores.gather(1, index), scores.amax(dim=1, keepdim=True)  # (n, 1)
+    sums = scores.sub_(maxima).exp_().sum(dim=1, keepdim=True)
+    loss = ((maxima + sums.log() - target_scores) * counted).sum()
+    return loss, scores.mul_(counted / sums).scatter_add_(1, index, -counted)

@@ -46,8 +46,17 @@ def test_loss_and_gradients_equal_those_of_full_logits():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
     assert (gradients[1][V:] == 0).all()
-    with torch.no_grad(), mock.patch.object(F, "softmax", side_effect=AssertionError("computes an unneeded gradient")):
+    unneeded = mock.patch.object(torch.Tensor, "exp_", side_effect=AssertionError("computes an unneeded gradient"))
+    with torch.no_grad(), unneeded:
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets, V), expected, rtol=1e-6, atol=0)
+
+
+def test_large_logits_do_not_overflow():
+    """The exponential of a logit of 1,000 is infinite in float32."""
+    x, weight, targets = inputs()
+    expected = torch.autograd.grad(plain(x * 300, weight, targets), (x, weight))
+    found = torch.autograd.grad(linear_cross_entropy(x * 300, weight, targets, V), (x, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_gradients_are_close_to_float32():
