@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # of logits computed at a time
 COMPILED_CUDA_CHUNK_BYTES = 2 << 30  # larger matrix products are faster, and compiled code makes no float32 copies
-SLICE_BYTES = 2 << 20  # of float32 logits that a CPU processes at a time, so that they fit into its cache
+SLICE_BYTES = 1 << 20  # of float32 logits that a CPU processes at a time, so that they fit into its cache
 
 
 def padded_vocab_size(vocab_size: int) -> int:
