@@ -306,7 +306,8 @@ class ModernConfig(GPTConfig):
     bigram_tables: NonNegative = 0
     partial_key_offset: bool = False  # half of each key's channels are those of the previous token's key
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
-    attention_sharpness: PositiveFloat = 1.0  # factor of the attention scores, besides 1 / sqrt(head size)
+    # factor by which attention scores are multiplied, in addition to 1 / sqrt(head size)
+    attention_score_factor: Annotated[PositiveFloat | None, metavar("FACTOR", "1")] = None
     document_mask: bool = False  # attend within documents only; a document starts at each eot_id
     eot_id: Annotated[int | None, metavar("ID", "that of the dataset")] = None  # end-of-text id, for document_mask
     # size of the sliding attention window, including the current token
@@ -340,7 +341,7 @@ class ModernAttention(CausalSelfAttention):
 
     def __init__(self, config: ModernConfig, layer: int):
         super().__init__(config, layer)
-        self.qk_norm, self.scale = config.qk_norm, config.attention_sharpness / math.sqrt(config.head_size)
+        self.qk_norm, self.scale = config.qk_norm, (config.attention_score_factor or 1.0) / math.sqrt(config.head_size)
         self.partial_key_offset = config.partial_key_offset
         # index of this block's table of value embeddings, negative if it has none
         index_in_last_blocks = layer - (config.n_layer - config.value_embeddings)

@@ -134,7 +134,7 @@ class InitialState:
 
     model: GPT
     init_from: str  # "scratch" or the source of the initial weights, also after a resume
-    checkpoint: Path | None = None  # from which the run resumes
+    checkpoint: Path | None = None  # that the run resumes from; None: a new run
     optimizer_state: dict | None = None  # by parameter name; None: new
     step: int = 0
     tokens: int = 0  # number of tokens trained on so far
@@ -191,13 +191,12 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
 
     identity = identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, ranks)
-    # may compile for a minute
-    compile_setting = compilation.resolve(config, lambda: build_model(model_config), ranks, start.launches)
-    config = variant(config, training={"compile": compile_setting})
-    record_start(config, start, tokenizer, ranks)
     raw_model = start.model.to(ranks.device)
     raw_model.activation_checkpointing = training.activation_checkpointing  # may change on resume
     raw_model.bf16_activations = training.bf16_activations
+    compile_setting = compilation.resolve(config, raw_model, ranks, start.launches, start.step)  # may take a minute
+    config = variant(config, training={"compile": compile_setting})
+    record_start(config, start, tokenizer, ranks)
     optimizers = optim.make_optimizers(raw_model, asdict(config.optimizer))
     if start.optimizer_state:
         optim.load_optimizer_state(optimizers, raw_model, start.optimizer_state)
@@ -267,7 +266,8 @@ def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, 
 def record_start(config: Config, start: InitialState, tokenizer: Tokenizer, ranks: Ranks) -> None:
     """Print the settings that change on resume, and write config.json and the tokenizer."""
     out, settings = config.general.out_dir, to_json(variant(config, general={"init_from": start.init_from}))
-    for line in run_dir.changed_settings(out / "config.json", settings) if start.checkpoint else []:
+    changed = run_dir.changed_settings(out / "config.json", settings) if start.checkpoint else []
+    for line in ["Settings that differ from those of the last launch:", *changed] if changed else []:
         console.info(line)
     run_dir.record_launch(start.launches, start.step, settings, ranks)
     ranks.barrier()  # rank 0 must not write to the directory until all ranks have read it

@@ -190,7 +190,7 @@ class Config:
 
 
 MODERN_MODEL: dict[str, Any] = {
-    "bias": False, "tie_head": False, "rope": True, "qk_norm": True, "attention_sharpness": 1.44,
+    "bias": False, "tie_head": False, "rope": True, "qk_norm": True, "attention_score_factor": 1.44,
     "partial_key_offset": True, "relu2": True, "embedding_norm": True, "value_embeddings": 2, "bigram_tables": 5,
     "x0_shortcut": True,
 }  # fmt: skip

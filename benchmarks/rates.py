@@ -3,9 +3,10 @@
     python benchmarks/rates.py DATASET [--jobs 2] [--out results/recipe/rates.md]
 
 Model and data are those of benchmarks/recipe.py, except for the width (with heads of 32 channels) or the batch size.
-Each run multiplies all four learning rates of the preset (Muon, embeddings, head, scalars) by one of --factors. A
-parabola through the three losses around the lowest, over the logarithm of the factor, gives the best factor, and the
-loss that the preset's own rates lose against it.
+Each run multiplies all four learning rates of the preset (Muon, embeddings, head, scalars) by one of --factors. All
+runs have the same number of steps, so larger batches see more tokens. A parabola through the three losses around the
+lowest, over the logarithm of the factor, gives the best factor, and how much higher the loss is with the preset's
+learning rates.
 
 Runs are written to the directory --runs, and finished runs are not repeated. Use a new directory if the code or the
 dataset has changed. If --jobs is greater than 1, each run uses one thread.
@@ -32,10 +33,6 @@ CASES = [  # width, tokens per step
 RATES = ("max_lr", "embedding_lr", "head_lr", "scalar_lr")
 
 
-def run_name(width: int, batch_tokens: int, factor: float) -> str:
-    return f"{width}-{batch_tokens}-{factor:g}"
-
-
 def flags_of(width: int, batch_tokens: int, factor: float) -> list[str]:
     flags = {
         "model.n-embd": width, "model.n-head": width // 32, "training.batch-tokens": batch_tokens,
@@ -46,14 +43,14 @@ def flags_of(width: int, batch_tokens: int, factor: float) -> list[str]:
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
-def lowest(factors: list[float], losses: list[float]) -> tuple[float, float]:
+def lowest(factors: list[float], losses: list[float]) -> tuple[float, float] | None:
     """Return the factor and the loss at the vertex of a parabola through the lowest loss and its neighbors.
 
-    If the lowest loss is at an end of the factors, return that factor and its loss.
+    None if the lowest loss is that of the smallest or largest factor.
     """
-    i = int(np.argmin(losses))
+    i = int(np.nanargmin(losses))
     if i in (0, len(losses) - 1):
-        return factors[i], losses[i]
+        return None
     near = slice(i - 1, i + 2)
     a, b, c = np.polyfit(np.log(factors[near]), losses[near], 2)
     return math.exp(-b / (2 * a)), c - b * b / (4 * a)
@@ -63,33 +60,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help="directory of the prepared dataset")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: %(default)s)")
-    parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="in increasing order")
+    parser.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        help="factors of the learning rates (default: 0.5 1 2)",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS[:1], help="seeds (default: 1337)")
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/rates", help="directory of the runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    if 1.0 not in options.factors:
-        parser.error("--factors must include 1, the rates of the preset")
+    factors, steps = sorted(options.factors), options.steps
+    if 1.0 not in factors:
+        parser.error(f"--factors {factors} does not include 1, which stands for the preset's learning rates. Add 1.")
     runs = Runs(options)
+
+    def run_name(case: tuple[int, int], factor: float, seed: int) -> str:
+        return "-".join(map(str, (*case, f"{factor:g}", steps, seed)))
+
     runs.train_all([
-        (run_name(*case, factor), "modern", options.steps, SEEDS[0], *flags_of(*case, factor))
-        for case in CASES for factor in options.factors
+        (run_name(case, factor, seed), "modern", steps, seed, *flags_of(*case, factor))
+        for case in CASES for factor in factors for seed in options.seeds
     ])  # fmt: skip
     lines = [
         f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
         "",
-        f"The preset modern with 4 layers and heads of 32 channels, T = 256, {options.steps} steps; dataset: "
-        f"{Path(options.dataset).name}; seed {SEEDS[0]}. Validation loss by the factor of all learning rates.",
+        f"The preset modern with 4 layers and heads of 32 channels, T = 256, {steps} steps; dataset: "
+        f"{Path(options.dataset).name}; seeds: {', '.join(map(str, options.seeds))}. The columns after the second have "
+        "the mean validation loss if all learning rates are multiplied by this factor.",
         "",
-        f"| width | tokens per step | {' | '.join(f'{factor:g}' for factor in options.factors)} | best factor | "
-        "loss above the best with the preset's rates |",
-        "|---:|---:" + "|---:" * (len(options.factors) + 2) + "|",
+        f"| width | tokens per step | {' | '.join(f'{factor:g}' for factor in factors)} | best factor | "
+        "loss at factor 1, minus the lowest |",
+        "|---:|---:" + "|---:" * (len(factors) + 2) + "|",
     ]
     for case in CASES:
-        losses = [runs.final_loss(run_name(*case, factor)) for factor in options.factors]
-        best_factor, best_loss = lowest(options.factors, losses)
-        cells = [f"{case[0]}", f"{case[1]:,}", *(f"{loss:.4f}" for loss in losses), f"{best_factor:.2f}"]
-        lines.append(f"| {' | '.join(cells)} | {losses[options.factors.index(1.0)] - best_loss:.4f} |")
+        losses = [runs.mean_loss([run_name(case, factor, seed) for seed in options.seeds]) for factor in factors]
+        at_1, best = losses[factors.index(1.0)], lowest(factors, losses)
+        if best:
+            summary = f"{best[0]:.2f} | {at_1 - best[1]:.3f}"
+        elif losses[0] < losses[-1]:
+            summary = f"at most {factors[0]:g} | at least {at_1 - losses[0]:.3f}"
+        else:
+            summary = f"at least {factors[-1]:g} | at least {at_1 - losses[-1]:.3f}"
+        cells = [f"{case[0]}", f"{case[1]:,}", *(f"{loss:.3f}" for loss in losses), summary]
+        lines.append(f"| {' | '.join(cells)} |")
     write_table(lines, options.out)
 
 

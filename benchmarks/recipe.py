@@ -9,8 +9,8 @@ recipes use 4 layers, 4 heads, n_embd = 128, T = 256 and 4,096 tokens per step. 
 - modern: the preset modern, unchanged, with three seeds, at increasing fractions of the classic steps up to the first
   fraction whose mean loss is at most that of classic;
 - an ablation: modern with one part removed or added at a time, at an eighth of the steps, with two seeds;
-- timing: classic and each variant of modern take single steps in turn with modern, alone on the machine and with all
-  its threads. The ratio is the median over pairs of steps.
+- timing: single steps of modern alternate with single steps of classic and of each variant, without compilation, alone
+  on the machine and with all its threads. The ratio is the median over pairs of steps.
 
 Runs are written to the directory --runs, and finished runs are not repeated. Use a new directory if the code or the
 dataset has changed. If --jobs is greater than 1, each run uses one thread.
@@ -45,20 +45,28 @@ LEARNING_RATES = (2e-3, 4e-3, 8e-3)  # of the classic recipe
 SEEDS = (1337, 1338, 1339)
 FRACTIONS = (0.0625, 0.09375, 0.125, 0.15, 0.1875, 0.25, 0.375, 0.5)  # of the classic steps
 ABLATION_FRACTION, ABLATION_SEEDS = 0.125, SEEDS[:2]
-TIMED_PAIRS = 15
+TIMED_PAIRS = 16  # even, so that each model is first in half of the pairs
 SHAPE = (
     "--model.block-size", "256", "--model.n-layer", "4", "--model.n-head", "4", "--model.n-embd", "128",
-    "--training.batch-tokens", "4096", "--training.micro-batch-size", "16",
+    "--training.batch-tokens", "4096", "--training.micro-batch-size", "16", "--training.compile", "off",
 )  # fmt: skip
-# rows of the ablation table, with the flags of the run; BEST stands for the best learning rate of classic
+# rows of the ablation table, with the flags of the run; BEST is the best learning rate of classic, and WARMUP, as for
+# classic, a twentieth of the steps
 ABLATIONS = {
-    "AdamW instead of Muon, best learning rate of classic": ["--optimizer.name", "adamw", "--optimizer.max-lr", "BEST"],
+    "AdamW instead of Muon, best learning rate and warmup of classic": [
+        "--optimizer.name",
+        "adamw",
+        "--optimizer.max-lr",
+        "BEST",
+        "--optimizer.warmup-steps",
+        "WARMUP",
+    ],
     "Muon instead of NorMuon": ["--optimizer.no-normuon"],
     "cosine schedule instead of constant with linear cooldown": ["--optimizer.cooldown", "None"],
     "momentum and beta1 of large batches": ["--optimizer.momentum", "0.95", "--optimizer.beta1", "0.8"],
     "learned position embeddings instead of RoPE": ["--model.no-rope"],
-    "no QK-norm": ["--model.no-qk-norm"],
-    "no sharper attention": ["--model.attention-sharpness", "1"],
+    "no QK-norm, attention score factor 1": ["--model.no-qk-norm", "--model.attention-score-factor", "1"],
+    "attention score factor 1 instead of 1.44": ["--model.attention-score-factor", "1"],
     "GELU instead of ReLU^2": ["--model.no-relu2"],
     "no norm after the embedding": ["--model.no-embedding-norm"],
     "tied head": ["--model.tie-head"],
@@ -81,6 +89,7 @@ class Runs:
     """Training runs by name. Each run is trained once."""
 
     def __init__(self, options: argparse.Namespace):
+        options.dataset = os.path.abspath(options.dataset)
         self.options, self.out = options, Path(options.runs)
 
     def train(self, name: str, preset: str, steps: int, seed: int, *flags: str, ranks: int = 1) -> str:
@@ -121,47 +130,53 @@ class TimedModel:
     """A model of a preset, and its training step on random tokens."""
 
     def __init__(self, dataset: Dataset, preset: str, *flags: str):
-        _, config = parse([preset, *SHAPE, "--training.dtype", "bfloat16", *flags])
+        _, config = parse([preset, *SHAPE, *flags])
         config = bind(resolve(config, 1), dataset)
         torch.manual_seed(0)
         ranks = Ranks(0, 0, 1, torch.device("cpu"))
         self.model = build_model(config.model)
         optimizers = make_optimizers(self.model, asdict(config.optimizer))
-        self.state = TrainState(self.model, optimizers, UpdateGuard(ranks.device, None), ranks, config.training.dtype)
+        self.state = TrainState(
+            self.model, optimizers, UpdateGuard(ranks.device, None), ranks, config.training.dtype,
+            config.optimizer.grad_clip,
+        )  # fmt: skip
         rows = torch.randint(config.model.vocab_size, (16, 257))
         self.batch = Batch(Position(), Position(), [rows], num_targets=16 * 256)
 
     def step(self) -> float:
-        """Return the seconds of a step."""
+        """Run one step and return its time in seconds."""
         start = time.perf_counter()
         train_step(self.state, self.batch, next_token_loss, seed=0)
         return time.perf_counter() - start
 
 
 def time_ratio(model: TimedModel, reference: TimedModel) -> float:
-    """Return the time of a step of `model`, relative to `reference`, whose steps it follows and precedes in turn."""
+    """Return the time of a step of `model`, relative to that of `reference`. The order within a pair alternates."""
     ratios = []
-    for i in range(TIMED_PAIRS + 1):
+    for i in range(TIMED_PAIRS + 2):
         if i % 2:
             seconds, reference_seconds = model.step(), reference.step()
         else:
             reference_seconds, seconds = reference.step(), model.step()
         ratios.append(seconds / reference_seconds)
-    return statistics.median(ratios[1:])
+    return statistics.median(ratios[2:])
 
 
 def ablation_rows(runs: Runs, steps: int, best_lr: float, dataset: Dataset, reference: TimedModel) -> list[str]:
     """Train modern with each change, and return the rows of the table. `reference` is modern without a change."""
     changes: dict[str, list[str]] = {"none": []}
     for change, flags in (ABLATIONS | ADDITIONS).items():
-        changes[change] = [flag.replace("BEST", str(best_lr)) for flag in flags]
+        values = {"BEST": str(best_lr), "WARMUP": str(steps // 20)}
+        changes[change] = [values.get(flag, flag) for flag in flags]
     runs.train_all([
-        (run_name(change, seed), "modern", steps, seed, *flags)
+        (run_name(change, steps, seed), "modern", steps, seed, *flags)
         for change, flags in changes.items() for seed in ABLATION_SEEDS
     ])  # fmt: skip
     rows = []
     for change, flags in changes.items():
-        losses, baseline = ([runs.final_loss(run_name(c, seed)) for seed in ABLATION_SEEDS] for c in (change, "none"))
+        losses, baseline = (
+            [runs.final_loss(run_name(c, steps, seed)) for seed in ABLATION_SEEDS] for c in (change, "none")
+        )
         differences = [loss - base for loss, base in zip(losses, baseline, strict=True)]
         variant = TimedModel(dataset, "modern", *flags)
         rows.append(
@@ -172,8 +187,8 @@ def ablation_rows(runs: Runs, steps: int, best_lr: float, dataset: Dataset, refe
     return rows
 
 
-def run_name(change: str, seed: int) -> str:
-    return f"{change}-{seed}".replace(" ", "_")
+def run_name(change: str, steps: int, seed: int) -> str:
+    return f"{change}-{steps}-{seed}".replace(" ", "_")
 
 
 def plot_losses(curves: dict[str, list[Path]], target_loss: float, out: Path) -> None:
@@ -214,10 +229,10 @@ def main() -> None:
 
     def classic_run(rate: float, seed: int) -> tuple:
         flags = ["--optimizer.max-lr", str(rate), "--optimizer.warmup-steps", str(steps // 20)]
-        return (f"classic-{rate:g}-{seed}", "gpt2", steps, seed, *flags)
+        return (run_name(f"classic-{rate:g}", steps, seed), "gpt2", steps, seed, *flags)
 
     def modern_run(fraction: float, seed: int) -> tuple:
-        return (f"modern-{fraction:g}-{seed}", "modern", round(fraction * steps), seed)
+        return (run_name("none", round(fraction * steps), seed), "modern", round(fraction * steps), seed)
 
     rate_runs = runs.train_all([classic_run(rate, SEEDS[0]) for rate in LEARNING_RATES])
     runs_by_lr = dict(zip(LEARNING_RATES, rate_runs, strict=True))
@@ -238,7 +253,7 @@ def main() -> None:
         tokens = round(fraction * steps) * 4096
         return f"| {recipe} | {rate} | {len(names)} | {tokens:,} | {runs.format_losses(names)} |"
 
-    summary = "At none of these fractions does modern reach the loss of classic."
+    summary = "Modern does not reach the loss of classic at any of these fractions."
     if needed:
         summary = (
             f"Modern reaches the loss of classic with at most {needed:g} of its tokens, in "
@@ -261,7 +276,7 @@ def main() -> None:
         f"## Ablation of modern, at {round(ABLATION_FRACTION * steps) * 4096:,} tokens, seeds "
         f"{' and '.join(map(str, ABLATION_SEEDS))}",
         "",
-        "| change | validation loss | difference, mean (by seed) | time of a step, relative | parameters |",
+        "| change | validation loss | difference, mean (by seed) | time per step, relative to modern | parameters |",
         "|---|---:|---:|---:|---:|",
         *ablation_rows(runs, round(ABLATION_FRACTION * steps), best_lr, dataset, reference),
     ]

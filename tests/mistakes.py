@@ -114,7 +114,7 @@ MISTAKES = [
     (26, "the optimizer waits for the device", "unit/test_compiled_step.py -k reads_nothing",
      [("babygpt/training/optim.py", "if self.found_inf is not None:", "if self.found_inf is not None and self.found_inf.item() < 2:")]),
     (27, "the compiled loss scatters into the logits", "unit/test_compiled_step.py -k scatter",
-     [("babygpt/nn/cross_entropy.py", "    if torch.compiler.is_compiling():  # pointwise", "    if False:  # pointwise")]),
+     [("babygpt/nn/cross_entropy.py", "    if compiled:  # pointwise", "    if False:  # pointwise")]),
     (27, "the compiled loss uses chunks of 2,341 rows, which is not a multiple of 128", "unit/test_compiled_step.py -k scatter",
      [("babygpt/nn/cross_entropy.py", "    if not (compiled and device_type == \"cuda\"):", "    if True:")]),
     (27, "the forward pass has a graph break", "unit/test_compiled_step.py -k one_graph",

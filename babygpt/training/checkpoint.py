@@ -12,6 +12,7 @@ The files are written to a temporary directory, which is synced and then renamed
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -30,8 +31,8 @@ from babygpt.errors import UserError
 from babygpt.files import sha256, write_json
 
 FORMAT = 2  # of a checkpoint's files; 1 had other parameter names
-# fields of earlier versions of ModernConfig, and the values at which they change nothing
-REMOVED_SWITCHES = {"logit_softcap": None, "rms_norm": False, "unet": False, "attention_scale": None}
+# removed fields of ModernConfig, and the values that turn them off
+REMOVED_SWITCHES = {"logit_softcap": None, "rms_norm": False, "unet": False}
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 
 
@@ -257,13 +258,16 @@ def read_state(path: Path) -> dict:
             f"{path} has checkpoint format {format}, but this version of BabyGPT reads format {FORMAT}. Use the "
             "version that wrote it, or train again."
         )
+    model = state["model"]
     for name, off in REMOVED_SWITCHES.items():
-        if (value := state["model"].pop(name, off)) != off:
+        if (value := model.pop(name, off)) != off:
             raise UserError(
                 f"{path} has a model with {name} {value}, which this version of BabyGPT does not support. Use the "
                 f"version that wrote it, or train again. {path / STATE} contains its commit."
             )
-    state["model"].pop("zero_init", None)  # a field of earlier versions that only initialization used
+    model.pop("zero_init", None)  # a removed field that affected only the initialization
+    if (scale := model.pop("attention_scale", None)) is not None:  # replaced by attention_score_factor
+        model["attention_score_factor"] = scale * math.sqrt(model["n_embd"] / model["n_head"])
     return state
 
 

@@ -1,6 +1,6 @@
 """Whether torch.compile pays for a run, and where compiled code is cached.
 
->>> setting = resolve(config, lambda: build_model(config.model), ranks, launches)  # "on" or "off"
+>>> setting = resolve(config, model, ranks, launches, first_step)  # "on" or "off"
 """
 
 import os
@@ -16,6 +16,7 @@ from torch import nn
 from babygpt.console import console
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
+from babygpt.training.run_dir import provenance
 
 CACHE_DIR = "~/.cache/babygpt/inductor"  # of CPU code; not in /tmp, so that a resume finds it
 # Small models on two cores compile in 31 to 41 s (results/speed/compile-cpu.md), and not all of them get faster. So it
@@ -24,14 +25,18 @@ CPU_COMPILE_SECONDS = 60
 MAX_SAVING = 0.25  # fraction of the time
 SLOW_SECONDS = 5  # after this time, no further pass is timed
 MIN_GAIN = 0.95  # of the eager time; a smaller difference is noise
+SAME_MACHINE = ("device", "bfloat16", "ranks", "threads")  # fields of provenance that must be equal for equal results
 
 
-def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks, launches: Sequence[dict] = ()) -> str:
-    """Return --training.compile as "on" or "off". `config` is a train_config.Config, `build` returns its model.
+def resolve(
+    config: Any, model: nn.Module, ranks: Ranks, launches: Sequence[dict] = (), first_step: int = 0
+) -> str:  # fmt: skip
+    """Return --training.compile as "on" or "off". `config` is a train_config.Config.
 
-    With "auto", a model is compiled on CUDA, and on a CPU if there is one rank, the run is long, and its compiled step
-    is faster. A run that resumes on the CPU of its last launch, as recorded in `launches`, repeats the decision, so
-    that it stays bitwise equal to an uninterrupted run; an earlier version recorded "auto" and did not compile.
+    With "auto", a model is compiled on CUDA, and on a CPU if there is one rank, many steps remain, and the compiled
+    step is faster. If the last of `launches` had the same kind of CPU, threads and ranks, its decision is repeated, so
+    that a resumed run stays bitwise equal to an uninterrupted one. Earlier versions recorded "auto" and did not compile
+    on a CPU.
     """
     setting, is_cpu = config.training.compile, ranks.device.type == "cpu"
     if is_cpu:
@@ -42,9 +47,12 @@ def resolve(config: Any, build: Callable[[], nn.Module], ranks: Ranks, launches:
         return "on" if ranks.device.type == "cuda" else "off"
     if ranks.world_size > 1 or not can_compile_for_cpu():
         return "off"
-    if launches and launches[-1]["provenance"]["device"] == torch.backends.cpu.get_cpu_capability():
+    here = provenance(ranks)
+    if launches and all(launches[-1]["provenance"].get(name) == here[name] for name in SAME_MACHINE):
         return "on" if launches[-1]["config"]["training"]["compile"] == "on" else "off"
-    return "on" if compiling_pays(config, build()) else "off"
+    pays = compiling_pays(config, model, config.training.max_steps - first_step)
+    model.zero_grad(set_to_none=True)
+    return "on" if pays else "off"
 
 
 def can_compile_for_cpu() -> bool:
@@ -52,14 +60,12 @@ def can_compile_for_cpu() -> bool:
     return sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def compiling_pays(config: Any, model: nn.Module) -> bool:
-    """Return whether the compiled model is faster, tried only if the run is long enough. Changes gradients."""
+def compiling_pays(config: Any, model: nn.Module, steps: int) -> bool:
+    """Return whether the compiled model is faster, tried only if `steps` training steps take long enough."""
     training, T = config.training, config.model.block_size
-    model.bf16_activations = training.bf16_activations
-    model.activation_checkpointing = training.activation_checkpointing
     rows = torch.randint(config.model.vocab_size, (training.micro_batch_size, T + 1))
     seconds = time_pass(model, rows, training.dtype)
-    passes = training.batch_tokens // T / len(rows) * training.max_steps
+    passes = training.batch_tokens // T / len(rows) * steps
     if seconds * passes * MAX_SAVING < CPU_COMPILE_SECONDS:
         return False
     console.info(

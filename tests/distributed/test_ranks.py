@@ -37,7 +37,7 @@ def test_modern_run_resumes_bitwise(world_size, dataset, tmp_path):
     """With Muon, momentum warmup, all switches of the model, and masks of documents that cross row boundaries."""
     modern = {
         "model__value_embeddings": 1,
-        "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_sharpness": 0.9,
+        "model__window": 7, "model__document_mask": [], "model__n_kv_head": 1, "model__attention_score_factor": 0.9,
         "optimizer__momentum": 0.95, "optimizer__momentum_warmup_steps": 10,
         "optimizer__weight_decay": 0.1, "optimizer__cautious": [],
     }  # fmt: skip

@@ -16,6 +16,7 @@ from support.runs import flags
 import train
 from babygpt.errors import ConfigError
 from babygpt.training import compilation
+from babygpt.training.run_dir import provenance
 from train_config import preset, variant
 
 
@@ -23,8 +24,11 @@ def ranks(device: str = "cpu", world_size: int = 1) -> SimpleNamespace:
     return SimpleNamespace(device=torch.device(device), world_size=world_size)
 
 
-def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, launches=(), **fields) -> str:
-    """Resolve with passes that take `seconds` for the whole run, and half of it when compiled."""
+def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, start=((), 0), **fields) -> str:
+    """Resolve with passes that take `seconds` for the whole run, and half of it when compiled.
+
+    `start` has the earlier launches and the first step.
+    """
     config = variant(
         preset("demo"), general={"out_dir": tmp_path}, training={"compile": setting}, model={"vocab_size": 9}
     )
@@ -33,7 +37,7 @@ def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, 
     monkeypatch.setattr(
         compilation, "time_pass", lambda model, *_: seconds / passes * (ratio if model == "compiled" else 1)
     )
-    return compilation.resolve(config, lambda: torch.nn.Identity(), ranks(**fields), launches)
+    return compilation.resolve(config, torch.nn.Identity(), ranks(**fields), *start)
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +76,30 @@ def test_several_ranks_on_a_cpu_are_not_compiled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("earlier", ["on", "off", "auto"])
 def test_resume_on_a_cpu_repeats_the_decision(earlier, tmp_path, monkeypatch):
-    """Unless the last launch ran on a GPU. An earlier version recorded auto, and did not compile on a CPU."""
-    on_cpu, on_gpu = (
-        {"config": {"training": {"compile": earlier}}, "provenance": {"device": device}}
-        for device in (torch.backends.cpu.get_cpu_capability(), "NVIDIA H200")
-    )
+    """If the last launch had another device, number of ranks or of threads, the decision is made again.
+
+    Earlier versions recorded auto, and did not compile on a CPU.
+    """
+    here = provenance(ranks())
+
+    def launch(**changes) -> dict:
+        return {"config": {"training": {"compile": earlier}}, "provenance": here | changes}
+
     expected, opposite = ("on", "off") if earlier == "on" else ("off", "on")
-    seconds = 0.0 if earlier == "on" else 1e6  # of which a first launch would decide the opposite
-    assert resolve(tmp_path, seconds=seconds, monkeypatch=monkeypatch, launches=[on_gpu, on_cpu]) == expected
-    assert resolve(tmp_path, seconds=seconds, monkeypatch=monkeypatch, launches=[on_cpu, on_gpu]) == opposite
-    assert resolve(tmp_path, seconds=0.0, monkeypatch=monkeypatch, launches=[on_cpu], device="cuda") == "on"
+    seconds = 0.0 if earlier == "on" else 1e6  # for which a first launch would decide the opposite
+    kwargs = {"seconds": seconds, "monkeypatch": monkeypatch}
+    other = launch(device="NVIDIA H200")
+    assert resolve(tmp_path, **kwargs, start=([other, launch(commit="1")], 0)) == expected
+    for changes in ({"device": "AVX2"}, {"bfloat16": not here["bfloat16"]}, {"ranks": 2}, {"threads": 999}):
+        assert resolve(tmp_path, **kwargs, start=([launch(), launch(**changes)], 0)) == opposite
+    assert resolve(tmp_path, **kwargs, start=([launch()], 0), device="cuda") == "on"
+
+
+def test_few_remaining_steps_do_not_compile_to_find_out(tmp_path, monkeypatch):
+    """The whole run takes an hour, of which a minute is left; the last launch was on a different machine."""
+    steps = preset("demo").training.max_steps
+    assert resolve(tmp_path, seconds=3600.0, monkeypatch=monkeypatch, start=([], steps // 60)) == "on"
+    assert resolve(tmp_path, seconds=3600.0, monkeypatch=monkeypatch, start=([], steps - steps // 60)) == "off"
 
 
 def test_slower_compiled_code_is_not_used(tmp_path, monkeypatch):
@@ -99,7 +117,7 @@ def test_failing_compiler_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compilation.torch, "compile", lambda model, dynamic: "compiled")
     monkeypatch.setattr(compilation, "time_pass", time_pass)
     config = variant(preset("demo"), **changes)
-    assert compilation.resolve(config, lambda: torch.nn.Identity(), ranks()) == "off"
+    assert compilation.resolve(config, torch.nn.Identity(), ranks()) == "off"
     assert "C++ compile error" in capsys.readouterr().err
 
 
@@ -122,13 +140,13 @@ def test_time_of_a_pass_is_positive_and_without_the_first():
 
 
 def test_slow_passes_are_timed_once(monkeypatch):
-    """One pass to warm up, and one that takes more than SLOW_SECONDS; passes that take less are timed three times."""
+    """After the warmup, which may be slow, a pass longer than SLOW_SECONDS is timed once, shorter ones three times."""
     now = [0.0]
     monkeypatch.setattr(compilation.time, "perf_counter", lambda: now[0])
 
     def model_of(seconds, calls):
         def model(idx, targets, reduction):
-            now[0] += seconds
+            now[0] += seconds if calls else 30.0  # the first pass compiles
             calls.append(1)
             return (idx + targets).float().sum().requires_grad_()
 
@@ -153,7 +171,7 @@ def test_decision_is_stored_and_does_not_change_the_run(dataset, tmp_path):
 
 
 def test_existing_run_is_reported_before_a_model_is_compiled(dataset, tmp_path, monkeypatch):
-    """Compiling to find out takes a minute."""
+    """The trial takes a minute, so the error comes before it."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     monkeypatch.setattr(compilation, "resolve", lambda *_: pytest.fail("compiled first"))
@@ -162,7 +180,7 @@ def test_existing_run_is_reported_before_a_model_is_compiled(dataset, tmp_path, 
 
 
 def test_resumed_compiled_run_equals_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
-    """And the resumed run is compiled again."""
+    """The resumed run is compiled again, and its checkpoint is bitwise equal."""
     backend = os.environ.get("TEST_BACKEND", "aot_eager")  # runs/test.sh --slow: inductor
     calls, compile = [], torch.compile
 
@@ -183,3 +201,14 @@ def test_resumed_compiled_run_equals_an_uninterrupted_one(dataset, tmp_path, mon
     for name in ("model.safetensors", "optimizer.pt"):
         file = Path("checkpoints", "step_00000004", name)
         assert (whole / file).read_bytes() == (resumed / file).read_bytes(), name
+
+
+def test_resumed_run_repeats_the_decision_of_its_checkpoint(dataset, tmp_path, monkeypatch):
+    """It does not time a pass again."""
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(compilation, "compiling_pays", lambda *_: True)
+    call(train.main, *flags(dataset, tmp_path / "run", training__max_steps=2, training__compile="auto"))
+    monkeypatch.setattr(compilation, "compiling_pays", lambda *_: pytest.fail("decides again"))
+    changes = {"training__max_steps": 3, "training__compile": "auto", "general__init_from": "resume"}
+    call(train.main, *flags(dataset, tmp_path / "run", **changes))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["compile"] == "on"

@@ -25,7 +25,7 @@ from babygpt.nn.huggingface import export_tensors, import_tensors, read_config
 from babygpt.pretrained import Pretrained
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import read_log
-from model import GPT, GPTConfig, ModernConfig
+from model import GPT, GPTConfig, ModernConfig, ModernGPT
 from tools.train_tokenizer import train_tokenizer
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
@@ -129,6 +129,14 @@ def test_smaller_block_size_keeps_the_first_positions():
     theirs, idx = make_reference_model(), torch.randint(0, 300, (2, 16))
     found = imported(theirs.state_dict()).adapt(vars(TINY) | {"block_size": 16, "dropout": 0.1})
     ours = found.build(lambda config: GPT(GPTConfig(**config))).eval()
+    torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_gpt2_weights_fit_a_modern_model_with_all_switches_off():
+    theirs, idx = make_reference_model(), torch.randint(0, 300, (2, 16))
+    found = imported(theirs.state_dict()).adapt(vars(ModernConfig(**vars(TINY))))
+    ours = found.build(lambda config: ModernGPT(ModernConfig(**config))).eval()
     torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
 
 

@@ -7,7 +7,8 @@ import torch
 
 import model as model_script
 from babygpt.nn.attention import apply_rotary_emb, attention, plain_attention, rotary_cos_sin, training_backend
-from model import GPT, GPTConfig, ModernConfig, ModernGPT, build_model, config_from_dict, norm
+from babygpt.nn.shift import Shift
+from model import GPT, GPTConfig, ModernConfig, ModernGPT, SharedInputs, build_model, config_from_dict, norm
 from train_config import preset
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=32)
@@ -218,14 +219,18 @@ def test_qk_norm_removes_the_scale_of_queries_and_keys():
 
 
 @torch.no_grad()
-def test_attention_sharpness_scales_attention_scores():
-    """With queries half as large, twice the sharpness gives the same outputs."""
-    plain, sharp, idx = perturbed(), tiny(n_layer=3, attention_sharpness=2.0), rows()
-    sharp.load_state_dict(plain.state_dict())
-    for block in sharp.h:
-        block.attn.c_attn.weight[:32] /= 2
-        block.attn.c_attn.bias[:32] /= 2
-    torch.testing.assert_close(sharp(idx), plain(idx), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_score_factor_multiplies_scores(qk_norm):
+    """They are also divided by the square root of the head size."""
+    model, x = perturbed(attention_score_factor=2.0, qk_norm=qk_norm), torch.randn(2, 32, 32)
+    attn = model.h[0].attn
+    q, k, v = attn.qkv(x)
+    q, k = (norm(q), norm(k)) if qk_norm else (q, k)
+    expected = attn.c_proj(
+        plain_attention(q, k, v, scale=2 / math.sqrt(model.config.head_size)).transpose(1, 2).flatten(2)
+    )
+    shared = SharedInputs(None, None, Shift(torch.arange(32)[None] == 0), x, None, [])
+    torch.testing.assert_close(attn(x, shared), expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -344,7 +349,7 @@ def test_compiled_model_is_one_graph_with_equal_gradients(fields):
 
 
 @pytest.mark.parametrize("fields", [
-    LONG_ROWS, {"window": 150, "n_kv_head": 1, "attention_sharpness": 0.9}, LONG_ROWS | MODERN | {"window": None},
+    LONG_ROWS, {"window": 150, "n_kv_head": 1, "attention_score_factor": 0.9}, LONG_ROWS | MODERN | {"window": None},
 ])  # fmt: skip
 def test_flex_attention_equals_the_dense_mask(fields, monkeypatch):
     torch._dynamo.reset()

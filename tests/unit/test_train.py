@@ -1,6 +1,7 @@
 """Test runs of train.py: results, resume, micro-batches, periodic tasks, non-finite values, modes, user errors."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -349,23 +350,33 @@ def test_checkpoint_of_another_format_is_rejected(version, uninterrupted_run, da
         GPT.from_pretrained(out)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("logit_softcap", 15.0), ("rms_norm", True), ("unet", True), ("attention_scale", 0.1), ("", 0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("logit_softcap", 15.0), ("rms_norm", True), ("unet", True)])
 def test_checkpoint_with_a_removed_switch_is_rejected(name, value, uninterrupted_run, dataset, tmp_path):
-    """Earlier versions had these fields. A checkpoint in which all of them are off is loaded."""
+    """Earlier versions had these fields."""
     out = copy_killed_run(uninterrupted_run, 6, tmp_path / "earlier")
     loaded = checkpoint.load(checkpoint.latest(out))
-    off = {"logit_softcap": None, "rms_norm": False, "unet": False, "attention_scale": None, "zero_init": True}
-    state = loaded.state | {"model": loaded.state["model"] | off | ({name: value} if name else {})}
+    state = loaded.state | {"model": loaded.state["model"] | {name: value}}
     checkpoint.save(out, 6, loaded.model, loaded.optimizer, state, keep=0)
-    if not name:
-        GPT.from_pretrained(out)
-        return
     with pytest.raises(UserError, match=f"a model with {name} {value}, which this version .* does not support"):
         GPT.from_pretrained(out)
     with pytest.raises(UserError, match=f"a model with {name}"):
         call(train.main, *flags(dataset, out, general__init_from="resume"))
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_modern_checkpoint_of_an_earlier_version_resumes(scale, dataset, tmp_path):
+    """Its removed switches are off, and attention_scale, if it was set, is converted. The head size is 8."""
+    factor = None if scale is None else scale * math.sqrt(8)
+    changes = {"model__value_embeddings": 1, "model__attention_score_factor": factor, "training__max_steps": 1}
+    call(train.main, *flags(dataset, tmp_path, "modern", **changes))
+    loaded = checkpoint.load(checkpoint.latest(tmp_path))
+    earlier = {"logit_softcap": None, "rms_norm": False, "unet": False, "zero_init": True, "attention_scale": scale}
+    fields = {name: value for name, value in loaded.state["model"].items() if name != "attention_score_factor"}
+    state = loaded.state | {"model": fields | earlier}
+    checkpoint.save(tmp_path, 1, loaded.model, loaded.optimizer, state, keep=0)
+    assert GPT.from_pretrained(tmp_path).config.attention_score_factor == factor
+    changes |= {"general__init_from": "resume", "training__max_steps": 2}
+    call(train.main, *flags(dataset, tmp_path, "modern", **changes))
 
 
 def test_resume_beyond_max_steps_is_rejected(uninterrupted_run, dataset):
