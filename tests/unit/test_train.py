@@ -1,12 +1,12 @@
 """Test runs of train.py: results, resume, micro-batches, periodic tasks, non-finite values, modes, user errors."""
 
 import json
-import math
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +27,6 @@ from babygpt.errors import ConfigError, UserError, run
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import COLUMNS, read_log
-from model import GPT
 
 # ---------------------------------------------------------------------------------------------------------
 # results of a run
@@ -337,48 +336,6 @@ def test_warnings_have_one_prefix(dataset, tmp_path, monkeypatch, capsys):
     assert "warning: BabyGPT has not been tested" in capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("version", [1, 3])
-def test_checkpoint_of_another_format_is_rejected(version, uninterrupted_run, dataset, tmp_path):
-    """Neither resume nor GPT.from_pretrained loads a checkpoint of an earlier or later format version."""
-    out = copy_killed_run(uninterrupted_run, 6, tmp_path / "other")
-    loaded = checkpoint.load(checkpoint.latest(out))
-    checkpoint.save(out, 6, loaded.model, loaded.optimizer, loaded.state | {"format": version}, keep=0)
-    message = f"has checkpoint format {version}, but this version of BabyGPT reads format 2"
-    with pytest.raises(UserError, match=message):
-        call(train.main, *flags(dataset, out, general__init_from="resume"))
-    with pytest.raises(UserError, match=message):
-        GPT.from_pretrained(out)
-
-
-@pytest.mark.parametrize(("name", "value"), [("logit_softcap", 15.0), ("rms_norm", True), ("unet", True)])
-def test_checkpoint_with_a_removed_switch_is_rejected(name, value, uninterrupted_run, dataset, tmp_path):
-    """Earlier versions had these fields."""
-    out = copy_killed_run(uninterrupted_run, 6, tmp_path / "earlier")
-    loaded = checkpoint.load(checkpoint.latest(out))
-    state = loaded.state | {"model": loaded.state["model"] | {name: value}}
-    checkpoint.save(out, 6, loaded.model, loaded.optimizer, state, keep=0)
-    with pytest.raises(UserError, match=f"a model with {name} {value}, which this version .* does not support"):
-        GPT.from_pretrained(out)
-    with pytest.raises(UserError, match=f"a model with {name}"):
-        call(train.main, *flags(dataset, out, general__init_from="resume"))
-
-
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_modern_checkpoint_of_an_earlier_version_resumes(scale, dataset, tmp_path):
-    """Its removed switches are off, and attention_scale, if it was set, is converted. The head size is 8."""
-    factor = None if scale is None else scale * math.sqrt(8)
-    changes = {"model__value_embeddings": 1, "model__attention_score_factor": factor, "training__max_steps": 1}
-    call(train.main, *flags(dataset, tmp_path, "modern", **changes))
-    loaded = checkpoint.load(checkpoint.latest(tmp_path))
-    earlier = {"logit_softcap": None, "rms_norm": False, "unet": False, "zero_init": True, "attention_scale": scale}
-    fields = {name: value for name, value in loaded.state["model"].items() if name != "attention_score_factor"}
-    state = loaded.state | {"model": fields | earlier}
-    checkpoint.save(tmp_path, 1, loaded.model, loaded.optimizer, state, keep=0)
-    assert GPT.from_pretrained(tmp_path).config.attention_score_factor == factor
-    changes |= {"general__init_from": "resume", "training__max_steps": 2}
-    call(train.main, *flags(dataset, tmp_path, "modern", **changes))
-
-
 def test_resume_beyond_max_steps_is_rejected(uninterrupted_run, dataset):
     with pytest.raises(ConfigError, match=r"step_00000014 is past --training.max-steps 5"):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
@@ -390,13 +347,20 @@ def test_resume_prints_changed_settings(uninterrupted_run, dataset, tmp_path, ca
     assert "optimizer.max_lr was 0.01, is now 0.001" in capsys.readouterr().out
 
 
+def initial_weights(run: Path) -> str:
+    return json.loads((run / "config.json").read_text())["general"]["init_from"]
+
+
 def test_init_from_loads_the_weights_of_another_run(uninterrupted_run, dataset, tmp_path):
-    """Weights of another shape are rejected, and so is an output directory that is a file."""
+    """A resume keeps the path in config.json. Weights of another shape, or a file as the run's directory, are errors."""
     arguments = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
     call(train.main, *arguments)
+    assert initial_weights(tmp_path / "tuned") == str(uninterrupted_run)
     first_row = read_log(tmp_path / "tuned" / "log.csv")[0]
     last_row = read_log(uninterrupted_run / "log.csv")[-1]
     assert first_row["val_loss"] == last_row["val_loss"]
+    call(train.main, *flags(dataset, tmp_path / "tuned", general__init_from="resume", training__max_steps=2))
+    assert initial_weights(tmp_path / "tuned") == str(uninterrupted_run)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         call(train.main, *flags(dataset, tmp_path / "file"))
