@@ -352,7 +352,7 @@ def initial_weights(run: Path) -> str:
 
 
 def test_init_from_loads_the_weights_of_another_run(uninterrupted_run, dataset, tmp_path):
-    """A resume keeps the path in config.json. Weights of another shape, or a file as the run's directory, are errors."""
+    """A resume keeps the path in config.json. Weights of another shape, or a file as the run directory, are errors."""
     arguments = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=1)
     call(train.main, *arguments)
     assert initial_weights(tmp_path / "tuned") == str(uninterrupted_run)
