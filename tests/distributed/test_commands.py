@@ -86,7 +86,6 @@ NOT_RUN = {
         "python benchmarks/shuffle.py",
         "python benchmarks/speed.py --nanogpt PATH",
         "python benchmarks/streams.py DATASET",
-        "python benchmarks/streams.py DATASET --streams 1024 --jobs 2",
         "python tests/mistakes.py",
         "python tests/mistakes.py 7 13",
     ],
