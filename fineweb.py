@@ -5,6 +5,8 @@
     python fineweb.py fineweb2-pl --tokenizer data/pl.json   # FineWeb-2 in Polish
     python fineweb.py roneneldan/TinyStories                 # a dataset on the Hugging Face Hub
     python fineweb.py files --input 'pages/*.jsonl.gz' --out-dir data/pages
+    python fineweb.py files --input novel.txt --separator '\n\n' --out-dir data/novel
+    python fineweb.py shakespeare --tokenizer char           # tiny Shakespeare, one token per character
     python fineweb.py fineweb-edu-100BT --min-score 3.5 --out-dir s3://bucket/edu
     python fineweb.py verify data/pages                      # check every byte of a dataset
 
@@ -15,6 +17,7 @@ determine the dataset, byte for byte; the number of workers does not affect it.
 """
 
 import os
+import re
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -33,9 +36,10 @@ from babygpt.data.plan import plan_shards
 from babygpt.data.quality import QualityModel
 from babygpt.data.resources import check_resources
 from babygpt.data.shards import open_dataset, verify
-from babygpt.data.sources import find
+from babygpt.data.sources import find, read_documents
 from babygpt.data.stages import tokenize, write_shards
-from babygpt.data.tokenizer import load_tokenizer
+from babygpt.data.tasks import TextOptions
+from babygpt.data.tokenizer import character_tokenizer, load_tokenizer
 from babygpt.data.workers import Pool, Setup, local_workers, preload_workers, ray_workers
 from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError, run
@@ -48,15 +52,23 @@ class PrepareArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     # fineweb-edu-10BT, fineweb-edu-100BT, fineweb-10BT, fineweb2-pl (or another language), wikipedia-en, stdlib (source
-    # code of Python's standard library), files (with --input), or OWNER/NAME of a Hugging Face dataset
+    # code of Python's standard library), shakespeare, files (with --input), or OWNER/NAME of a Hugging Face dataset
     source: Annotated[Positional[str], metavar("[SOURCE]")] = "fineweb-edu-10BT"
-    # files, directories, glob patterns or URLs for the source `files`: .parquet, .jsonl or .txt; .jsonl and .txt may be
-    # compressed (.gz, .xz, .zst)
+    # files, directories, glob patterns or URLs for the source `files`: .parquet, .arrow (and save_to_disk directories),
+    # .jsonl, .json, .csv, .tsv, .txt, .md or .py; all but the first two may be compressed (.gz, .xz, .zst)
     input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
+    # validation documents, as --input; those that --input has too are not for training
+    val_input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
+    # text between the documents of a text file, in which \\n is a line end
+    separator: Annotated[str | None, metavar("TEXT", "a file is one document")] = None
+    # encoding of text files without a byte order mark, such as latin-1
+    encoding: Annotated[str | None, metavar("NAME", "utf-8")] = None
+    skip_bad: bool = False  # skip and count text files that cannot be decoded
     # directory of the dataset, or a URL such as s3://bucket/name
     out_dir: Annotated[str | None, metavar("PATH|URL", "data/SOURCE")] = None
-    tokenizer: Annotated[str, metavar("gpt2|PATH")] = "gpt2"  # gpt2, or the path to a tokenizer.json
-    # number of validation tokens, rounded up to whole documents
+    # gpt2, the path to a tokenizer.json, or char: one token per character of the source
+    tokenizer: Annotated[str, metavar("gpt2|char|PATH")] = "gpt2"
+    # number of validation tokens, rounded up to whole documents, unless that would double it
     val_tokens: Annotated[int | None, Ge(0), Lt(2**31), metavar("TOKENS", "11M, but at most 5% of all tokens")] = None
     shard_tokens: Annotated[int, Ge(1), Lt(2**31), metavar("TOKENS")] = 100_000_000  # tokens per shard
     # stop after the document that brings the total to this number of tokens
@@ -77,7 +89,7 @@ class PrepareArgs:
     text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
     # configuration, if SOURCE is OWNER/NAME
     config: Annotated[str | None, metavar("NAME", "the dataset's default")] = None
-    split: Name = "train"  # split, if SOURCE is OWNER/NAME
+    split: Name = "train"  # split, if SOURCE is OWNER/NAME or --input is a save_to_disk directory
 
     def check(self) -> None:
         """Raise a UserError that lists all invalid values."""
@@ -85,6 +97,14 @@ class PrepareArgs:
         if (self.quality is None) != (self.min_quality is None):
             given = f"--quality {self.quality}" if self.quality else f"--min-quality {self.min_quality}"
             problems.append(f"{given} has no effect on its own. Use --quality and --min-quality together.")
+        if self.val_input and self.val_tokens is not None:
+            problems.append(f"--val-tokens {self.val_tokens:,} has no effect with --val-input. Use one of them.")
+        if self.separator == "":
+            problems.append("--separator is empty. Use a text such as '\\n\\n', or omit it.")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError:
+            problems.append(f"--encoding {self.encoding!r} is unknown. Use a name such as latin-1 or cp1252.")
         if problems:
             raise UserError(summary(problems, "The arguments are invalid:"))
 
@@ -102,27 +122,39 @@ class PrepareArgs:
             "tokenizer_sha256": setup.tokenizer.sha256, "val_tokens": self.val_tokens,
             "shard_tokens": self.shard_tokens, "max_tokens": self.max_tokens, **asdict(setup.filters),
             "quality_sha256": setup.quality and setup.quality.sha256,
+            "encoding": self.encoding, "separator": self.separator, "skip_bad": self.skip_bad or None,
         }  # fmt: skip
+
+    @property
+    def text_options(self) -> TextOptions:
+        """The options for text files, with the escapes of the separator replaced."""
+        escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+        separator = self.separator and re.sub(r"\\([ntr\\])", lambda match: escapes[match[1]], self.separator)
+        return TextOptions(self.encoding, separator, self.skip_bad)
 
 
 def prepare(args: PrepareArgs) -> None:
     """Prepare a dataset. Tasks that an earlier run with the same settings finished are skipped."""
     args.check()
     filters = Filters(args.min_chars, args.min_score, args.min_language_score, args.min_quality)
-    source = find(args.source, args.input, (args.text_column, *filters.columns), args.config, args.split)
+    columns = (args.text_column, *filters.columns)
+    source = find(args.source, args.input, columns, args.config, args.split, args.val_input, args.text_options)
     quality = None if args.quality is None else QualityModel.load(args.quality)
-    setup = Setup(load_tokenizer(args.tokenizer), filters, quality)
+    is_char = args.tokenizer == "char"
+    tokenizer = character_tokenizer(read_documents(source)) if is_char else load_tokenizer(args.tokenizer)
+    setup = Setup(tokenizer, filters, quality)
     with Workspace(args.directory, args.settings(setup), source) as work:  # lock, compare settings
         if work.manifest:
             print(f"{work.directory} is already complete.")
         else:
             with create_worker_pool(args, setup, work) as pool:
                 work.begin()
-                parts = tokenize(source, work, pool, args.max_tokens)
-                plan = plan_shards(parts, args.val_tokens, args.max_tokens, work.scratch / "buckets")
-                plan.report(args.val_tokens)
-                shards = write_shards(plan, work, pool, args.shard_tokens, setup.tokenizer.vocab_size)
-            work.commit(plan, shards, setup.tokenizer)
+                parts, num_val_parts = tokenize(source, work, pool, args.max_tokens)
+                buckets = work.scratch / "buckets"
+                plan = plan_shards(parts, args.val_tokens, args.max_tokens, buckets, num_val_parts, tokenizer)
+                plan.report()
+                shards = write_shards(plan, work, pool, args.shard_tokens, tokenizer.vocab_size)
+            work.commit(plan, shards, tokenizer)
     report(work)
 
 
@@ -141,11 +173,8 @@ def report(work: Workspace) -> None:
         f"and {counts['tokens']['val']:,} validation tokens in {len(shards)} shards.\n"
         f"next: python train.py --data.dataset {work.directory}"
     )
-    if counts["documents"]["kept"] == 1:
-        print(
-            "note: the dataset is a single document (a .txt file is one document). Documents are kept whole, so "
-            "there are no validation tokens. Use several files, or train with --general.mode train."
-        )
+    if counts["tokens"]["val"] == 0:
+        print("note: there are no validation tokens. Use more text, or train with --general.mode train sample.")
 
 
 def verify_dataset(

@@ -35,7 +35,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 import fineweb  # noqa: E402
-from babygpt.data import readers, workers  # noqa: E402
+from babygpt.data import tasks, workers  # noqa: E402
 from babygpt.data.shards import HEADER_BYTES, MANIFEST, open_dataset, verify  # noqa: E402
 from babygpt.errors import UserError  # noqa: E402
 from benchmarks.table import write_table  # noqa: E402
@@ -68,7 +68,7 @@ def start(inputs: Path, directory: Path, num_workers: int) -> int:
     with (
         contextlib.suppress(BaseException),
         mock.patch.object(sys, "argv", ["fineweb.py", *arguments, "--shard-tokens", "100000"]),
-        mock.patch.object(readers, "TASK_BYTES", 100_000),
+        mock.patch.object(tasks, "TASK_BYTES", 100_000),
         mock.patch.object(workers, "_context", return_value=multiprocessing.get_context("fork")),
     ):
         fineweb.main()

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from babygpt import files
 from babygpt.constraints import Name, metavar, parse_arguments
 from babygpt.data import sources
-from babygpt.data.readers import without_surrogates
+from babygpt.data.texts import without_surrogates
 from babygpt.data.tokenizer import END_OF_TEXT, FileTokenizer, create_byte_level_bpe
 from babygpt.errors import UserError, run
 

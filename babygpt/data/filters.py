@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from babygpt.data.readers import Batch
+from babygpt.data.tasks import UNDECODABLE, Batch
 
 KEPT, EMPTY, DUPLICATE = 0, 1, 2  # decisions on a document; plan.py finds the duplicates
-FILTERS = ("min_chars", "min_score", "min_language_score", "min_quality")
+FILTERS = ("min_chars", "min_score", "min_language_score", "min_quality", "undecodable")
 FILTERED = {name: 3 + i for i, name in enumerate(FILTERS)}  # decisions: the first filter that a document fails
 
 
@@ -40,7 +40,9 @@ class Filters:
             is_low = ~(batch.numbers[column] >= minimum)  # also if the number is missing, which is NaN
             decisions[is_low & (decisions == KEPT)] = FILTERED[f"min_{column}"]
         for i, text in enumerate(batch.texts):
-            if is_blank(text):
+            if text == UNDECODABLE:
+                decisions[i] = FILTERED["undecodable"]
+            elif is_blank(text):
                 decisions[i] = EMPTY
             elif self.min_chars is not None and decisions[i] == KEPT and is_shorter(text, self.min_chars):
                 decisions[i] = FILTERED["min_chars"]

@@ -1,13 +1,14 @@
 """Plan a dataset: which documents are kept, in which split, and where their tokens go.
 
-The plan reads only the indexes of the tokenize stage. An index (`parts/N.npz`) has one row per document: xxh3-128 of
-its text as two uint64, tokens including EOT, bytes of UTF-8, and the decision of the filters. Duplicates and validation
-documents are found by hash, one bucket of hashes at a time. Everything else is done part by part, so the plan needs
-memory for two bytes per document and one bucket.
+The plan reads only the indexes of the tokenize stage, and the tokens of a document that is divided. An index
+(`parts/N.npz`) has one row per document: xxh3-128 of its text as two uint64, tokens including EOT, bytes of UTF-8, and
+the decision of the filters. Duplicates and validation documents are found by hash, one bucket of hashes at a time.
+Everything else is done part by part, so the plan needs memory for two bytes per document and one bucket.
 """
 
 import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ import numpy as np
 
 from babygpt import files
 from babygpt.data.filters import DUPLICATE, EMPTY, FILTERED, KEPT
+from babygpt.data.shards import token_dtype
+from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
 
-VALIDATION = 255  # a decision, in addition to those of filters.py
+VALIDATION, DIVIDED = 255, 254  # decisions, in addition to those of filters.py
 SPLIT_DECISIONS = {"val": VALIDATION, "train": KEPT}  # split -> decision on its documents
 DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a training run reads the first 20 x 524,288
+MIN_DIVIDED_TOKENS = 1000  # shorter documents are never divided
 BUCKET_ROWS = 1 << 22  # documents sorted at once, in about 400 MB
 BUCKET_DTYPE = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u4")])
 Piece = tuple[str, np.ndarray, int, int]  # (stem, in_split, start, stop), see `Plan.pieces`
@@ -92,6 +96,7 @@ class Plan:
     documents: dict[str, int]  # decision -> documents
     filtered_by: dict[str, int]  # filter -> documents
     text_bytes: dict[str, int]  # split -> bytes of UTF-8
+    split_rule: str = ""  # for dataset.json
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -111,27 +116,36 @@ class Plan:
                 pieces.append((self.stems[i], in_split, piece_start - int(first[i]), piece_stop - int(first[i])))
         return pieces
 
-    def report(self, val_tokens: int | None) -> None:
-        """Print the number of documents by decision; UserError if no document is kept."""
+    def report(self) -> None:
+        """Print the number of documents by decision, and how validation was chosen; UserError if no text is left."""
         if self.documents["kept"] == 0 and self.documents["filtered"]:
-            raise UserError("The source has no text that passes the filters. Use lower thresholds (--min-...).")
+            raise UserError(
+                "The source has no text that passes the filters. Use lower thresholds (--min-...), or for files that "
+                "cannot be decoded, their --encoding."
+            )
         if self.documents["kept"] == 0:
             raise UserError(
                 "The source has no text. Use a different source, or choose another column with --text-column."
             )
-        if val_tokens and self.tokens["val"] > 2 * val_tokens:
-            print(
-                f"warning: the validation split has {self.tokens['val']:,} tokens instead of {val_tokens:,}, because "
-                "documents are kept whole and some are large."
-            )
+        if self.tokens["train"] == 0:
+            raise UserError("All documents of --input are also in --val-input. Use other files.")
         print("documents: " + ", ".join(f"{count:,} {name}" for name, count in self.documents.items()))
+        if self.tokens["val"]:
+            share = self.tokens["val"] / sum(self.tokens.values())
+            print(f"validation: {self.tokens['val']:,} tokens, {share:.1%} of all: {self.split_rule}")
 
 
-def plan_shards(stems: list[str], val_tokens: int | None, max_tokens: int | None, scratch: Path) -> Plan:
+def plan_shards(
+    stems: list[str], val_tokens: int | None, max_tokens: int | None, scratch: Path, num_val_parts: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> Plan:  # fmt: skip
     """Drop duplicates, apply `max_tokens`, choose validation documents, and place every document.
 
-    The first of equal documents in source order is kept. The validation documents are those with the smallest hashes,
-    until they have `val_tokens` tokens (None: 5 % of all, at most 11 M). At least one document remains for training.
+    The first of equal documents in source order is kept. The documents of the first `num_val_parts` parts are for
+    validation. If there are none, those with the smallest hashes are, until they have `val_tokens` tokens (None: 5 % of
+    all, at most 11 M). If they had more than 2 * val_tokens tokens, or for None more than 7 % of all, or if there is
+    only one document, then the last one is divided: its end is for validation. Without a tokenizer, and below
+    MIN_DIVIDED_TOKENS, documents are kept whole, and at least one of them remains for training.
     """
     decisions = [load_index(stem, ("decision",))["decision"] for stem in stems]
     first_document = np.cumsum([0, *map(len, decisions)])
@@ -143,9 +157,26 @@ def plan_shards(stems: list[str], val_tokens: int | None, max_tokens: int | None
     for _ in buckets:
         pass  # the iteration marks the duplicates
     num_seen, num_kept, num_tokens = apply_max_tokens(stems, buckets.decisions, max_tokens or math.inf)
+    kept, first_document = buckets.decisions[:num_seen], np.minimum(first_document, num_seen)
+    if num_val_parts:
+        named = kept[: first_document[num_val_parts]]
+        named[named == KEPT] = VALIDATION
+        return place_documents(stems, kept, first_document, "the documents that the source or --val-input names")
+    limit = num_tokens * 7 // 100 if val_tokens is None else 2 * val_tokens
     val_tokens = min(DEFAULT_VAL_TOKENS, num_tokens // 20) if val_tokens is None else val_tokens
-    choose_validation(buckets, buckets.decisions[:num_seen], num_kept, val_tokens)
-    return place_documents(stems, buckets.decisions[:num_seen], np.minimum(first_document, num_seen))
+    excess = choose_validation(buckets, kept, num_kept, val_tokens, limit)
+    rule = "whole documents: those with the smallest xxh3-128 hashes of their text"
+    if excess is None or tokenizer is None:
+        return place_documents(stems, kept, first_document, rule)
+    document, num_val_tokens = excess
+    part = int(np.searchsorted(first_document, document, "right")) - 1
+    stem, at_line_end = divide_document(stems[part], document - int(first_document[part]), num_val_tokens, tokenizer)
+    kept[document] = DIVIDED
+    kept, first_document = np.append(kept, [KEPT, VALIDATION]), np.append(first_document, num_seen + 2)
+    rule = f"the end of one document, cut {'at a line end' if at_line_end else 'between two tokens'}"
+    if num_kept > 1:
+        rule += ", which is too large as a whole, and the documents with smaller xxh3-128 hashes, if any"
+    return place_documents([*stems, stem], kept.astype(np.uint8), first_document, rule)
 
 
 def apply_max_tokens(stems: list[str], decisions: np.ndarray, max_tokens: float) -> tuple[int, int, int]:
@@ -163,21 +194,64 @@ def apply_max_tokens(stems: list[str], decisions: np.ndarray, max_tokens: float)
     return num_seen, num_kept, num_tokens
 
 
-def choose_validation(buckets: Buckets, decisions: np.ndarray, num_kept: int, val_tokens: int) -> None:
-    """Mark documents by smallest hash in `decisions`, until they have `val_tokens` tokens or all but one are marked."""
+def choose_validation(
+    buckets: Buckets, decisions: np.ndarray, num_kept: int, val_tokens: int, limit: int
+) -> tuple[int, int] | None:
+    """Mark documents by smallest hash in `decisions`, until they have `val_tokens` tokens or all but one are marked.
+
+    If the last one brings the total above `limit`, or if there is only one document, and it can be divided, it is not
+    marked. Then return it and the number of its tokens that are missing; otherwise None.
+    """
+    num_left, missing = num_kept, val_tokens
     for rows in buckets:
+        if missing <= 0:
+            break
         rows = rows[rows["document"] < len(decisions)]
         rows = rows[decisions[rows["document"]] == KEPT]
+        if num_kept == 1 and len(rows) and rows["tokens"][0] >= MIN_DIVIDED_TOKENS:
+            return int(rows["document"][0]), min(val_tokens, int(rows["tokens"][0]) // 2)
         totals = np.cumsum(rows["tokens"], dtype=np.int64)
-        num_needed = int(np.searchsorted(totals, val_tokens)) + 1 if val_tokens > 0 else 0
-        chosen = rows[: min(num_needed, num_kept - 1)]
+        num_needed = int(np.searchsorted(totals, missing)) + 1
+        chosen = rows[: min(num_needed, num_left - 1)]
+        if len(chosen) and missing <= totals[len(chosen) - 1]:
+            *_, last = chosen
+            excess = val_tokens - missing + int(totals[len(chosen) - 1]) - limit
+            if excess > 0 and last["tokens"] >= MIN_DIVIDED_TOKENS:
+                chosen = chosen[:-1]
+                decisions[chosen["document"]] = VALIDATION
+                return int(last["document"]), missing - int(chosen["tokens"].sum(dtype=np.int64))
         decisions[chosen["document"]] = VALIDATION
-        num_kept, val_tokens = num_kept - len(chosen), val_tokens - int(chosen["tokens"].sum(dtype=np.int64))
-        if val_tokens <= 0:
-            break
+        num_left, missing = num_left - len(chosen), missing - int(chosen["tokens"].sum(dtype=np.int64))
+    return None
 
 
-def place_documents(stems: list[str], decisions: np.ndarray, first_document: np.ndarray) -> Plan:
+def divide_document(stem: str, row: int, num_val_tokens: int, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """Write a part of two documents: the beginning of document `row` of a part, and its last `num_val_tokens` or so.
+
+    The cut is at the end of the nearest line. Returns the new part, and whether there was a line end nearby.
+    """
+    index, dtype = load_index(stem, ("tokens", "bytes")), token_dtype(tokenizer.vocab_size)
+    start, length = (int(n) for n in (index["tokens"][:row].sum(dtype=np.int64), index["tokens"][row]))
+    data = files.read_bytes(f"{stem}.bin", start * dtype.itemsize, (start + length) * dtype.itemsize)
+    tokens = np.frombuffer(data, dtype)
+    radius = min(20_000, num_val_tokens // 2)
+    first = max(2, length - num_val_tokens - radius)  # the beginning has EOT and at least one token
+    window = tokens[first - 1 : min(length - 1, length - num_val_tokens + radius)]
+    ids = [token for token in np.unique(window).tolist() if tokenizer.decode([token]).endswith("\n")]
+    cuts = first + np.flatnonzero(np.isin(window, ids))  # the tokens after those that end a line
+    cut = int(cuts[np.argmin(np.abs(cuts - (length - num_val_tokens)))]) if len(cuts) else length - num_val_tokens
+    end, new_stem = tokens[cut:], f"{os.path.dirname(stem)}/divided"
+    end_bytes = int(tokenizer.token_bytes()[end].sum())
+    files.write(f"{new_stem}.bin", data[: cut * dtype.itemsize] + tokens[:1].tobytes() + end.tobytes())
+    with files.create(f"{new_stem}.npz") as file:
+        np.savez(
+            file, tokens=np.array([cut, 1 + len(end)], np.uint32),
+            bytes=np.array([int(index["bytes"][row]) - end_bytes, end_bytes], np.uint64),
+        )  # fmt: skip
+    return new_stem, len(cuts) > 0
+
+
+def place_documents(stems: list[str], decisions: np.ndarray, first_document: np.ndarray, split_rule: str) -> Plan:
     """Compute the position of each part in each split, and count documents by decision."""
     first_token = {split: np.zeros(len(stems) + 1, np.int64) for split in SPLIT_DECISIONS}
     text_bytes, counts = dict.fromkeys(SPLIT_DECISIONS, 0), np.zeros(256, np.int64)
@@ -191,11 +265,12 @@ def place_documents(stems: list[str], decisions: np.ndarray, first_document: np.
             text_bytes[split] += int(index["bytes"][in_split].sum())
     filtered_by = {name: int(counts[decision]) for name, decision in FILTERED.items() if counts[decision]}
     documents = {
-        "seen": len(decisions), "kept": int(counts[KEPT] + counts[VALIDATION]), "empty": int(counts[EMPTY]),
+        "seen": len(decisions) - 2 * int(counts[DIVIDED]),  # without the two pieces of a document
+        "kept": int(counts[KEPT] + counts[VALIDATION]), "empty": int(counts[EMPTY]),
         "filtered": sum(filtered_by.values()), "duplicate": int(counts[DUPLICATE]), "train": int(counts[KEPT]),
         "val": int(counts[VALIDATION]),
     }  # fmt: skip
-    return Plan(stems, decisions, first_document, first_token, documents, filtered_by, text_bytes)
+    return Plan(stems, decisions, first_document, first_token, documents, filtered_by, text_bytes, split_rule)
 
 
 def token_ranges(tokens: np.ndarray, in_split: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, int]:

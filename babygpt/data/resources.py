@@ -34,7 +34,7 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
     memory = plan_memory + workers * WORKER_MEMORY
     if source_bytes:
         print(
-            f"{source.name}: {source_bytes / 1e9:,.2f} GB, about {tokens / 1e6:,.0f} M tokens. Preparation needs about "
+            f"{source.name}: {source_bytes / 1e6:,.1f} MB, about {tokens / 1e6:,.1f}M tokens. Preparation needs about "
             f"{disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} GB free) and {memory / 1e9:,.1f} GB of memory for "
             f"{workers} workers."
         )

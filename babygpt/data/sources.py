@@ -1,7 +1,8 @@
 """Sources of documents: named datasets on the Hugging Face Hub, any hub dataset, and local files.
 
     python fineweb.py fineweb-edu-10BT                       # a named source
-    python fineweb.py files --input 'pages/*.jsonl.gz'       # parquet, jsonl, txt; the latter also .gz, .xz, .zst
+    python fineweb.py files --input 'pages/*.jsonl.gz'       # local files, see FORMATS
+    python fineweb.py shakespeare                            # tiny Shakespeare
     python fineweb.py roneneldan/TinyStories                 # any hub dataset, with the library `datasets`
     >>> for text in read_documents(find("stdlib")): ...
 
@@ -14,23 +15,18 @@ import os
 import sysconfig
 import tempfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
 from babygpt import files, hub
-from babygpt.data import readers
-from babygpt.data.readers import (
-    COMPRESSION_SUFFIXES,
-    TEXT_SUFFIXES,
-    Task,
-    check_columns,
-    read,
-    split_jsonl,
-    split_parquet,
-    uncompressed_name,
-)
+from babygpt.data import tasks
+from babygpt.data.readers import read, split_file
+from babygpt.data.tables import split_parquet
+from babygpt.data.tasks import TABLE_FORMATS, UNDECODABLE, Task, TextOptions, check_columns, format_of
+from babygpt.data.texts import is_compressed
 from babygpt.errors import UserError, suggest
 
 FULL_HASH_BYTES = 16 << 20  # larger files are hashed at their start, middle and end only
@@ -53,8 +49,11 @@ FINEWEB2_LANGUAGES = {
 OFFLINE_HINT = (
     "Without a network, use local files:\n"
     "  python fineweb.py stdlib                                  # source code of Python's standard library\n"
-    "  python fineweb.py files --input 'PATH/*.parquet'          # your parquet, jsonl or txt files"
+    "  python fineweb.py files --input PATH                      # your files"
 )
+FORMATS = "parquet, arrow, jsonl, json, csv, tsv, txt, md or py files; all but the first two may be .gz, .xz or .zst"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Source(ABC):
     columns: tuple[str, ...] = ("text",)  # the text column, then numeric columns
     revision: str = ""
     units: list[Unit] = field(default_factory=list)
+    num_val_units = 0  # units at the start whose documents are for validation; 0: the plan chooses documents
     max_open_units = 1000  # fetched and not yet released
     is_on_hub = False
     tokens_per_byte = 0.4  # for the estimate of disk; FineWeb-Edu's parquet files have 0.35 GPT-2 tokens per byte
@@ -99,81 +99,111 @@ class LocalFiles(Source):
     """Files at paths or URLs, including those of the standard library."""
 
     paths: list[str] = field(default_factory=list)
+    val_paths: list[str] = field(default_factory=list)
+    options: TextOptions = field(default_factory=TextOptions)
     batches: list[list[str]] = field(default_factory=list)
 
     def open(self, revision: str | None = None) -> None:
-        """Make each parquet file a unit; batch other files in order into units of up to TASK_BYTES."""
-        digest, self.batches = hashlib.sha256(), []
-        sizes: list[int] = []
-        for path in self.paths:
-            try:
-                size = files.size(path)
-                digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
-                if size <= FULL_HASH_BYTES:
-                    offsets, length = [0], size
-                else:
-                    offsets, length = [0, size // 2, size - HASH_SAMPLE_BYTES], HASH_SAMPLE_BYTES
-                for offset in offsets:
-                    digest.update(files.read_bytes(path, offset, offset + length))
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
-            starts_unit = path.endswith(".parquet") or not self.batches or self.batches[-1][0].endswith(".parquet")
-            if starts_unit or sizes[-1] + size > readers.TASK_BYTES:
-                self.batches.append([path])
-                sizes.append(size)
-            else:
-                self.batches[-1].append(path)
-                sizes[-1] += size
+        digest = hashlib.sha256()
+        val_batches = _batch_files(self.val_paths, digest)
+        if self.val_paths:
+            digest.update(b"the files above are for validation\n")
+        batches = val_batches + _batch_files(self.paths, digest)
+        self.num_val_units = len(val_batches)
+        self.batches = [paths for paths, _ in batches]
         self.revision = digest.hexdigest()
-        self.units = [Unit(os.path.basename(batch[0]), size) for batch, size in zip(self.batches, sizes, strict=True)]
-        is_compressed = any(path.endswith((".parquet", *COMPRESSION_SUFFIXES)) for path in self.paths)
-        self.tokens_per_byte = 0.7 if is_compressed else 0.35  # plain English has 0.25
+        self.units = [Unit(os.path.basename(paths[0]), size) for paths, size in batches]
+        has_compressed = any(path.endswith(".parquet") or is_compressed(path) for path in self.paths)
+        self.tokens_per_byte = 0.7 if has_compressed else 0.35  # plain English has 0.25
 
     def fetch(self, unit: int, directory: str) -> list[Task]:
         batch, size = self.batches[unit], self.units[unit].bytes
-        if batch[0].endswith(".parquet"):
-            return split_parquet(batch[0], self.columns)
-        if batch[0].endswith(".jsonl") and size > readers.TASK_BYTES:
-            return split_jsonl(batch[0], size, self.columns)
-        return [Task("files", tuple(batch), self.columns)]
+        if len(batch) == 1:
+            return split_file(batch[0], size, self.columns, self.options)
+        return [Task("files", tuple(batch), self.columns, options=self.options)]
 
 
-def _find_files(patterns: tuple[str, ...]) -> list[str]:
-    """Return the files that the patterns match, sorted by path; a directory matches all files below it."""
-    if not patterns:
-        raise UserError("The source `files` needs --input, for example --input 'pages/*.jsonl.gz'.")
+def is_table(path: str) -> bool:
+    return format_of(path) in TABLE_FORMATS.values()
+
+
+def _batch_files(paths: list[str], digest: "hashlib._Hash") -> list[tuple[list[str], int]]:
+    """Return batches of files and their sizes: each table alone, other files in order up to TASK_BYTES."""
+    batches: list[tuple[list[str], int]] = []
+    for path in paths:
+        size = _add_to_digest(path, digest)
+        batch, batch_size = batches[-1] if batches else ([], 0)
+        if not batch or is_table(path) or is_table(batch[0]) or batch_size + size > tasks.TASK_BYTES:
+            batches.append(([path], size))
+        else:
+            batch.append(path)
+            batches[-1] = (batch, batch_size + size)
+    return batches
+
+
+def _add_to_digest(path: str, digest: "hashlib._Hash") -> int:
+    """Add name, size and contents of a file, of a large one only samples, to a digest; return its size in bytes."""
+    try:
+        size = files.size(path)
+        digest.update(os.fsencode(f"{os.path.basename(path)} {size}\n"))
+        if size <= FULL_HASH_BYTES:
+            offsets, length = [0], size
+        else:
+            offsets, length = [0, size // 2, size - HASH_SAMPLE_BYTES], HASH_SAMPLE_BYTES
+        for offset in offsets:
+            digest.update(files.read_bytes(path, offset, offset + length))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+    return size
+
+
+def find_files(patterns: tuple[str, ...], split: str, flag: str = "--input") -> list[str]:
+    """Return the files that the patterns match, sorted by path; a directory matches all files below it.
+
+    Files of other kinds are counted on the console and skipped. `split` selects one of a `save_to_disk` directory.
+    """
     paths: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
         if files.is_remote(pattern):
             matched = files.glob(pattern)
         elif os.path.isdir(pattern):
-            matched = _walk(pattern)
+            matched = _walk(pattern, split)
         elif os.path.exists(pattern):
             matched = [pattern]
         else:
             matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
-            raise UserError(f"--input {pattern} matches no file. The current directory is {os.getcwd()}.")
+            raise UserError(f"{flag} {pattern} matches no file. The current directory is {os.getcwd()}.")
         paths.update(matched)
-    unknown = sorted(
-        p for p in paths if not p.endswith(".parquet") and not uncompressed_name(p).endswith(TEXT_SUFFIXES)
-    )
-    if unknown:
+    others = sorted(path for path in paths if format_of(path) is None)
+    if len(others) == len(paths):
         raise UserError(
-            f"--input matches {len(unknown):,} files of an unknown type, for example {unknown[0]}. Use .parquet, "
-            ".jsonl or .txt files; the latter two may be compressed (.gz, .xz, .zst)."
+            f"{flag} matches {len(others):,} files, all of an unknown type, for example {others[0]}. Use {FORMATS}."
         )
-    return sorted(path if files.is_remote(path) else os.path.abspath(path) for path in paths)
+    if others:
+        kinds = Counter(os.path.splitext(path)[1] or "without a suffix" for path in others)
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+        print(f"{flag}: {len(others):,} files of an unknown type are skipped ({listed}).")
+    return sorted(path if files.is_remote(path) else os.path.abspath(path) for path in paths - {*others})
 
 
-def _walk(root: str) -> list[str]:
-    """Return all files below a directory except for hidden ones.
+def _walk(root: str, split: str) -> list[str]:
+    """Return all files below a directory except for hidden ones. Of a `save_to_disk` directory, return its tables.
 
     Symbolic links are followed, but no directory is visited twice, so a cycle of links is harmless.
     """
     paths, visited = [], set()
     for directory, subdirectories, names in os.walk(root, followlinks=True):
         real = os.path.realpath(directory)
+        if "dataset_dict.json" in names:  # several splits, each saved in a subdirectory
+            if split not in subdirectories:
+                raise UserError(
+                    f"{directory} has no split {split!r}: it has {', '.join(sorted(subdirectories))}. Choose one with "
+                    "--split."
+                )
+            subdirectories[:], names = [split], []
+        elif {"dataset_info.json", "state.json"} <= {*names}:
+            names = [name for name in names if is_table(name)]
         subdirectories[:] = [] if real in visited else sorted(n for n in subdirectories if not n.startswith("."))
         if real not in visited:
             paths += [os.path.join(directory, name) for name in names if not name.startswith(".")]
@@ -186,6 +216,38 @@ def _list_standard_library() -> list[str]:
     root = Path(sysconfig.get_path("stdlib"))
     excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     return sorted(str(p) for p in root.rglob("*.py") if not excluded & set(p.relative_to(root).parts))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# tiny Shakespeare
+
+
+@dataclass
+class Shakespeare(Source):
+    """Karpathy's tiny Shakespeare, one text, cut as in nanoGPT: the first 90% of the characters are for training."""
+
+    num_val_units = 1
+
+    def open(self, revision: str | None = None) -> None:
+        self.revision = SHAKESPEARE_SHA256
+        self.units = [Unit("val.txt", 111_540), Unit("train.txt", 1_003_854)]
+
+    def fetch(self, unit: int, directory: str) -> list[Task]:
+        """Download the text, once per machine, and write the part of a unit to `directory`."""
+        local = files.local_directory(SHAKESPEARE_URL)
+        local.mkdir(parents=True, exist_ok=True)
+
+        def is_valid(path: Path) -> bool:
+            return files.sha256(path) == SHAKESPEARE_SHA256
+
+        files.download(SHAKESPEARE_URL, ["input.txt"], local, is_valid, is_valid, quiet=True)
+        data, path = (local / "input.txt").read_bytes(), f"{directory}/{self.units[unit].name}"
+        cut = len(data) * 9 // 10  # every character is one byte
+        files.write(path, data[cut:] if unit == 0 else data[:cut])
+        return [Task("files", (path,), self.columns)]
+
+    def release(self, unit: int, directory: str) -> None:
+        files.remove(f"{directory}/{self.units[unit].name}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -265,13 +327,22 @@ def _resolve_revision(repo: str, revision: str | None) -> str:
 
 def find(
     name: str, input: tuple[str, ...] = (), columns: tuple[str, ...] = ("text",), config: str | None = None,
-    split: str = "train",
+    split: str = "train", val_input: tuple[str, ...] = (), options: TextOptions | None = None,
 ) -> Source:  # fmt: skip
     """Return the source with this name. This lists local files, but does not read or download any."""
     if name == "files":
-        return LocalFiles("files", columns, paths=_find_files(input))
-    if input:
-        raise UserError(f"--input is only for the source `files`, not for `{name}`. Remove it.")
+        if not input:
+            raise UserError("The source `files` needs --input, for example --input 'pages/*.jsonl.gz'.")
+        val_paths = find_files(val_input, split, "--val-input") if val_input else []
+        paths = [path for path in find_files(input, split) if path not in {*val_paths}]
+        if not paths:
+            raise UserError("--val-input names all files of --input, so none are left for training. Use fewer files.")
+        return LocalFiles("files", columns, paths=paths, val_paths=val_paths, options=options or TextOptions())
+    for flag, value in (("--input", input), ("--val-input", val_input)):
+        if value:
+            raise UserError(f"{flag} is only for the source `files`, not for `{name}`. Remove it.")
+    if name == "shakespeare":
+        return Shakespeare(name, columns)
     if name == "stdlib":
         return LocalFiles("stdlib", columns, paths=_list_standard_library())
     if name in HUB_SOURCES:
@@ -287,6 +358,7 @@ def find(
         "fineweb2-pl",
         "fineweb2-LANG",
         "stdlib",
+        "shakespeare",
         "files",
         "OWNER/NAME (a dataset on the Hugging Face Hub)",
     ]
@@ -300,7 +372,7 @@ def read_documents(source: Source, revision: str | None = None) -> Iterator[str]
         for unit in range(len(source.units)):
             for task in source.fetch(unit, directory):
                 for batch in read(task):
-                    yield from map(bytes.decode, batch.texts)
+                    yield from (text.decode() for text in batch.texts if text != UNDECODABLE)
             source.release(unit, directory)
 
 

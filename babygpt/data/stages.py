@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from babygpt import files
 from babygpt.data.plan import SPLIT_DECISIONS, Plan, load_index, plan_shards
-from babygpt.data.readers import Task
 from babygpt.data.shards import shard_name
 from babygpt.data.sources import Source
+from babygpt.data.tasks import Task
 from babygpt.data.workers import Pool, tokenize_task, write_task
 from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError
@@ -40,9 +40,15 @@ class TaskQueue:
                 self.on_done(self.running.pop(future), future.result())
 
 
-def tokenize(source: Source, work: Workspace, pool: Pool, max_tokens: int | None) -> list[str]:
-    """Tokenize a source until `max_tokens` are reached; return the parts (paths without suffix) in source order."""
-    return TokenizeStage(source, work, pool, max_tokens).run()
+def tokenize(source: Source, work: Workspace, pool: Pool, max_tokens: int | None) -> tuple[list[str], int]:
+    """Tokenize a source until `max_tokens` are reached.
+
+    Returns the parts (paths without suffix) in source order, and how many of them are from its validation units.
+    """
+    stage = TokenizeStage(source, work, pool, max_tokens)
+    stems = stage.run()
+    num_val_tasks = sum(count for unit, count in stage.num_tasks.items() if unit < source.num_val_units)
+    return stems, min(num_val_tasks, len(stems))  # max_tokens may end the stage before all tasks
 
 
 class TokenizeStage:

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's, one trained by tools.train_tokenizer, or any other `tokenizer.json`.
+"""Tokenizers: GPT-2's, one trained by tools.train_tokenizer, one of characters, or any other `tokenizer.json`.
 
     >>> load_tokenizer("gpt2").encode("Hello, world")
     [15496, 11, 995]
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from babygpt.data.gigatoken import BatchEncoder
-from babygpt.data.readers import without_surrogates
+from babygpt.data.texts import without_surrogates
 from babygpt.errors import UserError
 
 GPT2_RANKS = Path(__file__).parents[2] / "assets" / "gpt2.tiktoken"
@@ -146,7 +146,24 @@ class FileTokenizer(BatchEncoder):
         return [i for piece in pieces for i in self._encode(piece) if i != self.eot_id]
 
     def _encode(self, text: str) -> list[int]:
-        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises no other type
+            unknown = next((char for char in text if self.backend.token_to_id(char) is None), None)
+            if unknown is None or not self.is_character_level:
+                raise
+            raise UserError(
+                f"The tokenizer {self.file} has no token for the character {unknown!r}, which its dataset does not "
+                "contain. Use other text."
+            ) from error
+
+    @cached_property
+    def is_character_level(self) -> bool:
+        """Whether this is a tokenizer of `character_tokenizer`."""
+        return json.loads(self.backend.to_str())["model"]["type"] == "WordLevel"
+
+    def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
+        return None if self.is_character_level else super().use_gigatoken(texts, sample_bytes)
 
     @cached_property
     def _gigatoken(self):
@@ -180,7 +197,8 @@ class FileTokenizer(BatchEncoder):
             elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's byte fallback
                 lengths[i] = 1
             else:
-                lengths[i] = len(token.replace("▁", " ").encode("utf-8"))
+                text = token if self.is_character_level else token.replace("▁", " ")
+                lengths[i] = len(text.encode("utf-8"))
         return lengths
 
 
@@ -257,6 +275,18 @@ def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yield text[num_yielded:]
             num_yielded = len(text)
     yield tokenizer.decode(decoded)[num_yielded:]
+
+
+def character_tokenizer(texts: Iterable[str]) -> FileTokenizer:
+    """Return a tokenizer with one token for each character of the texts, by code point, and EOT as the last."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted(set().union(*texts))
+    backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END_OF_TEXT])
+    return FileTokenizer("tokenizer.json", backend.to_str(pretty=True).encode())
 
 
 def create_byte_level_bpe():

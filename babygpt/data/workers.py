@@ -31,8 +31,9 @@ from babygpt import files
 from babygpt.data.filters import FILTERED, KEPT, Filters
 from babygpt.data.plan import Piece, load_index, token_ranges
 from babygpt.data.quality import QualityModel, check_tokenizer
-from babygpt.data.readers import Batch, Task, read
+from babygpt.data.readers import read
 from babygpt.data.shards import token_dtype, write_shard
+from babygpt.data.tasks import UNDECODABLE, Batch, Task
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
 from babygpt.files import write_json
@@ -85,7 +86,7 @@ def tokenize_task(task: Task, stem: str) -> tuple[int, int, str | None]:
     with files.create(f"{stem}.bin") as file:
         for number, batch in enumerate(read(task)):
             if number == 0:
-                message = tokenizer.use_gigatoken(batch.texts, SAMPLE_BYTES)
+                message = tokenizer.use_gigatoken([t for t in batch.texts if t != UNDECODABLE], SAMPLE_BYTES)
             decision, ids = filter_and_encode(batch)
             if ids:
                 file.write(np.concatenate([part for document in ids for part in (eot, document)]).astype(dtype).data)

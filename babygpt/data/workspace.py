@@ -6,6 +6,7 @@ tasks and the settings. A run with the same settings resumes, a run with differe
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -34,6 +35,7 @@ class Workspace:
         self.parts = f"{directory}/parts"  # shared by all workers
         self.local = files.local_directory(directory)  # `directory`, or for a URL a directory on this machine
         self.scratch = self.local / "parts"  # temporary files of this machine
+        self.is_new = False  # whether this process has created the directory
         self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the dataset is complete
 
     def __enter__(self) -> "Workspace":
@@ -52,6 +54,8 @@ class Workspace:
     def __exit__(self, kind: type | None, error: BaseException | None, *_: Any) -> None:
         """Unlock the directory. Raise a UserError if the disk is full or a worker was killed."""
         os.close(self._lock_fd)
+        if isinstance(error, UserError) and self.is_new and not self.source.is_on_hub:
+            self._remove_files()  # a retry with other files or settings would not resume
         with suppress(OSError):
             self.local.rmdir()  # succeeds if it is empty
         resume_hint = "Finished tasks are kept. To resume, run the same command"
@@ -93,7 +97,7 @@ class Workspace:
             "tokenizer": {"name": tokenizer.name, "file": tokenizer_file, "sha256": tokenizer.sha256},
             "eot_id": tokenizer.eot_id,
             "vocab_size": tokenizer.vocab_size,
-            "split_rule": "by document: the smallest xxh3-128 hashes of the text validate",
+            "split_rule": plan.split_rule,
             "counts": counts | {"filtered_by": plan.filtered_by},
             "shards": shards,
         }
@@ -101,7 +105,15 @@ class Workspace:
         files.remove(self.parts)
         files.remove(self.scratch)  # equal to `parts`, unless `directory` is a URL
 
+    def _remove_files(self) -> None:
+        """Delete the parts and shards."""
+        files.remove(self.parts)
+        files.remove(self.scratch)
+        for path in self.local.glob(f"{glob.escape(self.name)}_*.bin"):
+            path.unlink()
+
     def _lock(self) -> None:
+        self.is_new = not self.local.exists()
         try:
             self.local.mkdir(parents=True, exist_ok=True)
             if not os.access(self.local, os.W_OK):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from support.helpers import call, save_hellaswag, save_jsonl
+from support.helpers import call, save, save_hellaswag, save_jsonl
 from support.runs import ROOT
 
 import fineweb
@@ -43,6 +43,7 @@ NOT_RUN = {
         "python fineweb.py fineweb2-pl",
         "python fineweb.py wikipedia-en",
         "python fineweb.py roneneldan/TinyStories",
+        "python fineweb.py shakespeare --tokenizer char",
         "python fineweb.py fineweb-edu-100BT --min-score 3.5 --min-chars 500 --max-tokens 10000000000",
         "python fineweb.py fineweb2-pl --tokenizer data/pl.json --quality data/pl-quality.safetensors "
         "--min-quality 0.5",
@@ -148,6 +149,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_hellaswag(tmp_path / "hellaswag.jsonl", 8)
     for name, part in {"wikipedia-pl/a": texts[:30], "textbooks": texts[30:50], "pages": texts[50:100]}.items():
         save_jsonl(tmp_path / f"{name}.jsonl", part)
+    save(tmp_path / "notes" / "a.txt", "\n\n".join(texts[:20]).encode())
+    for name in ("train", "val"):
+        save(tmp_path / f"{name}.csv", f"text\n{name}\n".encode())
     train_tokenizer(texts[:10], 500, tmp_path / "data" / "pl.json", progress=False)
     call(
         fineweb.main, "files", "--input", "pages/*.jsonl.gz", "--out-dir", "data/fineweb-edu-10BT", "--val-tokens",

@@ -8,7 +8,7 @@ from unittest import mock
 import xxhash
 
 import fineweb
-from babygpt.data import readers
+from babygpt.data import tasks, texts
 from babygpt.data.shards import read_manifest
 from support.helpers import call
 
@@ -18,7 +18,7 @@ def prepare(out_dir: Path, *inputs: Path, source="files", task_bytes=500, worker
     arguments = [source, *(["--input", *inputs] if inputs else []), "--out-dir", out_dir, "--workers", workers]
     for name, value in options.items():
         arguments += [f"--{name.replace('_', '-')}", value]
-    with mock.patch.object(readers, "TASK_BYTES", task_bytes):
+    with mock.patch.object(tasks, "TASK_BYTES", task_bytes):
         call(fineweb.main, *arguments)
     return read_manifest(out_dir)
 
@@ -36,4 +36,4 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 def hash_text(text: str) -> bytes:
     """Return the hash by which documents are compared and validation documents are chosen."""
-    return xxhash.xxh3_128_digest(readers.without_surrogates(text).encode())
+    return xxhash.xxh3_128_digest(texts.without_surrogates(text).encode())

@@ -10,7 +10,7 @@ import pytest
 from support.helpers import save, save_jsonl
 from support.preparation import prepare
 
-from babygpt.data import readers
+from babygpt.data import tasks as tasks_module
 from babygpt.data.sources import find, read_documents, read_first_documents
 from babygpt.errors import UserError
 
@@ -45,7 +45,7 @@ def test_documents_are_in_the_order_of_sorted_paths(tmp_path):
 
 def test_tasks_depend_on_the_files_alone(tmp_path, monkeypatch):
     """Neither the directory nor the pattern changes them."""
-    monkeypatch.setattr(readers, "TASK_BYTES", 40)
+    monkeypatch.setattr(tasks_module, "TASK_BYTES", 40)
     for directory in ("a", "b"):
         for i in range(20):
             save(tmp_path / directory / f"{i:02d}.txt", b"page " * i)
@@ -72,7 +72,7 @@ def test_changed_source_has_another_revision(tmp_path, change):
 
 
 def test_small_files_share_a_task_and_large_ones_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "TASK_BYTES", 100)
+    monkeypatch.setattr(tasks_module, "TASK_BYTES", 100)
     for name, size in (("a", 10), ("b", 20), ("c", 500), ("d", 500), ("e", 10), ("f", 10)):
         save(tmp_path / f"{name}.txt", b"x" * size)
     assert file_names(open_files(tmp_path)) == [["a.txt", "b.txt"], ["c.txt"], ["d.txt"], ["e.txt", "f.txt"]]
@@ -89,7 +89,7 @@ def test_opening_small_files_reads_each_size_only_a_few_times(tmp_path, monkeypa
 
 def test_each_row_group_of_a_parquet_file_is_in_one_task(tmp_path, monkeypatch):
     """The tasks of a parquet file are consecutive ranges of row groups."""
-    monkeypatch.setattr(readers, "TASK_BYTES", 400)
+    monkeypatch.setattr(tasks_module, "TASK_BYTES", 400)
     texts = [f"row {i} " + "x" * (i * 7 % 50) for i in range(100)]
     pq.write_table(pa.table({"id": range(100), "text": texts}), tmp_path / "b.parquet", row_group_size=6)
     save_jsonl(tmp_path / "a.jsonl", ["before"])
@@ -108,14 +108,14 @@ def test_each_line_of_a_large_jsonl_file_is_in_one_task(tmp_path, monkeypatch, e
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + ending
     save(tmp_path / "a.jsonl", lines.encode())
     for size in (1, 2, 30, 31, 32, 33, 100, 1000):
-        monkeypatch.setattr(readers, "TASK_BYTES", size)
+        monkeypatch.setattr(tasks_module, "TASK_BYTES", size)
         assert len(tasks(open_files(tmp_path))) == -(-len(lines.encode()) // size)
         assert list(read_documents(local_files(tmp_path))) == texts
 
 
 def test_bad_line_of_a_later_task_is_reported_by_offset(tmp_path, monkeypatch):
     save(tmp_path / "a.jsonl", b'{"text": "a"}\n' * 10 + b"{\n")
-    monkeypatch.setattr(readers, "TASK_BYTES", 50)
+    monkeypatch.setattr(tasks_module, "TASK_BYTES", 50)
     with pytest.raises(UserError, match=r"a\.jsonl, the line at byte 140 is not valid JSON"):
         list(read_documents(local_files(tmp_path)))
 
@@ -181,7 +181,7 @@ def test_hidden_files_and_link_cycles_are_skipped(tmp_path):
 
 
 def test_text_file_that_is_not_utf8_is_named_in_the_error(tmp_path):
-    save(tmp_path / "a.txt", "zażółć".encode("utf-16"))
+    save(tmp_path / "a.txt", "zażółć".encode("iso-8859-2"))
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         list(read_documents(local_files(tmp_path)))
 

@@ -10,8 +10,8 @@ import pytest
 
 from babygpt.data import stages
 from babygpt.data.filters import KEPT
-from babygpt.data.readers import Task
 from babygpt.data.sources import Unit
+from babygpt.data.tasks import Task
 from babygpt.data.workers import Pool
 
 TASKS, TOKENS = 40, 1000  # tasks per unit, tokens per task
@@ -21,7 +21,7 @@ class Source:
     """Six units with many tasks each. Two may be open at once, as for files from the hub."""
 
     units = [Unit(f"unit {i}", 1000) for i in range(6)]  # noqa: RUF012
-    max_open_units = 2
+    max_open_units, num_val_units = 2, 0
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -51,7 +51,7 @@ def test_tokenize_stage_stops_at_max_tokens(max_tokens, tmp_path, monkeypatch):
 
     def run() -> None:
         with ThreadPoolExecutor(1) as threads:  # one thread: tasks finish in order, so their number is known
-            parts.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens))
+            parts.extend(stages.tokenize(source, work, Pool(threads.submit, 2), max_tokens)[0])
 
     thread = threading.Thread(target=run, daemon=True)  # pytest can exit even if a daemon thread hangs
     thread.start()
