@@ -237,23 +237,15 @@ def losses(
     return loss_sums.view(len(examples), 4)
 
 
-def check_length(examples: list[Example], block_size: int) -> None:
-    """Raise a ConfigError if an ending is longer than the block size and cannot be scored."""
-    longest = max((len(ending) for example in examples for ending in example.endings), default=0)
-    if longest > block_size:
-        raise ConfigError(
-            f"A HellaSwag ending has {longest} tokens, more than the block size {block_size}. With train.py, increase "
-            "--model.block-size or remove eval from --general.mode; with hellaswag.py, use a model with a longer "
-            "context."
-        )
-
-
-def predictions(loss_sums: torch.Tensor, examples: list[Example]) -> tuple[list[int], list[int]]:
+def predictions(
+    loss_sums: torch.Tensor, examples: list[Example], max_length: int | None = None
+) -> tuple[list[int], list[int]]:
     """Return the index of the ending with the least loss, and with the least loss per unit of length, of each example.
 
-    `loss_sums`, (examples, 4), are the losses; the lengths are those in `Example.lengths`.
+    `loss_sums`, (examples, 4), are the losses; the lengths are those in `Example.lengths`, or `max_length` if less.
     """
-    lengths = torch.tensor([example.lengths for example in examples]).clamp(min=1).view(-1, 4)  # also without examples
+    lengths = torch.tensor([example.lengths for example in examples]).view(-1, 4)  # also without examples
+    lengths = lengths.clamp(1, max_length)
     return loss_sums.argmin(dim=1).tolist(), (loss_sums / lengths).argmin(dim=1).tolist()
 
 
@@ -264,6 +256,7 @@ class Score:
     name: str
     correct: int
     total: int
+    truncated: int = 0  # endings longer than the block size
 
     @property
     def value(self) -> float:
@@ -271,7 +264,9 @@ class Score:
 
     def __str__(self) -> str:
         standard_error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))
-        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{standard_error:.4f}"
+        endings = "1 ending" if self.truncated == 1 else f"{self.truncated:,} endings"
+        note = f" ({endings} truncated to the block size)" if self.truncated else ""
+        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{standard_error:.4f}{note}"
 
 
 def evaluate(
@@ -284,7 +279,8 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    check_length(examples, model.config.block_size)
+    block_size = model.config.block_size
+    truncated = sum(len(ending) > block_size for example in examples for ending in example.endings)
     was_training = model.training
     model.eval()
     local_examples = examples[ranks.rank :: ranks.world_size]
@@ -293,14 +289,17 @@ def evaluate(
     model.train(was_training)
     correct = [
         sum(ending == example.label for ending, example in zip(predicted, local_examples, strict=True))
-        for predicted in predictions(loss_sums, local_examples)
+        for predicted in predictions(loss_sums, local_examples, block_size if style == "karpathy" else None)
     ]
     acc, acc_norm, total, stops = map(int, ranks.sum([*correct, len(local_examples), stop()]))
     if stops:
         raise StopRequested
     if total != len(examples):
         raise AssertionError(f"{total} examples were scored instead of {len(examples)}")
-    return {"acc": Score(f"{style} acc", acc, total), "acc_norm": Score(f"{style} acc_norm", acc_norm, total)}
+    return {
+        "acc": Score(f"{style} acc", acc, total, truncated),
+        "acc_norm": Score(f"{style} acc_norm", acc_norm, total, truncated),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ from babygpt.training.schedule import Due, LRSchedule, Schedule
 from babygpt.training.seeds import derive_seed
 from babygpt.training.signals import StopRequested, StopSignals
 from dataloader import Batch, DataLoader, Order, Position, inputs_and_targets, validation_batches
-from hellaswag import check_length, evaluate, fetch_examples
+from hellaswag import evaluate, fetch_examples
 from model import GPT, build_model
 from sample import sample
 from train_config import (
@@ -187,7 +187,6 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     settings, examples = config.evaluation, list[Example]()
     if "eval" in config.general.mode and settings.every_n_steps > 0:
         examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
-        check_length(examples, model_config.block_size)
 
     identity = identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, ranks)
@@ -247,7 +246,7 @@ def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, 
         path = run_dir.latest_checkpoint(out, ranks)
         # without a checkpoint, start again from the run's initial weights
         init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
-    elif (out / "config.json").exists() or checkpoint.list_checkpoints(out):
+    elif (out / run_dir.FINISHED).exists() or checkpoint.list_checkpoints(out):
         raise ConfigError(
             f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "
             "--general.out-dir out/NAME."

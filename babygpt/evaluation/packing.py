@@ -41,15 +41,16 @@ class Segment:
 def make_segments(examples: list[Example], block_size: int) -> Iterator[Segment]:
     """Yield one segment per example, or one per ending if an ending does not fit into the block size with the context.
 
-    In that case the context is truncated on the left, for each ending only as far as needed.
+    In that case the text is truncated on the left, for each ending only as far as needed, as in lm-evaluation-harness.
+    An ending that is longer than the block size loses its first tokens, which are then not scored.
     """
     for i, example in enumerate(examples):
-        max_context = [block_size + 1 - len(ending) for ending in example.endings]
-        if len(example.context) <= min(max_context):
+        if len(example.context) + max(map(len, example.endings)) <= block_size + 1:
             yield Segment(i, example.context, dict(enumerate(example.endings)))
         else:
             for k, ending in enumerate(example.endings):
-                yield Segment(i, example.context[-max_context[k] :], {k: ending})
+                text, scored = (example.context + ending)[-(block_size + 1) :], min(len(ending), block_size)
+                yield Segment(i, text[:-scored], {k: text[-scored:]})
 
 
 def pack(segments: Iterable[Segment], row_tokens: int) -> list[list[Segment]]:

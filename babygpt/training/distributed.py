@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from babygpt.console import console
-from babygpt.errors import ConfigError, UserError
+from babygpt.errors import ConfigError, OtherRankError, UserError
 from babygpt.training.device import (
     choose_device,
     device_memory,
@@ -120,7 +120,7 @@ class Ranks:
             if error:
                 raise error
             if failed:
-                raise ConfigError(f"Rank {failed[0]} failed; see its error message.")
+                raise OtherRankError(f"Rank {failed[0]} failed; see its error message.")
         return results[0]
 
 
@@ -135,8 +135,8 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
     """Initialize the process group of the processes that torchrun started (NCCL on CUDA, gloo on CPUs).
 
     Without torchrun, there is a single rank and no process group. If a rank exits or does not respond for
-    `timeout_minutes`, the other ranks raise a UserError. Only the main rank prints information to the console; the
-    first rank of each node also prints warnings.
+    `timeout_minutes`, the other ranks raise an OtherRankError. Only the main rank prints information to the console;
+    the first rank of each node also prints warnings.
     """
     if deterministic:
         make_deterministic()
@@ -168,7 +168,7 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
             str(error)
         ):
             raise
-        raise UserError(
+        raise OtherRankError(
             f"Another rank exited, or did not respond for {timeout_minutes:g} minutes, during {ranks.phase} "
             f"({str(error).splitlines()[0]}). See the error message of that rank. Resume from the last "
             "checkpoint with --general.init-from resume."

@@ -4,10 +4,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
 from babygpt.errors import ConfigError
+from babygpt.training.checkpoint import list_checkpoints
 
 
 @dataclass
@@ -103,10 +105,11 @@ def _list_ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def check_status(step: int, status: StepStatus, compare_every: int) -> None:
+def check_status(step: int, status: StepStatus, compare_every: int, out: Path) -> None:
     """Raise ConfigError if the loss or gradient norm is non-finite, the norm is 0, or the weights of ranks differ.
 
-    `status` is on the host, and equal on all ranks. `compare_every` is the interval in steps of comparing weights.
+    `status` is on the host, and equal on all ranks. `compare_every` is the interval in steps of comparing weights, and
+    `out` the run directory.
     """
     loss, norm = status.loss.item(), status.grad_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -114,8 +117,12 @@ def check_status(step: int, status: StepStatus, compare_every: int) -> None:
         raise ConfigError(
             f"Step {step}: the loss is {loss} and the gradient norm is {norm}"
             + (f" (non-finite on {_list_ranks(ranks)}). " if ranks else ". ")
-            + "The update was skipped, so the checkpoints are unaffected. Resume from the last checkpoint with a lower "
-            "learning rate: --general.init-from resume --optimizer.max-lr ..."
+            + (
+                "The update was skipped, so the checkpoints are unaffected. Resume from the last checkpoint with a "
+                "lower learning rate: --general.init-from resume --optimizer.max-lr ..."
+                if list_checkpoints(out)
+                else "There is no checkpoint yet. Start again with a lower learning rate: --optimizer.max-lr ..."
+            )
         )
     if norm == 0:
         raise ConfigError(

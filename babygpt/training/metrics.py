@@ -40,7 +40,7 @@ class Metrics:
 
         Returns whether it drew a plot, which takes a second. Raises the ConfigError of `check_status`.
         """
-        check_status(row["step"], status, self.compare_every)
+        check_status(row["step"], status, self.compare_every, self.out)
         row |= {"loss": status.loss.item(), "grad_norm": status.grad_norm.item()}
         row |= throughput(ms, self.batch_tokens, self.flops_per_token, self.ranks)
         step, z_score, skipped = row["step"], status.z_score.item(), status.skip_update.item() > 0

@@ -173,7 +173,7 @@ def test_decision_is_stored_and_does_not_change_the_run(dataset, tmp_path):
 def test_existing_run_is_reported_before_a_model_is_compiled(dataset, tmp_path, monkeypatch):
     """The trial takes a minute, so the error comes before it."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "finished").touch()
     monkeypatch.setattr(compilation, "resolve", lambda *_: pytest.fail("compiled first"))
     with pytest.raises(ConfigError, match="already contains a run"):
         call(train.main, *flags(dataset, tmp_path / "run"))

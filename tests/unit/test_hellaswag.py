@@ -101,16 +101,30 @@ def test_packed_rows_are_full_and_have_one_shape(dataset, questions, monkeypatch
 
 
 def test_long_context_is_truncated_on_the_left(dataset):
-    """An ending is never truncated; one that is longer than the block size is an error."""
-    tokenizer, model = load_tokenizer(dataset), make_model(16)
+    model = make_model(16)
     long = hellaswag.Example(list(range(200)), [[1] * 16, [2] * 10, [3], [4] * 5], 0, [16, 10, 1, 5])
     torch.testing.assert_close(
         losses(model, [long], CPU, "float32")[0], torch.tensor(plain_losses(model, long)).double(), atol=1e-4, rtol=0
     )
-    too_long = hellaswag.Example([1], [[1] * 17] * 4, 0, [17] * 4)
-    with pytest.raises(UserError, match=r"17 tokens, more than the block size 16"):
-        evaluate(model, [too_long], "karpathy", ALONE)
-    assert tokenizer.eot_id == 299
+
+
+def test_long_endings_are_truncated_on_the_left_and_counted():
+    """As in lm-evaluation-harness, the last block_size + 1 tokens of the text remain, and all but the first count."""
+    model, ending = make_model(16), list(range(5, 25))
+    example = hellaswag.Example([1, 2], [ending, ending[:16], [3], [4] * 5], 0, [20, 16, 1, 5])
+    cut = hellaswag.Example(ending[3:4], [ending[4:]] * 4, 0, [16] * 4)
+    shifted = hellaswag.Example([2], [ending[:16]] * 4, 0, [16] * 4)
+    loss_sums = losses(model, [example], CPU, "float32")[0]
+    assert loss_sums[0] == pytest.approx(plain_losses(model, cut)[0], abs=1e-4)
+    assert loss_sums[1] == pytest.approx(plain_losses(model, shifted)[0], abs=1e-4)
+    scores = evaluate(model, [example], "karpathy", ALONE, "float32")
+    assert str(scores["acc"]).endswith(" (1 ending truncated to the block size)")
+
+
+def test_mean_loss_of_a_truncated_ending_is_over_its_scored_tokens(monkeypatch):
+    example = hellaswag.Example([1], [[1] * 32, [1] * 8, [1], [1]], 1, [32, 8, 1, 1])
+    monkeypatch.setattr(hellaswag, "losses", lambda *_: torch.tensor([[32.0, 12.0, 9.0, 9.0]]))  # means 2, 1.5, 9, 9
+    assert evaluate(make_model(16), [example], "karpathy", ALONE)["acc_norm"].correct == 1
 
 
 def test_ranks_together_score_every_example_once(dataset, questions, monkeypatch):

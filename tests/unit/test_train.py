@@ -24,7 +24,7 @@ from support.runs import (
 
 import train
 from babygpt.errors import ConfigError, UserError, run
-from babygpt.training import checkpoint
+from babygpt.training import checkpoint, run_dir
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import COLUMNS, read_log
 
@@ -230,7 +230,8 @@ def test_nonfinite_step_is_not_applied_logged_or_saved(dataset, tmp_path, monkey
     arguments = flags(
         dataset, tmp_path / "run", validation__every_n_steps=0, saving__every_n_steps=7, sampling__every_n_steps=0
     )
-    with pytest.raises(UserError, match=r"Step 5: the loss is .* and the gradient norm is nan"):
+    message = r"Step 5: the loss is .* and the gradient norm is nan.*There is no checkpoint yet\. Start again"
+    with pytest.raises(UserError, match=message):
         call(train.main, *arguments)
     assert not any(unchanged[4]), "a finite step changes all weights"
     assert all(unchanged[5]), "the non-finite step changes none"
@@ -273,6 +274,15 @@ def test_existing_run_is_not_overwritten(uninterrupted_run, dataset):
     with pytest.raises(ConfigError, match=r"already contains a run.*--general.init-from resume.*--general.out-dir"):
         call(train.main, *flags(dataset, uninterrupted_run))
     assert (uninterrupted_run / "log.csv").read_bytes() == before
+
+
+def test_run_without_a_checkpoint_may_start_again(uninterrupted_run, dataset, tmp_path):
+    out = copy_killed_run(uninterrupted_run, 0, tmp_path / "run")
+    (out / run_dir.FINISHED).unlink()
+    assert checkpoint.list_checkpoints(out) == []
+    assert len(read_log(out / "log.csv")) > 1
+    call(train.main, *flags(dataset, out))
+    assert read_log_without_timing(out) == read_log_without_timing(uninterrupted_run)
 
 
 @pytest.mark.parametrize(
