@@ -35,6 +35,7 @@ from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORE_INDEX
 
 WINDOW = 20_000  # tokens on both sides of a cursor that are searched for an EOT, even if chunks are shorter
+MAX_EPOCHS = 10  # above which a run prints a warning
 VAL_TOKENS = 20 * 524_288  # read by each validation, as in build-nanogpt: 20 steps of 524,288
 
 
@@ -55,6 +56,11 @@ def default_num_streams(num_tokens: int, block_size: int) -> int:
 def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> int:
     """Return a chunk length that gives about 16 chunks per stream, at most 1 M tokens."""
     return min(1_000_000, max(block_size, num_tokens // (16 * num_streams)))
+
+
+def rows_per_epoch(num_tokens: int, num_streams: int, block_size: int) -> int:
+    """Return the number of rows of an epoch, K S in the description above."""
+    return max(0, num_tokens - 1) // (num_streams * block_size) * num_streams
 
 
 def find_chunk_starts(tokens: Tokens, eot_id: int, chunk_tokens: int) -> tuple[np.ndarray, int]:
@@ -116,11 +122,11 @@ class Epoch:
     @property
     def rows_per_stream(self) -> int:
         """K in the description above."""
-        return max(0, int(self.offsets[-1]) - 1) // (self.num_streams * self.block_size)
+        return self.num_rows // self.num_streams
 
     @property
     def num_rows(self) -> int:
-        return self.rows_per_stream * self.num_streams
+        return rows_per_epoch(int(self.offsets[-1]), self.num_streams, self.block_size)
 
     def row_start(self, n: int | np.ndarray) -> int | np.ndarray:
         """Return the start of row n in the shuffled data; for an array of rows, (rows,) int64."""
@@ -208,6 +214,17 @@ class Order:
                 f"{self.chunks_without_eot:,} chunks start inside a document, because no end-of-text token is nearby"
             )
         return "\n".join(lines)
+
+    def repetition_warning(self, batch_tokens: int, max_steps: int) -> str | None:
+        """Return a warning if a run has more than 10 epochs, otherwise None."""
+        epochs = max_steps / (self.rows_per_epoch // (batch_tokens // self.block_size))
+        if epochs <= MAX_EPOCHS:
+            return None
+        return (
+            f"{max_steps:,} steps x {batch_tokens:,} tokens = {max_steps * batch_tokens:,} tokens are {epochs:.1f} "
+            f"epochs of the {len(self.tokens):,} training tokens. A model that reads a text so often memorizes it. Use "
+            "fewer steps, such as --training.epochs 4, or more data."
+        )
 
     def step_start(self, position: Position, rows_per_step: int) -> Position:
         """Return `position`, or the start of the next epoch if this one has too few rows left for a step."""

@@ -18,6 +18,7 @@ determine the dataset, byte for byte; the number of workers does not affect it.
 
 import os
 import re
+import shlex
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -65,7 +66,7 @@ class PrepareArgs:
     encoding: Annotated[str | None, metavar("NAME", "utf-8")] = None
     skip_bad: bool = False  # skip and count text files that cannot be decoded
     # directory of the dataset, or a URL such as s3://bucket/name
-    out_dir: Annotated[str | None, metavar("PATH|URL", "data/SOURCE")] = None
+    out_dir: Annotated[str | None, metavar("PATH|URL", "data/SOURCE, or data/SOURCE-char")] = None
     # gpt2, the path to a tokenizer.json, or char: one token per character of the source
     tokenizer: Annotated[str, metavar("gpt2|char|PATH")] = "gpt2"
     # number of validation tokens, rounded up to whole documents, unless that would double it
@@ -111,7 +112,8 @@ class PrepareArgs:
     @property
     def directory(self) -> str:
         """Directory or URL of the dataset."""
-        directory = self.out_dir or f"data/{self.source.split('/')[-1]}"
+        suffix = "-char" if self.tokenizer == "char" else ""
+        directory = self.out_dir or f"data/{self.source.split('/')[-1]}{suffix}"
         directory = directory.removeprefix("file://").rstrip("/") or "/"
         return os.path.abspath(directory) if self.engine == "ray" and not files.is_remote(directory) else directory
 
@@ -155,7 +157,7 @@ def prepare(args: PrepareArgs) -> None:
                 plan.report()
                 shards = write_shards(plan, work, pool, args.shard_tokens, tokenizer.vocab_size)
             work.commit(plan, shards, tokenizer)
-    report(work)
+    report(work, tokenizer.is_character_level)
 
 
 def create_worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> AbstractContextManager[Pool]:
@@ -165,16 +167,34 @@ def create_worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> Abst
     return local_workers(check_resources(work, setup.tokenizer.vocab_size, args.workers), setup)
 
 
-def report(work: Workspace) -> None:
-    """Print the size of a complete dataset and the command that trains on it."""
+def report(work: Workspace, is_character_level: bool) -> None:
+    """Print the size of a complete dataset and a command that trains on it."""
     counts, shards = work.manifest["counts"], work.manifest["shards"]
+    tokens = counts["tokens"]
     print(
-        f"{work.directory}: {counts['documents']['kept']:,} documents, {counts['tokens']['train']:,} training tokens "
-        f"and {counts['tokens']['val']:,} validation tokens in {len(shards)} shards.\n"
-        f"next: python train.py --data.dataset {work.directory}"
+        f"{work.directory}: {counts['documents']['kept']:,} documents, {tokens['train']:,} training tokens and "
+        f"{tokens['val']:,} validation tokens in {len(shards)} shards.\n"
+        f"next: {training_command(work.directory, tokens['train'], tokens['val'], is_character_level)}"
     )
-    if counts["tokens"]["val"] == 0:
-        print("note: there are no validation tokens. Use more text, or train with --general.mode train sample.")
+    if tokens["val"] == 0:
+        print("note: there are no validation tokens, because the text is too short.")
+
+
+def training_command(directory: str, train_tokens: int, val_tokens: int, is_character_level: bool) -> str:
+    """Return a command with a preset that fits the size of the dataset and this machine."""
+    import torch
+
+    from train_config import fitting_preset, preset, tokens_of
+
+    name = fitting_preset(train_tokens, is_character_level, torch.cuda.is_available())
+    config, command = preset(name), ["python", "train.py", name]
+    if config.data.dataset != directory:
+        command += ["--dataset", directory, "--out-dir", f"out/{os.path.basename(os.path.abspath(directory))}"]
+    if not is_character_level and tokens_of(config) > 10 * train_tokens:
+        command += ["--epochs", "4"]
+    if val_tokens <= config.model.block_size:
+        command += ["--mode", "train", "sample"]
+    return shlex.join(command)
 
 
 def verify_dataset(

@@ -164,7 +164,13 @@ def load_examples(path: Path, tokenizer: Tokenizer, style: Style, limit: int | N
 def fetch_examples(
     file: str | None, language: str, tokenizer: Tokenizer, style: Style, limit: int | None, ranks: Ranks
 ) -> list[Example]:
-    """Load the examples on all ranks, after the main process has downloaded them if needed."""
+    """Load the examples on all ranks, after the main process has downloaded them if needed.
+
+    Without examples if each token is a character of the dataset, because HellaSwag has other characters.
+    """
+    if tokenizer.is_character_level:
+        console.warning("HellaSwag is skipped, because the tokenizer has only the characters of its dataset.")
+        return []
     return load_examples(ranks.main_process_first(lambda: fetch(file, language)), tokenizer, style, limit)
 
 
@@ -260,7 +266,7 @@ class Score:
 
     @property
     def value(self) -> float:
-        return self.correct / self.total
+        return self.correct / self.total if self.total else math.nan
 
     def __str__(self) -> str:
         standard_error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from arguments import bind, parse, resolve, to_json, with_micro_batch_size
 from babygpt import files
 from babygpt.console import console
 from babygpt.data.shards import Dataset, open_dataset
@@ -31,12 +32,14 @@ from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.attention import training_backend
 from babygpt.nn.generation import SamplingParams
 from babygpt.pretrained import read_pretrained
+from babygpt.settings import variant
 from babygpt.training import checkpoint, compilation, optim, run_dir
 from babygpt.training.checkpoint import Saver
 from babygpt.training.device import autocast, untested_torch_warning, uses_bfloat16
 from babygpt.training.distributed import Ranks, explain_failures, process_group
 from babygpt.training.guard import StepStatus, UpdateGuard, checksum
 from babygpt.training.log import Row
+from babygpt.training.memory import memory_advice, micro_batch_warning
 from babygpt.training.metrics import Metrics
 from babygpt.training.monitor import StepMonitor
 from babygpt.training.optim import Optimizers
@@ -47,17 +50,7 @@ from dataloader import Batch, DataLoader, Order, Position, inputs_and_targets, v
 from hellaswag import evaluate, fetch_examples
 from model import GPT, build_model
 from sample import sample
-from train_config import (
-    Config,
-    bind,
-    memory_advice,
-    micro_batch_warning,
-    parse,
-    resolve,
-    to_json,
-    variant,
-    with_micro_batch_size,
-)
+from train_config import Config
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -187,6 +180,8 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     settings, examples = config.evaluation, list[Example]()
     if "eval" in config.general.mode and settings.every_n_steps > 0:
         examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
+    if "sample" in config.general.mode:
+        tokenizer.encode(config.sampling.prompt)  # an error now rather than at the first samples
 
     identity = identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, ranks)
@@ -234,9 +229,10 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
         f"per rank and step, {kernel} attention"
     )
     console.info(order.summary(training.batch_tokens, training.max_steps))
-    for warning in (untested_torch_warning(), micro_batch_warning(config, ranks.world_size)):
-        if warning:
-            console.warning(warning)
+    batch = (training.batch_tokens, order.block_size, training.micro_batch_size, ranks.world_size)
+    repetition = order.repetition_warning(training.batch_tokens, training.max_steps)
+    for warning in filter(None, (untested_torch_warning(), micro_batch_warning(*batch), repetition)):
+        console.warning(warning)
 
 
 def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, dict], ranks: Ranks) -> InitialState:
@@ -340,7 +336,7 @@ def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
         loss, bits_per_byte = validate(run.fast_model, run.dataset, run.tokenizer, config, ranks, stop)
         row |= {"val_loss": loss, "val_bpb": bits_per_byte}
         console.info(f"step {step:>6} | validation loss {loss:.4f} | {bits_per_byte:.4f} bits per byte")
-    if due.evaluation:
+    if due.evaluation and run.examples:
         style = config.evaluation.style
         scores = evaluate(run.raw_model, run.examples, style, ranks, config.training.dtype, stop=stop)
         console.info(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
@@ -425,7 +421,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
         (config.general.out_dir / (run_dir.STOPPED if stopping else run_dir.FINISHED)).touch()
     metrics.plot()
     if stopping:
-        console.info(f"Stopped and saved at step {step}. Resume with the same command and --general.init-from resume.")
+        console.info(f"Stopped and saved at step {step}. To resume: {run_dir.resume_command(config.general.out_dir)}")
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:
@@ -481,13 +477,15 @@ def main() -> None:
         config = bind(config, dataset)
     group = process_group(general.device, general.timeout_minutes, general.deterministic)
     if "train" not in general.mode:
-        with group as ranks, explain_failures(ranks, memory_advice(config, ranks.world_size)):
+        with group as ranks, explain_failures(ranks, memory_advice(0, 0, activation_checkpointing=True)):
             return evaluate_checkpoint(config, dataset, ranks)
     assert dataset is not None, "opened above, since the mode includes train"
     with StopSignals() as signals, group as ranks:
         config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), ranks.world_size)
+        training, rows = config.training, config.training.batch_tokens // config.model.block_size // ranks.world_size
+        advice = memory_advice(rows, training.micro_batch_size, training.activation_checkpointing)
         with (
-            explain_failures(ranks, memory_advice(config, ranks.world_size)),
+            explain_failures(ranks, advice),
             run_dir.lock_run_dir(general.out_dir, ranks),
             Saver(general.out_dir, saving.keep, saving.keep_every) as saver,
         ):

@@ -1,15 +1,13 @@
 """All settings of a run: the one file to edit. Each field is also a flag; `python train.py --help` lists them.
 
     python train.py                                    # the preset gpt2
-    python train.py demo --training.max-steps 100      # another preset, with one field changed
+    python train.py demo --max-steps 100               # another preset, with one field changed
+    python train.py out/demo/config.json --seed 2      # the settings of a run, with one field changed
 
 Each section is a dataclass. PRESETS lists the fields in which a preset differs from the defaults. An `every_n_steps` of
-0 means never.
+0 means never. A field can be a flag without its section, if no other section has a field of this name.
 """
 
-import json
-import math
-import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,22 +15,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from babygpt.constraints import (
-    Fraction,
-    NonNegative,
-    Positive,
-    Probability,
-    Seed,
-    flag,
-    metavar,
-    parse_command_line,
-    summary,
-    violations,
-)
-from babygpt.data.shards import Dataset
-from babygpt.errors import ConfigError, UserError, suggest
-from dataloader import default_chunk_tokens, default_num_streams
-from model import GPTConfig, ModernConfig, config_from_dict
+from babygpt.constraints import Fraction, NonNegative, Positive, Probability, Seed, metavar, violations
+from babygpt.errors import ConfigError
+from babygpt.settings import unknown_names, variant
+from model import GPTConfig, ModernConfig
 
 OUT_PRESET = Path("out/PRESET")  # PRESET stands for the name of the preset
 
@@ -58,6 +44,7 @@ class General:
     deterministic: bool = False  # use only deterministic CUDA kernels, which are slower
     # minutes that a rank waits for the other ranks before it aborts
     timeout_minutes: Annotated[float, Gt(0), Le(100_000), metavar("MINUTES")] = 30.0
+    preset: Annotated[str, tyro.conf.Suppress] = ""  # name of the preset that the run started from; not a flag
 
 
 @dataclass(frozen=True)
@@ -77,6 +64,8 @@ class Training:
 
     # number of optimizer steps; 19,073 steps of 524,288 tokens are 10B tokens
     max_steps: Annotated[Positive, metavar("N")] = 19_073
+    # number of epochs, in place of max_steps
+    epochs: Annotated[float | None, Gt(0), Le(1_000_000), metavar("EPOCHS", "off")] = None
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
     # rows per forward pass on each rank; 0: automatic, up to 64 on a GPU with enough memory, up to 16 on a CPU
     micro_batch_size: Annotated[NonNegative, metavar("ROWS")] = 0
@@ -201,13 +190,37 @@ MODERN_OPTIMIZER: dict[str, Any] = {
 DEMO_MODEL: dict[str, Any] = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 192}
 DEMO: dict[str, dict[str, Any]] = {
     "data": {"dataset": "data/demo"},
-    "training": {"max_steps": 400, "batch_tokens": 4096, "micro_batch_size": 16, "compile": "off"},
+    "training": {"max_steps": 400, "batch_tokens": 4096, "compile": "off"},
     "validation": {"every_n_steps": 40},
     "evaluation": {"every_n_steps": 400, "limit": 200},
     "sampling": {"every_n_steps": 200, "prompt": "def ", "num_samples": 2, "temperature": 0.8},
     "saving": {"every_n_steps": 200},
     "logging": {"every_n_steps": 10},
 }
+
+SHAKESPEARE: dict[str, dict[str, Any]] = {
+    "general": {"mode": ("train", "val", "sample")},
+    "data": {"dataset": "data/shakespeare-char"},
+    "validation": {"every_n_steps": 250},
+    "sampling": {"every_n_steps": 500, "prompt": "\n", "num_samples": 2, "max_new_tokens": 300, "temperature": 0.8},
+    "saving": {"every_n_steps": 500},
+    "logging": {"every_n_steps": 10},
+}
+
+
+def small_modern(
+    block_size: int, n_layer: int, n_head: int, n_embd: int, batch_tokens: int, max_steps: int
+) -> dict[str, dict[str, Any]]:
+    """Return a preset with the recipe of modern in this size, without HellaSwag, which such models only guess."""
+    shape = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    return {
+        "general": {"mode": ("train", "val", "sample")},
+        "model": MODERN_MODEL | shape,
+        "training": {"max_steps": max_steps, "batch_tokens": batch_tokens},
+        "optimizer": MODERN_OPTIMIZER,
+        "logging": {"every_n_steps": 10},
+    }
+
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # the four sizes of GPT-2, with the GPT-3 paper's learning rates for these sizes (table 2.1)
@@ -220,6 +233,39 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # three minutes on two CPU cores, on the source code of Python's standard library: the recipe of modern, or of gpt2
     "demo": DEMO | {"model": MODERN_MODEL | DEMO_MODEL, "optimizer": MODERN_OPTIMIZER},
     "demo-classic": DEMO | {"model": DEMO_MODEL, "optimizer": {"max_lr": 3e-3, "warmup_steps": 40}},
+    # the recipe of modern in smaller sizes: about 3M, 10M and 30M parameters without embeddings
+    "tiny": small_modern(256, 4, 4, 256, batch_tokens=8_192, max_steps=2_000),
+    "mini": small_modern(512, 6, 6, 384, batch_tokens=16_384, max_steps=3_000),
+    "small": small_modern(512, 8, 9, 576, batch_tokens=65_536, max_steps=4_000),
+    # nanoGPT's settings for tiny Shakespeare: on a CPU, on a GPU, and from GPT-2's weights; and the recipe of modern
+    "shakespeare-char-cpu": SHAKESPEARE
+    | {
+        "model": {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False},
+        "training": {"max_steps": 2000, "batch_tokens": 768},
+        "optimizer": {"max_lr": 1e-3, "beta2": 0.99, "warmup_steps": 100},
+    },
+    "shakespeare-char": SHAKESPEARE
+    | {
+        "model": {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2, "bias": False},
+        "training": {"max_steps": 5000, "batch_tokens": 16_384},
+        "optimizer": {"max_lr": 1e-3, "beta2": 0.99, "warmup_steps": 100},
+    },
+    "shakespeare-modern": SHAKESPEARE
+    | {
+        "model": MODERN_MODEL | {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
+        "training": {"max_steps": 2000, "batch_tokens": 768},
+        "optimizer": MODERN_OPTIMIZER | {"max_lr": 0.02, "embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.02},
+    },
+    "finetune-shakespeare": SHAKESPEARE
+    | {
+        "general": {"mode": ("train", "val", "sample"), "init_from": "gpt2"},
+        "data": {"dataset": "data/shakespeare"},
+        "training": {"max_steps": 20, "batch_tokens": 32_768},
+        "optimizer": {"max_lr": 3e-5, "min_lr_ratio": 1.0, "warmup_steps": 0},
+        "validation": {"every_n_steps": 5},
+        "sampling": {"every_n_steps": 20, "prompt": "\n", "max_new_tokens": 200, "temperature": 0.8},
+        "saving": {"every_n_steps": 0},
+    },
     # recipes of other projects; docs/recipes.md has the results that their authors report
     "babygpt-en": {"data": {"dataset": "data/fineweb-10BT", "chunk_tokens": 30_000_000, "num_streams": 64}},
     "babygpt-pl": {
@@ -254,16 +300,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# from a preset and flags to a checked configuration
-
-
 MODERN_FIELDS = {f.name for f in fields(ModernConfig)} - {f.name for f in fields(GPTConfig)}
-
-
-def variant(config: Config, **sections: dict[str, Any]) -> Config:
-    """Return the config with some fields changed: variant(config, training={"max_steps": 10})."""
-    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+FIELDS = {  # by section
+    section.name: [f.name for f in fields(ModernConfig if section.name == "model" else getattr(Config(), section.name))]
+    for section in fields(Config)
+}
 
 
 def preset(name: str) -> Config:
@@ -273,227 +314,27 @@ def preset(name: str) -> Config:
     model = sections.get("model")
     if isinstance(model, dict) and MODERN_FIELDS & model.keys():
         config = replace(config, model=ModernConfig(**asdict(config.model)))
-    problems = []
-    for section, values in sections.items():
-        if not hasattr(config, section):
-            problems.append(f"There is no section {section!r}. {suggest(section, [f.name for f in fields(Config)])}")
-        elif not isinstance(values, dict):
-            problems.append(f"{section} is {values!r:.50}, not a dictionary. Remove any comma after its closing brace.")
-        else:
-            known = [f.name for f in fields(ModernConfig if section == "model" else getattr(config, section))]
-            unknown = [name for name in values if name not in known]
-            problems += [f"{section} has no field {name!r}. {suggest(name, known)}" for name in unknown]
+    problems = unknown_names(sections, FIELDS)
     if not problems:
         config = variant(config, **sections)
         problems = violations(config)
     if problems:
         raise ConfigError("\n  ".join([f"The preset {name!r} in train_config.py is invalid:", *problems]))
-    return variant(config, general={"out_dir": Path(str(config.general.out_dir).replace("PRESET", name))})
+    out_dir = Path(str(config.general.out_dir).replace("PRESET", name))
+    return variant(config, general={"out_dir": out_dir, "preset": name})
 
 
-def parse(arguments: list[str]) -> tuple[str, Config]:
-    """Return the name of the preset and the config of `[PRESET] [--SECTION.FIELD VALUE ...]`."""
-    name, rest = "gpt2", arguments
-    if arguments and not arguments[0].startswith("-"):
-        name, rest = arguments[0], arguments[1:]
-    if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}. {suggest(name, PRESETS)}")
-    defaults = preset(name)
-    modern_flags = {flag(f"model.{prefix}{field}") for field in MODERN_FIELDS for prefix in ("", "no-")}
-    if not isinstance(defaults.model, ModernConfig) and (
-        used := modern_flags & {word.split("=")[0].replace("_", "-") for word in rest}
-    ):
-        raise ConfigError(
-            f"{', '.join(sorted(used))}: the preset {name} is a classic GPT-2 and does not have these settings. Use "
-            "the preset modern: python train.py modern ..."
-        )
-    preset_argument = tyro.conf.arg(metavar="[PRESET]", help=", ".join(PRESETS), help_behavior_hint="(default: gpt2)")
+def fitting_preset(num_tokens: int, is_character_level: bool, has_gpu: bool) -> str:
+    """Return the preset for a dataset of `num_tokens` training tokens.
 
-    def command(
-        preset: Annotated[tyro.conf.Positional[str | None], preset_argument] = None,
-        config: Annotated[Config, tyro.conf.arg(name="")] = defaults,
-    ) -> tuple[str | None, Config]:
-        return preset, config
-
-    misplaced, config = parse_command_line(
-        command,
-        "train.py",
-        f"Train, validate and evaluate a GPT, and sample from it. The defaults are those of the preset {name}.",
-        args=rest,
-        console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",  # one rank per node prints errors
-    )
-    if misplaced is not None:
-        raise ConfigError(f"Unrecognized argument {misplaced!r}. A preset comes first: train.py PRESET [OPTIONS].")
-    return name, config
-
-
-def resolve(config: Config, world_size: int) -> Config:
-    """Check the config for this number of ranks, and resolve beta1 and momentum. Reads no files.
-
-    Raises a ConfigError with all problems.
+    With a GPU, it is the largest of tiny, mini, small and gpt2 that reads at most 4 epochs, or tiny.
     """
-    problems = violations(config)
-    if not any(problem.startswith(("--model.", "--training.")) for problem in problems):
-        problems += conflicts(config, world_size)
-    if problems:
-        raise ConfigError(summary(problems, "The settings are invalid:"))
-    return with_momentum_defaults(config)
+    if is_character_level:
+        return "shakespeare-char" if has_gpu else "shakespeare-char-cpu"
+    larger = [name for name in ("mini", "small", "gpt2") if tokens_of(preset(name)) <= 4 * num_tokens]
+    return ["tiny", *larger][-1] if has_gpu else "tiny"
 
 
-def with_momentum_defaults(config: Config) -> Config:
-    """Set beta1 and, with muon, momentum if they are None.
-
-    Between 32,768 and 524,288 tokens per step, they grow linearly with the logarithm of the batch size. The values for
-    large batches are modded-nanogpt's. Those for small ones were best in runs of 100 to 800 steps of a small model.
-    """
-    fraction = min(1.0, max(0.0, math.log2(config.training.batch_tokens / 32_768) / 4))
-    defaults = {"beta1": 0.9}
-    if config.optimizer.name == "muon":
-        defaults = {"beta1": 0.6 + 0.2 * fraction, "momentum": 0.8 + 0.15 * fraction}
-    return variant(config, optimizer={k: v for k, v in defaults.items() if getattr(config.optimizer, k) is None})
-
-
-def conflicts(config: Config, world_size: int) -> list[str]:
-    """Return one sentence for each combination of valid values that does not work."""
-    model, training, problems = config.model, config.training, []
-    if model.n_embd % model.n_head:
-        problems.append(
-            f"--model.n-embd {model.n_embd} is not divisible by --model.n-head {model.n_head}. Use a multiple of "
-            f"{model.n_head}."
-        )
-    if model.n_head % model.kv_heads:
-        divisors = ", ".join(str(n) for n in range(1, model.n_head + 1) if model.n_head % n == 0)
-        problems.append(
-            f"--model.n-kv-head {model.n_kv_head} does not divide --model.n-head {model.n_head}. Use one of {divisors}."
-        )
-    if isinstance(model, ModernConfig):
-        if (model.rope or model.partial_key_offset) and model.head_size % 4:
-            problems.append(
-                f"--model.n-embd {model.n_embd} / --model.n-head {model.n_head} is a head size of {model.head_size}. "
-                "--model.rope and --model.partial-key-offset require a multiple of 4. Use a --model.n-embd divisible "
-                f"by {4 * model.n_head}."
-            )
-        if 2 * model.value_embeddings > model.n_layer:
-            problems.append(
-                f"--model.value-embeddings {model.value_embeddings} is more than half of --model.n-layer "
-                f"{model.n_layer}. Use at most {model.n_layer // 2}."
-            )
-    micro = training.micro_batch_size
-    multiple = (micro or 1) * model.block_size * world_size
-    if "train" in config.general.mode and training.batch_tokens % multiple:
-        names, numbers, others = ["block_size", "ranks"], [f"{model.block_size:,}", f"{world_size}"], ""
-        if micro:
-            names, numbers = ["micro_batch_size", *names], [f"{micro}", *numbers]
-            others = ", or a different micro_batch_size"
-        problems.append(
-            f"--training.batch-tokens {training.batch_tokens:,} is not divisible by {' x '.join(names)} = "
-            f"{' x '.join(numbers)} = {multiple:,}. Use a multiple of {multiple:,}, such as "
-            f"{max(1, training.batch_tokens // multiple) * multiple:,}{others}."
-        )
-    return problems
-
-
-def bind(config: Config, dataset: Dataset) -> Config:
-    """Fill in vocab_size, eot_id and chunk_tokens from the dataset. ConfigError lists all conflicts with it."""
-    model, data, problems = config.model, config.data, []
-    if model.vocab_size not in (0, dataset.vocab_size):
-        problems.append(
-            f"--model.vocab-size {model.vocab_size:,} does not match {data.dataset}, whose vocabulary size is "
-            f"{dataset.vocab_size:,}. Omit it: the model takes it from the dataset."
-        )
-    config = variant(config, model={"vocab_size": dataset.vocab_size})
-    if isinstance(model, ModernConfig):
-        if model.eot_id not in (None, dataset.eot_id):
-            problems.append(f"--model.eot-id {model.eot_id} is not the dataset's EOT id, {dataset.eot_id}. Omit it.")
-        config = variant(config, model={"eot_id": dataset.eot_id if model.document_mask else None})
-    has_validation = {"train", "val"} <= {*config.general.mode} and config.validation.every_n_steps > 0
-    if has_validation and len(dataset.val) <= model.block_size:
-        problems.append(
-            f"{data.dataset} has {len(dataset.val):,} validation tokens, but one row takes --model.block-size + 1 = "
-            f"{model.block_size + 1:,} tokens. Prepare it with a larger --val-tokens and more than one document, or "
-            "remove val from --general.mode."
-        )
-    if problems:
-        raise ConfigError(summary(problems, f"The settings do not fit {data.dataset}:"))
-    num_streams = data.num_streams or default_num_streams(len(dataset.train), model.block_size)
-    chunk_tokens = data.chunk_tokens or default_chunk_tokens(len(dataset.train), num_streams, model.block_size)
-    return variant(config, data={"num_streams": num_streams, "chunk_tokens": chunk_tokens})
-
-
-# ---------------------------------------------------------------------------------------------------------
-# memory
-
-
-# conservative estimates of device memory in bfloat16; results/speed/fake-h200.md has 32 GB for 64 rows of GPT-2
-ACTIVATION_BYTES = 46  # per token, layer and channel; 60 for the modern GPT
-BYTES_PER_PARAMETER = 20  # weight 4, gradient 4, two moments of Adam 8, bfloat16 copy 2, rounded up
-LOGITS_BYTES = 2 << 30
-
-
-def with_micro_batch_size(config: Config, device_memory: int, world_size: int) -> Config:
-    """Resolve a micro_batch_size of 0.
-
-    It becomes the largest power of two, at most 64, whose estimated memory is under 0.8 of `device_memory` bytes, or 16
-    on a CPU, where `device_memory` is 0. For training, it is the largest divisor of the rows per rank up to this.
-    """
-    model, training = config.model, config.training
-    if training.micro_batch_size:
-        return config
-    max_rows = 16
-    if device_memory:
-        modern = isinstance(model, ModernConfig)
-        tables = (1.0 if model.tie_head else 2.0) + getattr(model, "bigram_tables", 0)
-        tables += getattr(model, "value_embeddings", 0) * model.kv_heads / model.n_head
-        parameters = 12 * model.n_layer * model.n_embd**2 + tables * model.padded_vocab_size * model.n_embd
-        row_bytes = ACTIVATION_BYTES * (1.3 if modern else 1.0) * model.n_layer * model.n_embd * model.block_size
-        available = 0.8 * device_memory - BYTES_PER_PARAMETER * parameters - LOGITS_BYTES
-        max_rows = next((n for n in (64, 32, 16, 8, 4, 2) if n * row_bytes < available), 1)
-    trains = "train" in config.general.mode
-    rows = max(1, training.batch_tokens // model.block_size // world_size) if trains else max_rows
-    return variant(config, training={"micro_batch_size": max(n for n in range(1, max_rows + 1) if rows % n == 0)})
-
-
-def micro_batch_warning(config: Config, world_size: int) -> str | None:
-    """Return a warning if micro_batch_size is small because the number of rows has few divisors, otherwise None."""
-    rows = config.training.batch_tokens // config.model.block_size // world_size
-    micro = config.training.micro_batch_size
-    if micro >= 8 or micro == rows or any(rows % n == 0 for n in range(micro + 1, 4 * micro + 1)):
-        return None
-    return (
-        f"Micro-batches of {micro} rows are slow. Each rank has {rows:,} rows per step, with no larger divisor up "
-        f"to {4 * micro}. Use a --training.batch-tokens with a multiple of 16 rows per rank, such as "
-        f"{math.ceil(rows / 16) * 16 * world_size * config.model.block_size:,}."
-    )
-
-
-def memory_advice(config: Config, world_size: int) -> str:
-    """Return what to change if memory runs out, the smallest change first."""
-    training, options = config.training, []
-    rows = training.batch_tokens // config.model.block_size // world_size
-    smaller = [m for m in range(1, training.micro_batch_size) if rows % m == 0]
-    if smaller:
-        options.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more forward passes")
-    if not training.activation_checkpointing:
-        options.append("--training.activation-checkpointing: slower by about a third")
-    options.append("a smaller --model.block-size, or a smaller model")
-    return "\n  - ".join(["Use one of these, the smallest change first:", *options])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# config.json
-
-
-def to_json(config: Config) -> dict[str, dict[str, Any]]:
-    return json.loads(json.dumps(asdict(config), default=str))  # str: for Path
-
-
-def from_json(values: dict[str, Any]) -> Config:
-    """Return the config from the output of `to_json`. UserError if its fields are not those of this version."""
-    try:
-        sections = {field.name: dict(values[field.name]) for field in fields(Config)}
-        general = sections["general"]
-        general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
-        model = config_from_dict(sections.pop("model"))
-        return variant(replace(Config(), model=model), **sections)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"A different version of BabyGPT wrote the settings ({error}). Use that version.") from None
+def tokens_of(config: Config) -> int:
+    """Return the number of tokens that a run reads."""
+    return config.training.max_steps * config.training.batch_tokens

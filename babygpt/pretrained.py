@@ -98,6 +98,16 @@ def read_pretrained(spec: str | Path) -> Pretrained:
     )
 
 
+def read_architecture(spec: str | Path) -> dict[str, Any] | None:
+    """Return the fields of the model's configuration in a run, checkpoint or Hugging Face directory, None elsewhere."""
+    path = Path(spec)
+    if not os.path.isdir(path):
+        return None
+    if (latest := checkpoint.resolve(path)) is not None:
+        return checkpoint.read_state(latest)["model"]
+    return huggingface.read_config(path / huggingface.CONFIG) if huggingface.is_model(path) else None
+
+
 def _from_checkpoint(path: Path) -> Pretrained:
     loaded = checkpoint.load(path, with_optimizer=False)
     state, name = loaded.state, loaded.state["tokenizer"]["name"]

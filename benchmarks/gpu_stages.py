@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from arguments import with_momentum_defaults
 from babygpt.errors import exit_now
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn import attention
@@ -44,7 +45,7 @@ from benchmarks.cases import Case
 from dataloader import Batch, Position
 from model import build_model
 from train import TrainState, next_token_loss, train_step
-from train_config import Config, preset, variant, with_momentum_defaults
+from train_config import Config, preset, variant
 
 ROOT = Path(__file__).parent.parent
 Result = dict[str, Any]

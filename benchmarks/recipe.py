@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from arguments import bind, parse, resolve  # noqa: E402
 from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
 from babygpt.training.distributed import Ranks  # noqa: E402
 from babygpt.training.guard import UpdateGuard  # noqa: E402
@@ -39,7 +40,6 @@ from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
 from dataloader import Batch, Position  # noqa: E402
 from model import build_model  # noqa: E402
 from train import TrainState, next_token_loss, train_step  # noqa: E402
-from train_config import bind, parse, resolve  # noqa: E402
 
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)  # of the classic recipe
 SEEDS = (1337, 1338, 1339)

@@ -40,6 +40,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from arguments import with_momentum_defaults  # noqa: E402
 from babygpt.data.tokenizer import load_tokenizer  # noqa: E402
 from babygpt.errors import exit_now  # noqa: E402
 from babygpt.evaluation.packing import Example  # noqa: E402
@@ -58,7 +59,7 @@ from dataloader import Batch, Position  # noqa: E402
 from hellaswag import load_examples, losses, predictions  # noqa: E402
 from model import GPT, GPTConfig, build_model  # noqa: E402
 from train import TrainState, next_token_loss, train_step  # noqa: E402
-from train_config import Config, preset, variant, with_momentum_defaults  # noqa: E402
+from train_config import Config, preset, variant  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

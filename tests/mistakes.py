@@ -59,7 +59,7 @@ MISTAKES = [
     (10, "the search window for an EOT never widens", "unit/test_dataloader.py -k nearest",
      [("dataloader.py", "            if radius == max_radius:", "            if True:")]),
     (10, "the last target is beyond the end of the data", "unit/test_dataloader.py -k every_token_once",
-     [("dataloader.py", "max(0, int(self.offsets[-1]) - 1) //", "max(0, int(self.offsets[-1])) //")]),
+     [("dataloader.py", "max(0, num_tokens - 1) //", "max(0, num_tokens) //")]),
     (11, "rows are drawn with replacement", "unit/test_dataloader.py -k every_token_once",
      [("dataloader.py", "        ranges: list[tuple[int, int]] = []\n",
        "        start = hash(n) % 7 * self.block_size\n        end = start + self.block_size + 1\n"
@@ -75,7 +75,7 @@ MISTAKES = [
     (13, "the last partial HellaSwag batch is dropped", "unit/test_hellaswag.py",
      [("hellaswag.py", "range(0, len(rows), batch_size)", "range(0, len(rows) - batch_size + 1, batch_size)")]),
     (13, "the ending is truncated instead of the context", "unit/test_hellaswag.py",
-     [("babygpt/evaluation/packing.py", "example.context[-max_context[k] :], {k: ending}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
+     [("babygpt/evaluation/packing.py", "text[:-scored], {k: text[-scored:]}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
     (13, "acc_norm uses the sum of the losses instead of the mean", "unit/test_hellaswag.py",
      [("hellaswag.py", "(loss_sums / lengths).argmin(dim=1)", "loss_sums.argmin(dim=1)")]),
     (13, "the padding of the vocabulary is scored", "unit/test_hellaswag.py -k padding",

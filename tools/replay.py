@@ -27,18 +27,19 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from arguments import bind, from_json, resolve
 from babygpt.console import console
 from babygpt.constraints import Positive, RunArgument, parse_arguments
 from babygpt.data.shards import open_dataset
 from babygpt.errors import UserError
 from babygpt.errors import run as run_script
+from babygpt.settings import variant
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import read_log
 from babygpt.training.run_dir import provenance, read_config
 from babygpt.training.signals import StopSignals
 from train import set_up, train
-from train_config import bind, from_json, resolve, variant
 
 COMPARED = ("tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm")
 # Relative tolerances, since other hardware rounds differently and other ranks draw other dropout masks. That of the

@@ -40,6 +40,7 @@ class GPT2Tokenizer(BatchEncoder):
     """GPT-2's byte-pair encoding: 50,257 entries, EOT is 50256. The ids equal those of tiktoken's `gpt2`."""
 
     name, file, sha256, vocab_size, eot_id = "gpt2", GPT2_RANKS, GPT2_SHA256, 50257, 50256
+    is_character_level = False
 
     def __init__(self):
         self.data = GPT2_RANKS.read_bytes()

@@ -4,6 +4,7 @@ import fcntl
 import functools
 import json
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,6 +66,11 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
                     with suppress(OSError):
                         out.rmdir()
             file.close()
+
+
+def resume_command(out: Path) -> str:
+    """Return the command that resumes the run in `out` on one process, with the settings of its config.json."""
+    return shlex.join(["python", "train.py", "--out-dir", str(out), "--init-from", "resume"])
 
 
 def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:

@@ -19,8 +19,8 @@ import tyro
 from support.helpers import call, save, save_hellaswag, save_jsonl
 from support.runs import ROOT
 
+import arguments as train_arguments
 import fineweb
-import train_config
 from tools.train_tokenizer import train_tokenizer
 
 DOCUMENTS = [
@@ -191,7 +191,7 @@ def test_commands_that_are_not_run_have_valid_flags(command: str):
     position = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")) or words[i - 1] == "-m")
     script, arguments = words[position], words[position + 1 :]
     if script == "train.py":
-        train_config.parse(arguments)
+        train_arguments.parse(arguments)
     elif script == "fineweb.py":
         tyro.cli(fineweb.PrepareArgs, args=arguments)
     else:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import train
+from arguments import parse, resolve
 from babygpt.data.shards import open_dataset, verify
 from babygpt.data.sources import find, read_documents
 from babygpt.data.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ from hellaswag import load_examples
 from model import GPT, GPTConfig
 from support.helpers import call, save_hellaswag, save_jsonl
 from support.runs import flags, make_tiny_dataset
-from train_config import Config, parse, preset, resolve
+from train_config import Config, preset
 
 UNUSUAL_VALUES = (
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, float("inf"), float("nan"), "", " ", "0", "-1",

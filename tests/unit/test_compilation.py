@@ -30,7 +30,10 @@ def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, 
     `start` has the earlier launches and the first step.
     """
     config = variant(
-        preset("demo"), general={"out_dir": tmp_path}, training={"compile": setting}, model={"vocab_size": 9}
+        preset("demo"),
+        general={"out_dir": tmp_path},
+        training={"compile": setting, "micro_batch_size": 16},
+        model={"vocab_size": 9},
     )
     passes = config.training.batch_tokens // 256 // 16 * config.training.max_steps
     monkeypatch.setattr(compilation.torch, "compile", lambda model, dynamic: "compiled")
@@ -113,7 +116,11 @@ def test_failing_compiler_is_a_warning(tmp_path, monkeypatch, capsys):
             raise RuntimeError("C++ compile error")
         return 1e3
 
-    changes = {"general": {"out_dir": tmp_path}, "model": {"vocab_size": 9}, "training": {"compile": "auto"}}
+    changes = {
+        "general": {"out_dir": tmp_path},
+        "model": {"vocab_size": 9},
+        "training": {"compile": "auto", "micro_batch_size": 16},
+    }
     monkeypatch.setattr(compilation.torch, "compile", lambda model, dynamic: "compiled")
     monkeypatch.setattr(compilation, "time_pass", time_pass)
     config = variant(preset("demo"), **changes)

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from arguments import with_momentum_defaults
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn import cross_entropy
 from babygpt.training.distributed import Ranks
@@ -29,7 +30,7 @@ from babygpt.training.schedule import LRSchedule
 from dataloader import Batch, Position
 from model import GPT, build_model
 from train import TrainState, next_token_loss, train_step
-from train_config import Config, preset, variant, with_momentum_defaults
+from train_config import Config, preset, variant
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -121,7 +121,7 @@ def test_long_endings_are_truncated_on_the_left_and_counted():
     assert str(scores["acc"]).endswith(" (1 ending truncated to the block size)")
 
 
-def test_mean_loss_of_a_truncated_ending_is_over_its_scored_tokens(monkeypatch):
+def test_mean_loss_of_a_truncated_ending_uses_scored_tokens(monkeypatch):
     example = hellaswag.Example([1], [[1] * 32, [1] * 8, [1], [1]], 1, [32, 8, 1, 1])
     monkeypatch.setattr(hellaswag, "losses", lambda *_: torch.tensor([[32.0, 12.0, 9.0, 9.0]]))  # means 2, 1.5, 9, 9
     assert evaluate(make_model(16), [example], "karpathy", ALONE)["acc_norm"].correct == 1

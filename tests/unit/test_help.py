@@ -6,8 +6,8 @@ import re
 import pytest
 from support.helpers import call
 
+from arguments import parse
 from babygpt.errors import ConfigError
-from train_config import parse
 
 COMMANDS = {
     "fineweb": "fineweb.py [-h] [SOURCE] [OPTIONS]",

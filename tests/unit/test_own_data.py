@@ -11,10 +11,12 @@ from support.helpers import call, save, save_jsonl
 from support.preparation import prepare, snapshot
 
 import fineweb
+from arguments import parse
 from babygpt.data import sources
 from babygpt.data.shards import open_dataset, verify
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
+from train_config import tokens_of
 
 
 def texts_of(directory) -> dict[str, list[str]]:
@@ -157,6 +159,42 @@ def test_every_character_is_a_token(tmp_path):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
     with pytest.raises(UserError, match=r"no token for the character 'é'"):
         tokenizer.encode("to bé")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the next command
+
+
+@pytest.mark.parametrize(
+    ("tokens", "has_gpu", "expected"),
+    [
+        (300_000, False, "tiny --dataset data/x --out-dir out/x --epochs 4"),
+        (3_000_000, True, "tiny --dataset data/x --out-dir out/x"),
+        (20_000_000, True, "mini --dataset data/x --out-dir out/x"),
+        (100_000_000, True, "small --dataset data/x --out-dir out/x"),
+        (100_000_000, False, "tiny --dataset data/x --out-dir out/x"),
+        (10_000_000_000, True, "gpt2 --dataset data/x --out-dir out/x"),
+    ],
+)
+def test_next_command_fits_data_and_machine(tokens, has_gpu, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    command = fineweb.training_command("data/x", tokens, 5000, is_character_level=False)
+    assert command == f"python train.py {expected}"
+    _, config = parse(command.split()[2:])
+    assert config.training.epochs is not None or tokens_of(config) <= 10 * tokens
+
+
+def test_next_command_of_shakespeare_needs_no_flag(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = fineweb.training_command("data/shakespeare-char", 1_003_855, 111_541, is_character_level=True)
+    assert command == "python train.py shakespeare-char-cpu"
+
+
+def test_next_command_omits_validation_that_is_too_short(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = fineweb.training_command("/d/my text", 20_000, 100, is_character_level=False)
+    expected = "tiny --dataset '/d/my text' --out-dir 'out/my text' --epochs 4 --mode train sample"
+    assert command == f"python train.py {expected}"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import mistakes
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOP_LEVEL = ("dataloader", "fineweb", "hellaswag", "model", "sample", "train", "train_config")
+TOP_LEVEL = ("arguments", "dataloader", "fineweb", "hellaswag", "model", "sample", "train", "train_config")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for pattern in ("*.py", "babygpt/**/*.py", "tools/*.py")
