@@ -56,8 +56,9 @@ class Metrics:
         if self.console_every and step % self.console_every == 0:
             console.info(format_row(row))
         if step == self.start + 10:
-            hours = row["step_ms"] / 3.6e6 * (self.max_steps - step)
-            console.info(f"About {hours:.1f} hours of training remain, not counting evaluations")
+            minutes = row["step_ms"] / 6e4 * (self.max_steps - step)
+            remaining = f"{minutes / 60:.1f} hours" if minutes > 99 else f"{minutes:.1f} minutes"
+            console.info(f"About {remaining} of training remain, not counting evaluations")
         return bool(EVALUATION_COLUMNS & row.keys())
 
     def write(self, row: Row) -> None:

@@ -140,9 +140,14 @@ def changed_settings(path: Path, config: dict) -> list[str]:
 def format_settings(config: dict) -> str:
     """Format the settings for the console, one line per section."""
     return "\n".join(
-        f"{section:>11}  " + "  ".join(f"{name}={value}" for name, value in values.items())
+        f"{section:>11}  " + "  ".join(f"{name}={_one_line(value)}" for name, value in values.items())
         for section, values in config.items()
     )
+
+
+def _one_line(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def record_launch(launches: list[dict], step: int, settings: dict, ranks: Ranks) -> None:
