@@ -73,7 +73,8 @@ def read_settings(path: Path) -> Config:
     try:
         config = unbound(from_json(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not the config.json of a run ({error}). Use the name of a preset.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} is not the config.json of a run ({reason}). Use the name of a preset.") from None
     except UserError as error:
         raise ConfigError(f"{path}: {error}") from None
     rows = config.training.batch_tokens // config.model.block_size // int(os.environ.get("WORLD_SIZE", "1"))

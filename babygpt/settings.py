@@ -10,6 +10,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from babygpt.constraints import flag
@@ -39,7 +40,10 @@ def unknown_names(sections: dict[str, Any], known: Mapping[str, Iterable[str]]) 
 
 
 def expand_flags(arguments: list[str], known: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the arguments with each --field as --section.field, if only one section has a field of this name."""
+    """Return the arguments with each --field as --section.field, if only one section has a field of this name.
+
+    ConfigError if several sections have it, or if there is none, but a similar one.
+    """
     sections: dict[str, list[str]] = {}  # by field
     for section, names in known.items():
         for name in names:
@@ -50,6 +54,9 @@ def expand_flags(arguments: list[str], known: Mapping[str, Iterable[str]]) -> li
         name = word.removeprefix("--").replace("-", "_")
         owners = sections.get(name) or sections.get(name.removeprefix("no_"), [])
         long_flags = [flag(f"{section}.{name}") for section in owners]
+        is_short = argument.startswith("--") and "." not in word and word not in ("--", "--help")
+        if is_short and not long_flags and get_close_matches(word, map(flag, sections), n=1):
+            raise ConfigError(f"There is no flag {word}. {suggest(word.replace('_', '-'), map(flag, sections))}")
         if not argument.startswith("--") or not long_flags:
             expanded.append(argument)
         elif len(long_flags) == 1:

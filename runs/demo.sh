@@ -51,6 +51,6 @@ results  {run}/plot.png, {run}/samples.txt, {run}/log.csv
 next     source .venv/bin/activate
          python sample.py {run}                                  # interactive prompts
          python fineweb.py files --input 'my/texts/*.txt' --tokenizer data/demo-tokenizer.json --out-dir data/my-texts
-         python train.py demo --data.dataset data/my-texts --general.out-dir out/my-run
+         python train.py tiny --dataset data/my-texts --out-dir out/my-run
          python fineweb.py && torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on 8 GPUs""")
 PYTHON

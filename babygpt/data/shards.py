@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,8 @@ def open_dataset(directory: str | Path) -> Dataset:
     """
     directory = download(str(directory)) if files.is_remote(directory) else Path(directory)
     if not os.path.isdir(directory):  # unlike Path.is_dir, this is False for a name that is too long
+        if os.path.isfile(directory):
+            raise ConfigError(f"{directory} is a file, not a dataset. {_preparation(directory)}")
         raise ConfigError(
             f"There is no dataset at {directory}. Prepare it with `python fineweb.py` (its --help lists the sources), "
             "or use a different --data.dataset."
@@ -203,7 +206,7 @@ def open_dataset(directory: str | Path) -> Dataset:
     _allow_open_files(len(paths) + 256)
     shards = {name: open_shard(path) for name, path in paths.items()}
     if not shards:
-        raise UserError(f"{directory} has no shards (*_train_*.bin). Prepare it with fineweb.py.")
+        raise UserError(f"{directory} has no shards (*_train_*.bin). {_preparation(directory)}")
     for name, shard in shards.items():
         if manifest is not None and counts[name] != len(shard):
             raise UserError(
@@ -231,6 +234,12 @@ def open_dataset(directory: str | Path) -> Dataset:
         for n, s in shards.items()
     ]
     return Dataset(directory, None, splits["train"], splits["val"], 50256, 50257, "gpt2", None, _fingerprint(samples))
+
+
+def _preparation(text: Path) -> str:
+    """Return how to make a dataset from a file or directory of text."""
+    command = ["python", "fineweb.py", "files", "--input", str(text), "--out-dir", f"data/{text.absolute().stem}"]
+    return f"If it has text, prepare it: {shlex.join(command)}"
 
 
 def download(url: str) -> Path:

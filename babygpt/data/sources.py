@@ -12,6 +12,7 @@ of a parquet file, a range of bytes of a jsonl file, or the batch). Both depend 
 
 import hashlib
 import os
+import shlex
 import sysconfig
 import tempfile
 from abc import ABC, abstractmethod
@@ -177,9 +178,8 @@ def find_files(patterns: tuple[str, ...], split: str, flag: str = "--input") -> 
         paths.update(matched)
     others = sorted(path for path in paths if format_of(path) is None)
     if len(others) == len(paths):
-        raise UserError(
-            f"{flag} matches {len(others):,} files, all of an unknown type, for example {others[0]}. Use {FORMATS}."
-        )
+        count = "1 file" if len(others) == 1 else f"{len(others):,} files"
+        raise UserError(f"{flag} matches {count} of an unknown type, such as {others[0]}. Use {FORMATS}.")
     if others:
         kinds = Counter(os.path.splitext(path)[1] or "without a suffix" for path in others)
         listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
@@ -362,6 +362,8 @@ def find(
         "files",
         "OWNER/NAME (a dataset on the Hugging Face Hub)",
     ]
+    if os.path.exists(name):
+        raise UserError(f"{name!r} is a path, not a source. Use `python fineweb.py files --input {shlex.quote(name)}`.")
     raise UserError(f"There is no source {name!r}. {suggest(name, known)}")
 
 

@@ -213,7 +213,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     path = Path(spec)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f'There is no tokenizer at {path}. Use "gpt2" or the path to a tokenizer.json (--tokenizer).')
+        raise UserError(f'There is no tokenizer at {path}. Use "gpt2", or the path to a tokenizer.json (--tokenizer).')
     return FileTokenizer(path)
 
 

@@ -157,6 +157,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         fineweb.main, "files", "--input", "pages/*.jsonl.gz", "--out-dir", "data/fineweb-edu-10BT", "--val-tokens",
         5000, "--workers", 1,
     )  # fmt: skip
+    call(
+        fineweb.main, "files", "--input", "notes", "--out-dir", "data/shakespeare-char", "--tokenizer", "char",
+        "--workers", 1,
+    )  # fmt: skip
     (tmp_path / "data" / "demo").symlink_to(tmp_path / "data" / "fineweb-edu-10BT")
     return tmp_path
 

@@ -102,7 +102,7 @@ def test_all_members_of_a_compressed_file_are_read(tmp_path):
 def test_files_of_unknown_types_are_counted_and_skipped(tmp_path, capsys):
     for name in ("a", "a.png", "b.png", "a.parquet.gz", "a.gz"):
         save(tmp_path / name, b"a")
-    with pytest.raises(UserError, match=r"5 files, all of an unknown type, for example .*a\. Use parquet"):
+    with pytest.raises(UserError, match=r"5 files of an unknown type, such as .*a\. Use parquet"):
         read_all(tmp_path)
     save(tmp_path / "b.txt", b"b")
     assert read_all(tmp_path) == ["b"]

@@ -39,9 +39,11 @@ def test_field_of_several_sections_is_ambiguous():
 
 def test_values_and_unknown_flags_are_not_expanded():
     known = {"a": ["steps", "text"], "b": ["text"]}
-    assert expand_flags(["--steps", "steps", "--a.text", "--stepz", "-h", "--a.text=--steps"], known) == [
-        "--a.steps", "steps", "--a.text", "--stepz", "-h", "--a.text=--steps",
+    assert expand_flags(["--steps", "steps", "--a.text", "--zz", "-h", "--a.text=--steps"], known) == [
+        "--a.steps", "steps", "--a.text", "--zz", "-h", "--a.text=--steps",
     ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"There is no flag --no-stepz. Did you mean '--steps'\?"):
+        expand_flags(["--no-stepz"], known)
 
 
 def test_last_use_of_a_flag_counts():
