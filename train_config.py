@@ -234,7 +234,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": DEMO | {"model": MODERN_MODEL | DEMO_MODEL, "optimizer": MODERN_OPTIMIZER},
     "demo-classic": DEMO | {"model": DEMO_MODEL, "optimizer": {"max_lr": 3e-3, "warmup_steps": 40}},
     # the recipe of modern in smaller sizes: about 3M, 10M and 30M parameters without embeddings
-    "tiny": small_modern(256, 4, 4, 256, batch_tokens=8_192, max_steps=2_000),
+    "tiny": small_modern(256, 4, 4, 256, batch_tokens=4_096, max_steps=2_000),
     "mini": small_modern(512, 6, 6, 384, batch_tokens=16_384, max_steps=3_000),
     "small": small_modern(512, 8, 9, 576, batch_tokens=65_536, max_steps=4_000),
     # nanoGPT's settings for tiny Shakespeare: on a CPU, on a GPU, and from GPT-2's weights; and the recipe of modern
