@@ -10,9 +10,9 @@ the directory --runs, and finished runs are not repeated. If --jobs is greater t
 """
 
 import argparse
-import importlib.util
 import os
 import pickle
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -66,13 +66,10 @@ def train_nanogpt(nanogpt: Path, dataset: Dataset, directory: Path, seed: int, j
 @torch.no_grad()
 def evaluate_nanogpt(directory: Path, dataset: Dataset) -> float:
     """Return the mean loss of the final checkpoint over all windows of the validation part, in nats per character."""
-    spec = importlib.util.spec_from_file_location(f"nanogpt_{directory.name}", directory / "model.py")
-    assert spec is not None and spec.loader is not None, "model.py is a file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    names = runpy.run_path(str(directory / "model.py"))
     saved = torch.load(directory / "checkpoint" / "ckpt.pt", map_location="cpu", weights_only=True)
     assert saved["iter_num"] == 2000, "the final checkpoint"
-    model = module.GPT(module.GPTConfig(**saved["model_args"]))
+    model = names["GPT"](names["GPTConfig"](**saved["model_args"]))
     model.load_state_dict(saved["model"])
     model.eval()
     ids = torch.from_numpy(dataset.val.read(1, len(dataset.val)))
@@ -112,10 +109,10 @@ def main() -> None:
                 train_nanogpt(options.nanogpt, dataset, directory, seed, options.jobs)
             else:
                 train_ours(name, path, directory, seed, options.jobs)
-        ours = name != "nanoGPT"
-        loss = (
-            column(read_log(directory / "log.csv"), "val_loss")[1][-1] if ours else evaluate_nanogpt(directory, dataset)
-        )
+        if name == "nanoGPT":
+            loss = evaluate_nanogpt(directory, dataset)
+        else:
+            loss = column(read_log(directory / "log.csv"), "val_loss")[1][-1]
         print(f"{directory.name}: {loss:.4f}", file=sys.stderr, flush=True)
         return loss, float((directory / "seconds").read_text())
 
@@ -126,8 +123,8 @@ def main() -> None:
         f"`python benchmarks/shakespeare.py --nanogpt PATH --jobs {options.jobs}`, {machine()}",
         "",
         f"2,000 steps of 768 characters; the loss after the last step over the whole validation part, in nats per "
-        f"character; seeds {', '.join(map(str, SEEDS))}. The time is that of the whole command, with periodic validation "
-        "and checkpoints.",
+        f"character; seeds {', '.join(map(str, SEEDS))}. The time is that of the whole command, with periodic "
+        "validation and checkpoints.",
         "",
         "| command | validation loss, mean (by seed) | seconds, median |",
         "|---|---:|---:|",
