@@ -36,23 +36,32 @@ AUTOMATIC: dict[str, Any] = {
 def initial_config(name: str | None, flags: list[str]) -> Config:
     """Return the config to which the flags are applied: that of a preset, or that of a run.
 
-    It is that of a run if `name` is the path of its config.json, or if there is no name and the flags resume or
+    It is that of a run if `name` is the path of its config.json, or if no name is given and the flags resume or
     evaluate the run in --general.out-dir. Weights in --general.init-from determine the architecture.
     """
-    (init_from,) = flag_values(flags, "general.init-from") or ("scratch",)
-    (out_dir,) = flag_values(flags, "general.out-dir") or ("out/gpt2",)
+    init_from = (flag_values(flags, "general.init-from") or ["scratch"])[0]
+    out_dir = (flag_values(flags, "general.out-dir") or ["out/gpt2"])[0]
     trains = "train" in (flag_values(flags, "general.mode") or ["train"])
     continues = init_from == "resume" or (init_from == "scratch" and not trains)
     if name is None and continues and (path := Path(out_dir) / "config.json").exists():
-        config = read_settings(path)
+        config = variant(read_settings(path), general={"init_from": "resume"})
         print_differences(config)
     elif name is not None and name.endswith(".json"):
         config = read_settings(Path(name))
-        if not continues:
-            config = variant(config, general={"out_dir": next_free(config.general.out_dir), "init_from": "scratch"})
+        if continues:
+            config = variant(config, general={"init_from": "resume"})
+        else:  # a new run resolves its automatic values itself
+            automatic: dict[str, dict[str, Any]] = {"general": {"out_dir": next_free(config.general.out_dir)}}
+            for key, value in AUTOMATIC.items():
+                section, field = key.split(".")
+                if hasattr(getattr(config, section), field):
+                    automatic.setdefault(section, {})[field] = value
+            config = variant(config, **automatic)
     elif name in (None, *PRESETS):
         config = preset(name or "gpt2")
     else:
+        if name and (Path(name) / "config.json").exists():
+            raise ConfigError(f"{name} is a run, not a preset. Use {name}/config.json.")
         raise ConfigError(f"There is no preset {name!r}. {suggest(name, PRESETS)}")
     if trains and init_from not in ("scratch", "resume"):
         architecture = preset(init_from).model if init_from in HUB_MODELS else read_architecture(init_from)
@@ -69,14 +78,18 @@ def unbound(config: Config) -> Config:
 
 
 def read_settings(path: Path) -> Config:
-    """Return the settings in the config.json of a run, except for a micro_batch_size that does not divide the rows."""
+    """Return the settings in the config.json of a run. A micro_batch_size that does not divide the rows is unset."""
     try:
         config = unbound(from_json(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} is not the config.json of a run ({reason}). Use the name of a preset.") from None
+        raise ConfigError(
+            f"{path} cannot be read as the config.json of a run ({reason}). Use another path, or a preset."
+        ) from None
     except UserError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if problems := violations(config):
+        raise ConfigError(summary(problems, f"{path} is invalid:"))
     rows = config.training.batch_tokens // config.model.block_size // int(os.environ.get("WORLD_SIZE", "1"))
     fits = config.training.micro_batch_size and rows % config.training.micro_batch_size == 0
     micro_batch_size = config.training.micro_batch_size if fits else 0  # of another number of ranks
@@ -90,18 +103,20 @@ def next_free(directory: Path) -> Path:
 
 
 def print_differences(config: Config) -> None:
-    """Print in which settings of a run the preset that it started from has other values now."""
+    """Print the settings in which a run differs from its preset."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     name = config.general.preset
     console.info(f"The settings are those of {config.general.out_dir}/config.json.")
-    if name in PRESETS and os.environ.get("RANK", "0") == "0":
+    if name in PRESETS:
         now = {f"{section}.{field}": value for section, field, value in section_items(preset(name))}
         lines = [
-            f"  {key} is {value}, {now[key]} in train_config.py"
+            f"  {key}: {value!r} in this run, {now[key]!r} in the preset"
             for section, field, value in section_items(config)
             if section != "general" and (key := f"{section}.{field}") in now
             and value != now[key] and (key not in AUTOMATIC or now[key] != AUTOMATIC[key])
         ]  # fmt: skip
-        for line in [f"They differ from the preset {name}, or from its values at that time:", *lines] if lines else []:
+        for line in [f"These settings differ from the preset {name} in train_config.py:", *lines] if lines else []:
             console.info(line)
 
 
@@ -114,7 +129,7 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     defaults = initial_config(name, rest)
     name = defaults.general.preset
     if flag_values(rest, "training.max-steps"):
-        if flag_values(rest, "training.epochs"):
+        if (flag_values(rest, "training.epochs") or ["None"]) != ["None"]:
             raise ConfigError("--training.epochs replaces --training.max-steps. Use one of them.")
         defaults = variant(defaults, training={"epochs": None})
     modern_flags = {flag(f"model.{prefix}{field}") for field in MODERN_FIELDS for prefix in ("", "no-")}
@@ -122,10 +137,10 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
         used := modern_flags & {word.split("=")[0].replace("_", "-") for word in rest}
     ):
         raise ConfigError(
-            f"{', '.join(sorted(used))}: the preset {name} is a classic GPT-2 and does not have these settings. Use "
-            "the preset modern: python train.py modern ..."
+            f"{', '.join(sorted(used))}: the model of {name or 'this run'} is a classic GPT-2 without these settings. "
+            "Use the preset modern: python train.py modern ..."
         )
-    presets = f"{', '.join(PRESETS)}, or the path of a config.json"
+    presets = f"{', '.join(PRESETS)}, or the path of a run's config.json"
     preset_argument = tyro.conf.arg(metavar="[PRESET]", help=presets, help_behavior_hint="(default: gpt2)")
 
     def command(

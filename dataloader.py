@@ -35,7 +35,7 @@ from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORE_INDEX
 
 WINDOW = 20_000  # tokens on both sides of a cursor that are searched for an EOT, even if chunks are shorter
-MAX_EPOCHS = 10  # above which a run prints a warning
+MAX_EPOCHS = 10  # a run with more epochs prints a warning
 VAL_TOKENS = 20 * 524_288  # read by each validation, as in build-nanogpt: 20 steps of 524,288
 
 
@@ -222,8 +222,8 @@ class Order:
             return None
         return (
             f"{max_steps:,} steps x {batch_tokens:,} tokens = {max_steps * batch_tokens:,} tokens are {epochs:.1f} "
-            f"epochs of the {len(self.tokens):,} training tokens. A model that reads a text so often memorizes it. Use "
-            "fewer steps, such as --training.epochs 4, or more data."
+            f"epochs of the {len(self.tokens):,} training tokens. A model that is trained on the same text this often "
+            "memorizes it. Use fewer steps, such as --training.epochs 4, or more data."
         )
 
     def step_start(self, position: Position, rows_per_step: int) -> Position:

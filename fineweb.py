@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prepare a dataset of token shards from a Hugging Face dataset or from files.
+r"""Prepare a dataset of token shards from a Hugging Face dataset or from files.
 
     python fineweb.py                                        # FineWeb-Edu 10BT into data/fineweb-edu-10BT
     python fineweb.py fineweb2-pl --tokenizer data/pl.json   # FineWeb-2 in Polish
@@ -58,9 +58,9 @@ class PrepareArgs:
     # files, directories, glob patterns or URLs for the source `files`: .parquet, .arrow (and save_to_disk directories),
     # .jsonl, .json, .csv, .tsv, .txt, .md or .py; all but the first two may be compressed (.gz, .xz, .zst)
     input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
-    # validation documents, as --input; those that --input has too are not for training
+    # validation documents, specified like --input; documents that are also in --input are excluded from training
     val_input: Annotated[tuple[str, ...], metavar("PATH [PATH ...]")] = ()
-    # text between the documents of a text file, in which \\n is a line end
+    # text between the documents of a text file; \n means a newline
     separator: Annotated[str | None, metavar("TEXT", "a file is one document")] = None
     # encoding of text files without a byte order mark, such as latin-1
     encoding: Annotated[str | None, metavar("NAME", "utf-8")] = None
@@ -69,7 +69,7 @@ class PrepareArgs:
     out_dir: Annotated[str | None, metavar("PATH|URL", "data/SOURCE, or data/SOURCE-char")] = None
     # gpt2, the path to a tokenizer.json, or char: one token per character of the source
     tokenizer: Annotated[str, metavar("gpt2|char|PATH")] = "gpt2"
-    # number of validation tokens, rounded up to whole documents, unless that would double it
+    # number of validation tokens, rounded up to whole documents; if that would double it, a document is divided
     val_tokens: Annotated[int | None, Ge(0), Lt(2**31), metavar("TOKENS", "11M, but at most 5% of all tokens")] = None
     shard_tokens: Annotated[int, Ge(1), Lt(2**31), metavar("TOKENS")] = 100_000_000  # tokens per shard
     # stop after the document that brings the total to this number of tokens
@@ -87,7 +87,7 @@ class PrepareArgs:
     engine: Literal["local", "ray"] = "local"  # run workers on this machine or on a Ray cluster (pip install ray)
     # address of the Ray cluster; auto: the cluster that this machine belongs to
     address: Annotated[str, metavar("ADDRESS")] = "auto"
-    text_column: Name = "text"  # column of a parquet file, or key of a JSON object, that contains the text
+    text_column: Name = "text"  # column of a table or csv file, or key of a JSON object, that contains the text
     # configuration, if SOURCE is OWNER/NAME
     config: Annotated[str | None, metavar("NAME", "the dataset's default")] = None
     split: Name = "train"  # split, if SOURCE is OWNER/NAME or --input is a save_to_disk directory
@@ -100,11 +100,14 @@ class PrepareArgs:
             problems.append(f"{given} has no effect on its own. Use --quality and --min-quality together.")
         if self.val_input and self.val_tokens is not None:
             problems.append(f"--val-tokens {self.val_tokens:,} has no effect with --val-input. Use one of them.")
+        if self.source == "shakespeare" and self.val_tokens is not None:
+            problems.append(f"--val-tokens {self.val_tokens:,} has no effect with shakespeare. Remove it.")
         if self.separator == "":
             problems.append("--separator is empty. Use a text such as '\\n\\n', or omit it.")
         try:
             "".encode(self.encoding or "utf-8")
-        except LookupError:
+            b"".decode(self.encoding or "utf-8")
+        except (LookupError, ValueError):
             problems.append(f"--encoding {self.encoding!r} is unknown. Use a name such as latin-1 or cp1252.")
         if problems:
             raise UserError(summary(problems, "The arguments are invalid:"))
@@ -152,8 +155,8 @@ def prepare(args: PrepareArgs) -> None:
             with create_worker_pool(args, setup, work) as pool:
                 work.begin()
                 parts, num_val_parts = tokenize(source, work, pool, args.max_tokens)
-                buckets = work.scratch / "buckets"
-                plan = plan_shards(parts, args.val_tokens, args.max_tokens, buckets, num_val_parts, tokenizer)
+                named, buckets = num_val_parts if source.num_val_units else None, work.scratch / "buckets"
+                plan = plan_shards(parts, args.val_tokens, args.max_tokens, buckets, named, tokenizer)
                 plan.report()
                 shards = write_shards(plan, work, pool, args.shard_tokens, tokenizer.vocab_size)
             work.commit(plan, shards, tokenizer)
@@ -177,13 +180,14 @@ def report(work: Workspace, is_character_level: bool) -> None:
         f"next: {training_command(work.directory, tokens['train'], tokens['val'], is_character_level)}"
     )
     if tokens["val"] == 0:
-        print("note: there are no validation tokens, because the text is too short.")
+        print("note: there are no validation tokens. Use more text, or --val-input.")
 
 
 def training_command(directory: str, train_tokens: int, val_tokens: int, is_character_level: bool) -> str:
     """Return a command with a preset that fits the size of the dataset and this machine."""
     import torch
 
+    from dataloader import default_num_streams, rows_per_epoch
     from train_config import fitting_preset, preset, tokens_of
 
     name = fitting_preset(train_tokens, is_character_level, torch.cuda.is_available())
@@ -192,6 +196,11 @@ def training_command(directory: str, train_tokens: int, val_tokens: int, is_char
         command += ["--dataset", directory, "--out-dir", f"out/{os.path.basename(os.path.abspath(directory))}"]
     if not is_character_level and tokens_of(config) > 10 * train_tokens:
         command += ["--epochs", "4"]
+    block_size = config.model.block_size
+    if rows_per_epoch(train_tokens, default_num_streams(train_tokens, block_size), block_size) < (
+        config.training.batch_tokens // block_size
+    ):
+        return "use more text: this is too little for training"
     if val_tokens <= config.model.block_size:
         command += ["--mode", "train", "sample"]
     return shlex.join(command)

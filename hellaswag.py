@@ -166,10 +166,10 @@ def fetch_examples(
 ) -> list[Example]:
     """Load the examples on all ranks, after the main process has downloaded them if needed.
 
-    Without examples if each token is a character of the dataset, because HellaSwag has other characters.
+    Return no examples for a character tokenizer, because it cannot encode HellaSwag's other characters.
     """
     if tokenizer.is_character_level:
-        console.warning("HellaSwag is skipped, because the tokenizer has only the characters of its dataset.")
+        console.warning("HellaSwag is skipped, because the tokenizer can encode only the characters of its dataset.")
         return []
     return load_examples(ranks.main_process_first(lambda: fetch(file, language)), tokenizer, style, limit)
 
@@ -266,7 +266,7 @@ class Score:
 
     @property
     def value(self) -> float:
-        return self.correct / self.total if self.total else math.nan
+        return self.correct / self.total
 
     def __str__(self) -> str:
         standard_error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))
@@ -279,12 +279,14 @@ def evaluate(
     model: GPT, examples: list[Example], style: Style, ranks: Ranks, dtype: str = "auto", batch_size: int = 16,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:  # fmt: skip
-    """Return `acc` and `acc_norm` over all examples, which the ranks share.
+    """Return `acc` and `acc_norm` over all examples, which the ranks share; nothing without examples.
 
     The training mode of the model is restored. If `stop()` is true on any rank, all raise StopRequested.
     """
     from tqdm import tqdm
 
+    if not examples:
+        return {}
     block_size = model.config.block_size
     truncated = sum(len(ending) > block_size for example in examples for ending in example.endings)
     was_training = model.training

@@ -461,7 +461,9 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
     if "eval" in config.general.mode:
         settings = config.evaluation
         examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
-        for score in evaluate(model, examples, settings.style, ranks, config.training.dtype).values():
+        for score in (
+            evaluate(model, examples, settings.style, ranks, config.training.dtype).values() if examples else ()
+        ):
             console.info(str(score))
     if "sample" in config.general.mode:
         for text in generate_samples(model, tokenizer, config, model.step or 0, ranks):

@@ -64,7 +64,7 @@ class Training:
 
     # number of optimizer steps; 19,073 steps of 524,288 tokens are 10B tokens
     max_steps: Annotated[Positive, metavar("N")] = 19_073
-    # number of epochs, in place of max_steps
+    # number of epochs; replaces max_steps
     epochs: Annotated[float | None, Gt(0), Le(1_000_000), metavar("EPOCHS", "off")] = None
     batch_tokens: Annotated[Positive, metavar("TOKENS")] = 524_288  # tokens per optimizer step, over all ranks
     # rows per forward pass on each rank; 0: automatic, up to 64 on a GPU with enough memory, up to 16 on a CPU
@@ -211,7 +211,10 @@ SHAKESPEARE: dict[str, dict[str, Any]] = {
 def small_modern(
     block_size: int, n_layer: int, n_head: int, n_embd: int, batch_tokens: int, max_steps: int
 ) -> dict[str, dict[str, Any]]:
-    """Return a preset with the recipe of modern in this size, without HellaSwag, which such models only guess."""
+    """Return a preset with the recipe of modern in this size.
+
+    It does not evaluate on HellaSwag, where such models score at chance level.
+    """
     shape = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
     return {
         "general": {"mode": ("train", "val", "sample")},
@@ -233,7 +236,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # three minutes on two CPU cores, on the source code of Python's standard library: the recipe of modern, or of gpt2
     "demo": DEMO | {"model": MODERN_MODEL | DEMO_MODEL, "optimizer": MODERN_OPTIMIZER},
     "demo-classic": DEMO | {"model": DEMO_MODEL, "optimizer": {"max_lr": 3e-3, "warmup_steps": 40}},
-    # the recipe of modern in smaller sizes: about 3M, 10M and 30M parameters without embeddings
+    # the recipe of modern in smaller sizes: about 3M, 11M and 32M parameters excluding embeddings
     "tiny": small_modern(256, 4, 4, 256, batch_tokens=4_096, max_steps=2_000),
     "mini": small_modern(512, 6, 6, 384, batch_tokens=16_384, max_steps=3_000),
     "small": small_modern(512, 8, 9, 576, batch_tokens=65_536, max_steps=4_000),
@@ -327,7 +330,7 @@ def preset(name: str) -> Config:
 def fitting_preset(num_tokens: int, is_character_level: bool, has_gpu: bool) -> str:
     """Return the preset for a dataset of `num_tokens` training tokens.
 
-    With a GPU, it is the largest of tiny, mini, small and gpt2 that reads at most 4 epochs, or tiny.
+    With a GPU, it is the largest of mini, small and gpt2 whose run reads at most 4 epochs, otherwise tiny.
     """
     if is_character_level:
         return "shakespeare-char" if has_gpu else "shakespeare-char-cpu"

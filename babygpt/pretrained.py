@@ -70,7 +70,7 @@ class Pretrained:
         ]:
             raise ConfigError(
                 f"The weights of {self.source} do not match the architecture in the settings:\n{''.join(lines)}"
-                "Use the preset or the --model flags that match the weights."
+                "Remove the --model flags, or use other weights."
             )
         tensors = dict(self.tensors)
         if "wpe.weight" in tensors:

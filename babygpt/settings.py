@@ -1,4 +1,4 @@
-"""Settings in sections: a dataclass of dataclasses, its presets, its short flags, and its differences.
+"""Helpers for settings grouped in sections: modified copies, short flags, and checks of presets.
 
 >>> @dataclass(frozen=True)
 ... class Config:
@@ -42,7 +42,7 @@ def unknown_names(sections: dict[str, Any], known: Mapping[str, Iterable[str]]) 
 def expand_flags(arguments: list[str], known: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the arguments with each --field as --section.field, if only one section has a field of this name.
 
-    ConfigError if several sections have it, or if there is none, but a similar one.
+    ConfigError if several sections have the field, or if no section has it but a similar name exists.
     """
     sections: dict[str, list[str]] = {}  # by field
     for section, names in known.items():

@@ -1,9 +1,9 @@
-"""Run the commands of a new user's first hour in two checkouts, and write what they print, side by side.
+"""Run the commands of a new user's first hour in two checkouts, and write what they print, one after the other.
 
     python benchmarks/transcripts.py BEFORE [AFTER] [--out results/first-hour/transcripts.md]
 
-BEFORE and AFTER (default: this one) are checkouts. The commands run in a temporary directory with generated texts,
-one checkout after the other. Models are tiny, so that everything takes a few minutes on a CPU.
+BEFORE and AFTER are checkouts; AFTER defaults to this one. The commands run in a temporary directory with generated
+texts. Models are tiny, so that everything takes a few minutes on a CPU.
 """
 
 import argparse

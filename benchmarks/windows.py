@@ -2,11 +2,11 @@
 
     python benchmarks/windows.py shakespeare-char-cpu [--dataset DATASET] [--streams 12 64 1024] [--jobs 2] [-- FLAGS]
 
-nanoGPT starts each row at a random token, independently of all others, so some tokens are read more often than others.
-This benchmark trains a preset (changed by FLAGS of train.py) on such windows, and on the data order with several
-numbers of streams. All runs have the same model, number of tokens and validation tokens. Runs are written to the
-directory --runs, and finished runs are not repeated. Use a new directory if the code or the dataset has changed. If
---jobs is greater than 1, each run uses one thread.
+nanoGPT starts each row at a random token, independently of all others, so some tokens are read several times and
+others never. This benchmark trains a preset (changed by FLAGS of train.py) on such windows, and on the data order with
+several numbers of streams. All runs have the same model, number of tokens and validation tokens. Runs are written to
+the directory --runs, and finished runs are not repeated. Use a new directory if the code or the dataset has changed.
+If --jobs is greater than 1, each run uses one thread.
 """
 
 import argparse

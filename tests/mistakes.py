@@ -75,7 +75,7 @@ MISTAKES = [
     (13, "the last partial HellaSwag batch is dropped", "unit/test_hellaswag.py",
      [("hellaswag.py", "range(0, len(rows), batch_size)", "range(0, len(rows) - batch_size + 1, batch_size)")]),
     (13, "the ending is truncated instead of the context", "unit/test_hellaswag.py",
-     [("babygpt/evaluation/packing.py", "text[:-scored], {k: text[-scored:]}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
+     [("babygpt/evaluation/packing.py", "text[: len(text) - scored], {k: text[len(text) - scored :]}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
     (13, "acc_norm uses the sum of the losses instead of the mean", "unit/test_hellaswag.py",
      [("hellaswag.py", "(loss_sums / lengths).argmin(dim=1)", "loss_sums.argmin(dim=1)")]),
     (13, "the padding of the vocabulary is scored", "unit/test_hellaswag.py -k padding",

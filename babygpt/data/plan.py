@@ -25,6 +25,7 @@ from babygpt.errors import UserError
 VALIDATION, DIVIDED = 255, 254  # decisions, in addition to those of filters.py
 SPLIT_DECISIONS = {"val": VALIDATION, "train": KEPT}  # split -> decision on its documents
 DEFAULT_VAL_TOKENS = 11_000_000  # the validation of a training run reads the first 20 x 524,288
+NAMED = "the documents that --val-input or the source names"  # a rule, for dataset.json
 MIN_DIVIDED_TOKENS = 1000  # shorter documents are never divided
 BUCKET_ROWS = 1 << 22  # documents sorted at once, in about 400 MB
 BUCKET_DTYPE = np.dtype([("high", "u8"), ("low", "u8"), ("document", "u8"), ("tokens", "u4")])
@@ -120,15 +121,20 @@ class Plan:
         """Print the number of documents by decision, and how validation was chosen; UserError if no text is left."""
         if self.documents["kept"] == 0 and self.documents["filtered"]:
             raise UserError(
-                "The source has no text that passes the filters. Use lower thresholds (--min-...), or for files that "
-                "cannot be decoded, their --encoding."
+                "The source has no text that passes the filters. Lower the thresholds (--min-...), or set --encoding "
+                "for files that cannot be decoded."
             )
         if self.documents["kept"] == 0:
             raise UserError(
                 "The source has no text. Use a different source, or choose another column with --text-column."
             )
         if self.tokens["train"] == 0:
-            raise UserError("All documents of --input are also in --val-input. Use other files.")
+            raise UserError(
+                "No training documents are left. Documents that are also validation documents are dropped, and "
+                "--max-tokens counts both. Use more files or a larger --max-tokens."
+            )
+        if self.tokens["val"] == 0 and self.split_rule == NAMED:
+            raise UserError("The files of --val-input have no text. Use other files.")
         print("documents: " + ", ".join(f"{count:,} {name}" for name, count in self.documents.items()))
         if self.tokens["val"]:
             share = self.tokens["val"] / sum(self.tokens.values())
@@ -136,15 +142,15 @@ class Plan:
 
 
 def plan_shards(
-    stems: list[str], val_tokens: int | None, max_tokens: int | None, scratch: Path, num_val_parts: int = 0,
+    stems: list[str], val_tokens: int | None, max_tokens: int | None, scratch: Path, num_val_parts: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Plan:  # fmt: skip
     """Drop duplicates, apply `max_tokens`, choose validation documents, and place every document.
 
     The first of equal documents in source order is kept. The documents of the first `num_val_parts` parts are for
-    validation. If there are none, those with the smallest hashes are, until they have `val_tokens` tokens (None: 5 % of
-    all, at most 11 M). If they had more than 2 * val_tokens tokens, or for None more than 7 % of all, or if there is
-    only one document, then the last one is divided: its end is for validation. Without a tokenizer, and below
+    validation. If it is None, those with the smallest hashes are, until they have `val_tokens` tokens (None: 5% of all,
+    at most 11M). If these would have more than 2 * val_tokens tokens (None: more than 7% of all), or if all but one
+    document are not enough, the last one is divided, and its end is for validation. Without a tokenizer, and below
     MIN_DIVIDED_TOKENS, documents are kept whole, and at least one of them remains for training.
     """
     decisions = [load_index(stem, ("decision",))["decision"] for stem in stems]
@@ -158,10 +164,10 @@ def plan_shards(
         pass  # the iteration marks the duplicates
     num_seen, num_kept, num_tokens = apply_max_tokens(stems, buckets.decisions, max_tokens or math.inf)
     kept, first_document = buckets.decisions[:num_seen], np.minimum(first_document, num_seen)
-    if num_val_parts:
+    if num_val_parts is not None:
         named = kept[: first_document[num_val_parts]]
         named[named == KEPT] = VALIDATION
-        return place_documents(stems, kept, first_document, "the documents that the source or --val-input names")
+        return place_documents(stems, kept, first_document, NAMED)
     limit = num_tokens * 7 // 100 if val_tokens is None else 2 * val_tokens
     val_tokens = min(DEFAULT_VAL_TOKENS, num_tokens // 20) if val_tokens is None else val_tokens
     excess = choose_validation(buckets, kept, num_kept, val_tokens, limit)
@@ -172,11 +178,14 @@ def plan_shards(
     part = int(np.searchsorted(first_document, document, "right")) - 1
     stem, at_line_end = divide_document(stems[part], document - int(first_document[part]), num_val_tokens, tokenizer)
     kept[document] = DIVIDED
-    kept, first_document = np.append(kept, [KEPT, VALIDATION]), np.append(first_document, num_seen + 2)
-    rule = f"the end of one document, cut {'at a line end' if at_line_end else 'between two tokens'}"
-    if num_kept > 1:
-        rule += ", which is too large as a whole, and the documents with smaller xxh3-128 hashes, if any"
-    return place_documents([*stems, stem], kept.astype(np.uint8), first_document, rule)
+    kept = np.append(kept, np.array([KEPT, VALIDATION], np.uint8))
+    first_document = np.append(first_document, num_seen + 2)
+    place = "at a line end" if at_line_end else "between two tokens"
+    if num_kept == 1:
+        rule = f"the end of the only document, divided {place}"
+    else:
+        rule = f"the end of one large document, divided {place}, and all documents with smaller xxh3-128 hashes"
+    return place_documents([*stems, stem], kept, first_document, rule)
 
 
 def apply_max_tokens(stems: list[str], decisions: np.ndarray, max_tokens: float) -> tuple[int, int, int]:
@@ -199,8 +208,8 @@ def choose_validation(
 ) -> tuple[int, int] | None:
     """Mark documents by smallest hash in `decisions`, until they have `val_tokens` tokens or all but one are marked.
 
-    If the last one brings the total above `limit`, or if there is only one document, and it can be divided, it is not
-    marked. Then return it and the number of its tokens that are missing; otherwise None.
+    If the last one would bring the total above `limit`, or if all but one are not enough, and it can be divided, return
+    it and the number of its tokens that are for validation; otherwise None.
     """
     num_left, missing = num_kept, val_tokens
     for rows in buckets:
@@ -208,27 +217,28 @@ def choose_validation(
             break
         rows = rows[rows["document"] < len(decisions)]
         rows = rows[decisions[rows["document"]] == KEPT]
-        if num_kept == 1 and len(rows) and rows["tokens"][0] >= MIN_DIVIDED_TOKENS:
-            return int(rows["document"][0]), min(val_tokens, int(rows["tokens"][0]) // 2)
         totals = np.cumsum(rows["tokens"], dtype=np.int64)
         num_needed = int(np.searchsorted(totals, missing)) + 1
-        chosen = rows[: min(num_needed, num_left - 1)]
-        if len(chosen) and missing <= totals[len(chosen) - 1]:
-            *_, last = chosen
-            excess = val_tokens - missing + int(totals[len(chosen) - 1]) - limit
-            if excess > 0 and last["tokens"] >= MIN_DIVIDED_TOKENS:
-                chosen = chosen[:-1]
-                decisions[chosen["document"]] = VALIDATION
-                return int(last["document"]), missing - int(chosen["tokens"].sum(dtype=np.int64))
-        decisions[chosen["document"]] = VALIDATION
-        num_left, missing = num_left - len(chosen), missing - int(chosen["tokens"].sum(dtype=np.int64))
+        whole = rows[: min(num_needed, num_left - 1)]
+        is_enough = len(whole) == num_needed
+        if is_enough and val_tokens - missing + int(totals[num_needed - 1]) > limit:
+            last, whole = whole[-1], whole[:-1]
+        else:  # if all but one are not enough, the one that remains
+            last = rows[len(whole)] if not is_enough and len(whole) == num_left - 1 < len(rows) else None
+        if last is not None and last["tokens"] < MIN_DIVIDED_TOKENS:
+            whole, last = rows[: min(num_needed, num_left - 1)], None
+        decisions[whole["document"]] = VALIDATION
+        num_left, missing = num_left - len(whole), missing - int(whole["tokens"].sum(dtype=np.int64))
+        if last is not None:
+            return int(last["document"]), min(missing, int(last["tokens"]) // 2)
     return None
 
 
 def divide_document(stem: str, row: int, num_val_tokens: int, tokenizer: Tokenizer) -> tuple[str, bool]:
-    """Write a part of two documents: the beginning of document `row` of a part, and its last `num_val_tokens` or so.
+    """Write a part of two documents: the beginning and the end of document `row` of a part.
 
-    The cut is at the end of the nearest line. Returns the new part, and whether there was a line end nearby.
+    The end has about `num_val_tokens` tokens, so that it begins after a line end. Returns the new part, and whether
+    there was a line end nearby.
     """
     index, dtype = load_index(stem, ("tokens", "bytes")), token_dtype(tokenizer.vocab_size)
     start, length = (int(n) for n in (index["tokens"][:row].sum(dtype=np.int64), index["tokens"][row]))

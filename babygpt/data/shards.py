@@ -239,7 +239,7 @@ def open_dataset(directory: str | Path) -> Dataset:
 def _preparation(text: Path) -> str:
     """Return how to make a dataset from a file or directory of text."""
     command = ["python", "fineweb.py", "files", "--input", str(text), "--out-dir", f"data/{text.absolute().stem}"]
-    return f"If it has text, prepare it: {shlex.join(command)}"
+    return f"If it contains text, prepare it with: {shlex.join(command)}"
 
 
 def download(url: str) -> Path:

@@ -11,6 +11,7 @@ of a parquet file, a range of bytes of a jsonl file, or the batch). Both depend 
 """
 
 import hashlib
+import json
 import os
 import shlex
 import sysconfig
@@ -52,7 +53,10 @@ OFFLINE_HINT = (
     "  python fineweb.py stdlib                                  # source code of Python's standard library\n"
     "  python fineweb.py files --input PATH                      # your files"
 )
-FORMATS = "parquet, arrow, jsonl, json, csv, tsv, txt, md or py files; all but the first two may be .gz, .xz or .zst"
+FORMATS = (
+    "parquet, arrow, jsonl, json, csv, tsv, txt, md or py files; all but the first two may be compressed (.gz, .xz, "
+    ".zst)"
+)
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -161,9 +165,9 @@ def _add_to_digest(path: str, digest: "hashlib._Hash") -> int:
 def find_files(patterns: tuple[str, ...], split: str, flag: str = "--input") -> list[str]:
     """Return the files that the patterns match, sorted by path; a directory matches all files below it.
 
-    Files of other kinds are counted on the console and skipped. `split` selects one of a `save_to_disk` directory.
+    Files of unknown types are skipped, and their number is printed. `split` selects one of a `save_to_disk` directory.
     """
-    paths: set[str] = set()
+    paths: set[str] = set()  # absolute, so that no file counts twice
     for pattern in map(os.path.expanduser, patterns):
         if files.is_remote(pattern):
             matched = files.glob(pattern)
@@ -175,7 +179,7 @@ def find_files(patterns: tuple[str, ...], split: str, flag: str = "--input") -> 
             matched = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
         if not matched:
             raise UserError(f"{flag} {pattern} matches no file. The current directory is {os.getcwd()}.")
-        paths.update(matched)
+        paths.update(path if files.is_remote(path) else os.path.abspath(path) for path in matched)
     others = sorted(path for path in paths if format_of(path) is None)
     if len(others) == len(paths):
         count = "1 file" if len(others) == 1 else f"{len(others):,} files"
@@ -184,7 +188,7 @@ def find_files(patterns: tuple[str, ...], split: str, flag: str = "--input") -> 
         kinds = Counter(os.path.splitext(path)[1] or "without a suffix" for path in others)
         listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
         print(f"{flag}: {len(others):,} files of an unknown type are skipped ({listed}).")
-    return sorted(path if files.is_remote(path) else os.path.abspath(path) for path in paths - {*others})
+    return sorted(paths - {*others})
 
 
 def _walk(root: str, split: str) -> list[str]:
@@ -203,7 +207,8 @@ def _walk(root: str, split: str) -> list[str]:
                 )
             subdirectories[:], names = [split], []
         elif {"dataset_info.json", "state.json"} <= {*names}:
-            names = [name for name in names if is_table(name)]
+            state = json.loads(Path(directory, "state.json").read_text(encoding="utf-8"))
+            names = [file["filename"] for file in state["_data_files"]]  # not the cache of `map`
         subdirectories[:] = [] if real in visited else sorted(n for n in subdirectories if not n.startswith("."))
         if real not in visited:
             paths += [os.path.join(directory, name) for name in names if not name.startswith(".")]
@@ -240,7 +245,13 @@ class Shakespeare(Source):
         def is_valid(path: Path) -> bool:
             return files.sha256(path) == SHAKESPEARE_SHA256
 
-        files.download(SHAKESPEARE_URL, ["input.txt"], local, is_valid, is_valid, quiet=True)
+        try:
+            files.download(SHAKESPEARE_URL, ["input.txt"], local, is_valid, is_valid, quiet=True)
+        except UserError as error:
+            raise UserError(
+                f"Tiny Shakespeare cannot be downloaded ({error}) Without a network, copy the file to "
+                f"{local}/input.txt; its sha256 is {SHAKESPEARE_SHA256}."
+            ) from None
         data, path = (local / "input.txt").read_bytes(), f"{directory}/{self.units[unit].name}"
         cut = len(data) * 9 // 10  # every character is one byte
         files.write(path, data[cut:] if unit == 0 else data[:cut])
@@ -334,11 +345,16 @@ def find(
         if not input:
             raise UserError("The source `files` needs --input, for example --input 'pages/*.jsonl.gz'.")
         val_paths = find_files(val_input, split, "--val-input") if val_input else []
-        paths = [path for path in find_files(input, split) if path not in {*val_paths}]
+        paths = sorted({*find_files(input, split)} - {*val_paths})
         if not paths:
-            raise UserError("--val-input names all files of --input, so none are left for training. Use fewer files.")
+            raise UserError(
+                "--val-input matches all files of --input, so none are left for training. Remove some from --val-input."
+            )
         return LocalFiles("files", columns, paths=paths, val_paths=val_paths, options=options or TextOptions())
-    for flag, value in (("--input", input), ("--val-input", val_input)):
+    options = options or TextOptions()
+    given: dict[str, object] = {"--input": input, "--val-input": val_input, "--separator": options.separator}
+    given |= {"--encoding": options.encoding, "--skip-bad": options.skip_bad}
+    for flag, value in given.items():
         if value:
             raise UserError(f"{flag} is only for the source `files`, not for `{name}`. Remove it.")
     if name == "shakespeare":

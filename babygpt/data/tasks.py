@@ -1,4 +1,4 @@
-"""Tasks, into which a source is split, and batches of documents, into which the readers turn them.
+"""Tasks (the parts of a source) and batches (the documents that the readers return).
 
 >>> format_of("Pages.JSONL.gz"), format_of("photo.png")
 ('jsonl', None)
@@ -19,7 +19,7 @@ TEXT_FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".md": "text",
     ".py": "text",
 }  # fmt: skip
-UNDECODABLE = b"\xff"  # the text of a file that was skipped, and which is invalid UTF-8
+UNDECODABLE = b"\xff"  # in place of a file that was skipped; it is not valid UTF-8, so no document equals it
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
 
 
 def format_of(path: str) -> str | None:
-    """Return the format of a file by its name, or None if it is of another kind."""
+    """Return the format of a file by its name, or None if the format is unknown."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in COMPRESSION_SUFFIXES:
         return TEXT_FORMATS.get(os.path.splitext(stem)[1])

@@ -1,6 +1,6 @@
 """Read documents from text files: plain text, jsonl, json, csv and tsv, also compressed, in UTF-8 or other encodings.
 
-A file of plain text is one document, or with a separator several. In the other formats, each object or row is one. If
+A plain-text file is one document, or several with a separator. In the other formats, each object or row is one. If
 data cannot be read, a UserError names the file and the location.
 """
 
@@ -22,7 +22,10 @@ from babygpt.data.tasks import UNDECODABLE, Task, TextOptions, check_columns, fo
 from babygpt.errors import UserError
 
 BLOCK_BYTES = 1 << 20
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {  # those of UTF-32 first, since the one of UTF-16 is its beginning
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 class Utf8Stream(io.RawIOBase):
@@ -61,9 +64,9 @@ def open_utf8(path: str, encoding: str | None) -> IO[bytes]:
         file = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
     if not hasattr(file, "peek"):
         file = io.BufferedReader(file)
-    start = file.peek(3)
+    start = file.peek(4)
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
-    if encoding == "utf-8-sig":
+    if start.startswith(codecs.BOM_UTF8):
         file.read(len(codecs.BOM_UTF8))
     elif encoding and codecs.lookup(encoding).name != "utf-8":
         return io.BufferedReader(Utf8Stream(file, encoding), BLOCK_BYTES)
@@ -111,7 +114,7 @@ def read_texts(task: Task) -> Iterator[tuple]:
         except UnicodeDecodeError as error:
             encoding = options.encoding or "UTF-8"
             raise UserError(
-                f"{path} is not {encoding}: {error}. Name its encoding with --encoding, or skip such files with "
+                f"{path} is not valid {encoding}: {error}. Set its encoding with --encoding, or skip such files with "
                 "--skip-bad."
             ) from None
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -184,16 +187,21 @@ def _parse_json(data: bytes, location: str) -> Any:
 def _read_csv(path: str, file: IO[bytes], task: Task) -> Iterator[tuple]:
     csv.field_size_limit(1 << 30)  # characters; the default is 131,072
     text = io.TextIOWrapper(file, "utf-8", newline="")
-    rows = csv.DictReader(text, dialect="excel-tab" if format_of(path) == "tsv" else "excel", strict=True)
+    if format_of(path) == "tsv":  # without quotes: in text they are ordinary characters
+        rows = csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.DictReader(text, strict=True)
     try:
         for row in rows:
             location = f"{path}, line {rows.line_num}"
             for column in task.columns[1:]:
                 with suppress(ValueError):  # select_columns reports it
-                    row[column] = float(row[column]) if row.get(column) else None
+                    if column in row:
+                        row[column] = float(row[column]) if row[column] else None
             yield select_columns(row, task.columns, location)
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num} is not valid CSV: {error}") from None
+        line = rows.reader.line_num
+        raise UserError(f"{path}, line {line} is not valid CSV: {error}. Quotes within quotes are doubled.") from None
 
 
 def select_columns(row: Any, columns: tuple[str, ...], location: str) -> tuple:

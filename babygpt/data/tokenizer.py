@@ -23,7 +23,7 @@ import numpy as np
 
 from babygpt.data.gigatoken import BatchEncoder
 from babygpt.data.texts import without_surrogates
-from babygpt.errors import UserError
+from babygpt.errors import ConfigError, UserError
 
 GPT2_RANKS = Path(__file__).parents[2] / "assets" / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # from tiktoken's openai_public.py
@@ -153,15 +153,16 @@ class FileTokenizer(BatchEncoder):
             unknown = next((char for char in text if self.backend.token_to_id(char) is None), None)
             if unknown is None or not self.is_character_level:
                 raise
-            raise UserError(
+            raise ConfigError(
                 f"The tokenizer {self.file} has no token for the character {unknown!r}, which its dataset does not "
-                "contain. Use other text."
+                "contain. Use a different prompt (in train.py: --sampling.prompt)."
             ) from error
 
     @cached_property
     def is_character_level(self) -> bool:
         """Whether this is a tokenizer of `character_tokenizer`."""
-        return json.loads(self.backend.to_str())["model"]["type"] == "WordLevel"
+        is_word_level = json.loads(self.backend.to_str())["model"]["type"] == "WordLevel"
+        return is_word_level and all(len(token) == 1 for token in self.backend.get_vocab(with_added_tokens=False))
 
     def use_gigatoken(self, texts: list[bytes], sample_bytes: int) -> str | None:
         return None if self.is_character_level else super().use_gigatoken(texts, sample_bytes)
@@ -282,8 +283,10 @@ def character_tokenizer(texts: Iterable[str]) -> FileTokenizer:
     """Return a tokenizer with one token for each character of the texts, by code point, and EOT as the last."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    characters = sorted(set().union(*texts))
-    backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(sorted(characters))}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([END_OF_TEXT])

@@ -8,9 +8,11 @@ import errno
 import fcntl
 import glob
 import json
+import math
 import os
 import re
 import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
@@ -23,7 +25,8 @@ from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import UserError
 from babygpt.files import write_json
 
-FORMAT = 2  # of parts/; increase it when tasks, hashes or indexes change
+KEPT_AFTER = 60.0  # seconds after which a failed preparation keeps its finished tasks
+FORMAT = 3  # of parts/; increase it when tasks, hashes or indexes change
 
 
 class Workspace:
@@ -36,6 +39,7 @@ class Workspace:
         self.local = files.local_directory(directory)  # `directory`, or for a URL a directory on this machine
         self.scratch = self.local / "parts"  # temporary files of this machine
         self.is_new = False  # whether this process has created the directory
+        self.begun = -math.inf  # time of `begin`
         self.manifest: dict[str, Any] = {}  # contents of dataset.json, empty until the dataset is complete
 
     def __enter__(self) -> "Workspace":
@@ -53,9 +57,10 @@ class Workspace:
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: Any) -> None:
         """Unlock the directory. Raise a UserError if the disk is full or a worker was killed."""
+        is_recent = time.monotonic() - self.begun < KEPT_AFTER
+        if isinstance(error, UserError) and self.is_new and is_recent and not self.source.is_on_hub:
+            self._remove_files()  # a retry with different files or settings could not resume
         os.close(self._lock_fd)
-        if isinstance(error, UserError) and self.is_new and not self.source.is_on_hub:
-            self._remove_files()  # a retry with other files or settings would not resume
         with suppress(OSError):
             self.local.rmdir()  # succeeds if it is empty
         resume_hint = "Finished tasks are kept. To resume, run the same command"
@@ -71,6 +76,7 @@ class Workspace:
 
     def begin(self) -> None:
         """Delete the incomplete files of a killed run and write settings.json."""
+        self.begun = time.monotonic()
         (self.scratch / "download").mkdir(parents=True, exist_ok=True)
         stale = [path for path in self.local.iterdir() if files.TEMPORARY_SUFFIX.search(path.name)]
         for path in [*stale, *self.scratch.rglob("*.tmp"), *self.scratch.rglob("*.incomplete")]:
@@ -113,7 +119,7 @@ class Workspace:
             path.unlink()
 
     def _lock(self) -> None:
-        self.is_new = not self.local.exists()
+        self.is_new = not files.is_remote(self.directory) and not self.local.exists()
         try:
             self.local.mkdir(parents=True, exist_ok=True)
             if not os.access(self.local, os.W_OK):

@@ -50,7 +50,7 @@ def make_segments(examples: list[Example], block_size: int) -> Iterator[Segment]
         else:
             for k, ending in enumerate(example.endings):
                 text, scored = (example.context + ending)[-(block_size + 1) :], min(len(ending), block_size)
-                yield Segment(i, text[:-scored], {k: text[-scored:]})
+                yield Segment(i, text[: len(text) - scored], {k: text[len(text) - scored :]})
 
 
 def pack(segments: Iterable[Segment], row_tokens: int) -> list[list[Segment]]:

@@ -32,7 +32,10 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
     if name == "cuda":
         count = torch.cuda.device_count()
         if count == 0:
-            raise ConfigError("PyTorch finds no CUDA device. Use --general.device cpu, or install PyTorch with CUDA.")
+            raise ConfigError(
+                "--general.device cuda: PyTorch finds no CUDA device. Use --general.device cpu, or install PyTorch "
+                "with CUDA."
+            )
         if local_world_size > count:  # so all ranks of the node raise the same error
             raise ConfigError(
                 f"{local_world_size} processes on this node need {local_world_size} CUDA devices, but PyTorch finds "

@@ -1,4 +1,4 @@
-"""Choose the number of rows per forward pass by an estimate of memory, and say what to change if memory runs out."""
+"""Estimate how many rows fit in memory, and suggest what to change if memory runs out."""
 
 import math
 

@@ -12,7 +12,8 @@ from support.preparation import prepare, snapshot
 
 import fineweb
 from arguments import parse
-from babygpt.data import sources
+from babygpt import files
+from babygpt.data import sources, workspace
 from babygpt.data.shards import open_dataset, verify
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
@@ -38,14 +39,14 @@ def novel(lines: int, name: str = "Alice") -> str:
 # validation
 
 
-def test_lone_document_is_divided_at_a_line_end(tmp_path, capsys):
+def test_single_document_is_divided_at_a_line_end(tmp_path, capsys):
     prepare(tmp_path / "d", save(tmp_path / "input.txt", novel(1000).encode()))
     texts = texts_of(tmp_path / "d")
     assert [len(texts["train"]), len(texts["val"])] == [1, 1]
     assert texts["train"][0] + texts["val"][0] == novel(1000)
     assert texts["train"][0].endswith(".\n")
     assert 0.045 < len(texts["val"][0]) / len(novel(1000)) < 0.055
-    assert "the end of one document, cut at a line end\n" in capsys.readouterr().out
+    assert "the end of the only document, divided at a line end\n" in capsys.readouterr().out
     assert verify(tmp_path / "d")["documents"] == 2
 
 
@@ -83,6 +84,15 @@ def test_document_is_divided_above_twice_the_target(tmp_path, val_tokens, is_who
     assert val_tokens <= manifest["counts"]["tokens"]["val"] + 20 < 2 * val_tokens + 20
 
 
+@pytest.mark.parametrize("i", range(4))
+def test_small_document_is_not_all_of_validation(tmp_path, i):
+    """Whichever of them has the smaller hash."""
+    save(tmp_path / "in" / "readme.txt", f"A short text, number {i}.".encode())
+    save(tmp_path / "in" / "novel.txt", novel(1000, f"Author {i}").encode())
+    tokens = prepare(tmp_path / "d", tmp_path / "in")["counts"]["tokens"]
+    assert 0.045 < tokens["val"] / (tokens["train"] + tokens["val"]) < 0.055
+
+
 def test_preparation_of_a_divided_document_resumes(tmp_path, monkeypatch):
     path = save(tmp_path / "input.txt", novel(1000).encode())
     prepare(tmp_path / "whole", path)
@@ -98,9 +108,24 @@ def test_preparation_of_a_divided_document_resumes(tmp_path, monkeypatch):
 def test_named_validation_documents_are_not_in_training(tmp_path):
     save_jsonl(tmp_path / "in" / "a.jsonl", ["one", "two", "three", "four"])
     save_jsonl(tmp_path / "in" / "val" / "b.jsonl", ["three", "five", "five"])
-    for name, files in (("file", tmp_path / "in" / "a.jsonl"), ("directory", tmp_path / "in")):
-        prepare(tmp_path / name, files, val_input=tmp_path / "in" / "val")
+    for name, source in (("file", tmp_path / "in" / "a.jsonl"), ("directory", tmp_path / "in")):
+        prepare(tmp_path / name, source, val_input=tmp_path / "in" / "val")
         assert texts_of(tmp_path / name) == {"train": ["one", "two", "four"], "val": ["three", "five"]}
+
+
+def test_validation_files_without_text_are_rejected(tmp_path):
+    save_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    for name in ("empty.jsonl", "blank.txt"):
+        save(tmp_path / name, b"\n")
+        with pytest.raises(UserError, match="The files of --val-input have no text"):
+            prepare(tmp_path / "d", tmp_path / "a.jsonl", val_input=tmp_path / name)
+
+
+def test_max_tokens_that_leave_no_training_document_are_named(tmp_path):
+    save_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    save_jsonl(tmp_path / "b.jsonl", ["three " * 50])
+    with pytest.raises(UserError, match=r"No training documents are left.*--max-tokens counts both"):
+        prepare(tmp_path / "d", tmp_path / "a.jsonl", val_input=tmp_path / "b.jsonl", max_tokens=20)
 
 
 def test_named_validation_documents_are_part_of_the_settings(tmp_path):
@@ -108,7 +133,7 @@ def test_named_validation_documents_are_part_of_the_settings(tmp_path):
     prepare(tmp_path / "d", paths[1], paths[2], val_input=paths[0])
     with pytest.raises(UserError, match="a complete dataset with different settings"):
         prepare(tmp_path / "d", *paths)
-    with pytest.raises(UserError, match="--val-input names all files of --input"):
+    with pytest.raises(UserError, match="--val-input matches all files of --input"):
         prepare(tmp_path / "e", paths[0], val_input=paths[0])
     with pytest.raises(UserError, match="--val-tokens 5 has no effect with --val-input"):
         prepare(tmp_path / "e", paths[0], val_input=paths[1], val_tokens=5)
@@ -190,6 +215,10 @@ def test_next_command_of_shakespeare_needs_no_flag(monkeypatch):
     assert command == "python train.py shakespeare-char-cpu"
 
 
+def test_next_command_of_a_short_text_is_advice():
+    assert fineweb.training_command("data/x", 3000, 100, is_character_level=False).startswith("use more text")
+
+
 def test_next_command_omits_validation_that_is_too_short(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     command = fineweb.training_command("/d/my text", 20_000, 100, is_character_level=False)
@@ -214,6 +243,22 @@ def test_failed_preparation_removes_its_directory(tmp_path):
     assert (tmp_path / "mine" / "notes.txt").exists()
 
 
+def test_failed_preparation_keeps_what_it_has_not_made(tmp_path, monkeypatch):
+    """Unfinished work of another process or machine, and that of a preparation that took long."""
+    good, bad = save_jsonl(tmp_path / "a.jsonl", ["good"]), save(tmp_path / "b.jsonl", b"{")
+    url = "memory://bucket/kept"
+    files.write(f"{url}/parts/00000-00000.npz", b"finished")
+    files.write_json(f"{url}/parts/settings.json", {"format": 3, "revision": "other"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="an unfinished dataset with different settings"):
+        prepare(url, good)
+    assert "00000-00000.npz" in files.list_names(f"{url}/parts")
+    monkeypatch.setattr(workspace, "KEPT_AFTER", 0.0)
+    with pytest.raises(UserError, match="not valid JSON"):
+        prepare(tmp_path / "long", good, bad, task_bytes=1)
+    assert (tmp_path / "long" / "parts").exists()
+
+
 def test_skipped_files_are_counted_in_the_manifest(tmp_path):
     save(tmp_path / "in" / "a.txt", b"good")
     save(tmp_path / "in" / "b.txt", b"caf\xe9")
@@ -224,7 +269,11 @@ def test_skipped_files_are_counted_in_the_manifest(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"encoding": "utf8000"}, "--encoding 'utf8000' is unknown"), ({"separator": ""}, "--separator is empty")],
+    [
+        ({"encoding": "undefined"}, "--encoding 'undefined' is unknown"),
+        ({"encoding": "utf8000"}, "--encoding 'utf8000' is unknown"),
+        ({"separator": ""}, "--separator is empty"),
+    ],
 )
 def test_invalid_text_options_are_rejected(tmp_path, options, message):
     with pytest.raises(UserError, match=message):

@@ -126,22 +126,29 @@ def test_source_without_text_is_rejected(tmp_path):
 # formats and encodings
 
 TEXTS = ["Zażółć", 'a "quoted", text\nin two lines', "", "naïve\r\nfaçade"]
+TSV_TEXTS = ["Zażółć", '"quotes" are "text', "", "naïve"]  # one line each
 WRITERS = {
     "a.json": lambda: json.dumps([{"text": text, "id": 1} for text in TEXTS], indent=1),
     "b.json": lambda: json.dumps(TEXTS),
     "c.json": lambda: "\n".join(json.dumps({"text": text}) for text in TEXTS),
     "d.NDJSON": lambda: "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS),
     "e.csv": lambda: "id,text\r\n" + "".join('1,"{}"\r\n'.format(text.replace('"', '""')) for text in TEXTS),
-    "f.TSV": lambda: "id\ttext\n" + "".join('1\t"{}"\n'.format(text.replace('"', '""')) for text in TEXTS),
+    "f.TSV": lambda: "id\ttext\n" + "".join(f"1\t{text}\n" for text in TSV_TEXTS),
 }
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_text_of_each_format_and_encoding_is_read(tmp_path, name, encoding):
     data = WRITERS[name]().encode(encoding)
     path = save(tmp_path / name, codecs.BOM_UTF16_BE + data if encoding == "utf-16-be" else data)
-    assert read_all(path) == TEXTS
+    assert read_all(path) == (TSV_TEXTS if name == "f.TSV" else TEXTS)
+
+
+def test_utf_8_with_an_optional_mark_keeps_all_text(tmp_path):
+    for name, data in (("a.txt", b"without"), ("b.txt", codecs.BOM_UTF8 + b"with")):
+        save(tmp_path / name, data)
+    assert read_all(tmp_path, encoding="utf-8-sig") == ["without", "with"]
 
 
 def test_single_json_object_is_one_document(tmp_path):
@@ -161,7 +168,7 @@ def test_undecodable_file_is_named_or_skipped(tmp_path):
     save(tmp_path / "a.txt", b"before")
     save(tmp_path / "b.jsonl", '{"text": "first"}\n{"text": "zażółć"}'.encode("iso-8859-2"))
     save(tmp_path / "c.txt", b"after")
-    with pytest.raises(UserError, match=r"b\.jsonl is not UTF-8.*line 2.*--encoding, or skip such files"):
+    with pytest.raises(UserError, match=r"b\.jsonl is not valid UTF-8.*line 2.*--encoding, or skip such files"):
         read_all(tmp_path)
     assert read_all(tmp_path, skip_bad=True) == ["before", "after"]
 
@@ -202,15 +209,20 @@ def test_saved_dataset_is_read_without_its_metadata(tmp_path):
     splits = {name: Dataset.from_dict({"text": [f"{name} {i}" for i in range(5)]}) for name in ("train", "test")}
     DatasetDict(splits).save_to_disk(tmp_path / "all")
     splits["test"].save_to_disk(tmp_path / "one", num_shards=2)
+    splits["test"].save_to_disk(tmp_path / "cached")
+    table = pa.table({"text": ["not a row"]})
+    with pa.ipc.new_stream(str(tmp_path / "cached" / "cache-1.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert read_all(tmp_path / "cached") == read_all(tmp_path / "one")
     assert read_all(tmp_path / "all") == [f"train {i}" for i in range(5)]
     assert read_all(tmp_path / "all", split="test") == read_all(tmp_path / "one") == [f"test {i}" for i in range(5)]
     with pytest.raises(UserError, match=r"no split 'validation': it has test, train.*--split"):
         read_all(tmp_path / "all", split="validation")
 
 
-@pytest.mark.parametrize("bad", ["id\n1\n", 'text\n"open\n', "text,score\na,high\n"])
+@pytest.mark.parametrize("bad", ["id\n1\n", 'text\n"open\n', "text,score\na,high\n", "text\n1\n"])
 def test_invalid_csv_is_reported_with_file_and_line(tmp_path, bad):
     save(tmp_path / "a.csv", bad.encode())
-    source = sources.find("files", (str(tmp_path / "a.csv"),), ("text", *(["score"] if "score" in bad else [])))
+    source = sources.find("files", (str(tmp_path / "a.csv"),), ("text", *(["score"] if bad.startswith("text") else [])))
     with pytest.raises(UserError, match=r"a\.csv, line [123]"):
         list(sources.read_documents(source))

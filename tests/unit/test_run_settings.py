@@ -68,9 +68,9 @@ def test_resume_without_a_preset_names_the_values_that_differ(uninterrupted_run,
     call(train.main, "--out-dir", out, "--init-from", "resume")
     text = capsys.readouterr().out
     assert f"The settings are those of {out}/config.json" in text
-    assert "  optimizer.beta2 is 0.95, 0.99 in train_config.py" in text
-    assert "training.max_steps is" not in text, "equal"
-    assert not any(f"{name} is" in text for name in ("micro_batch_size", "num_streams", "vocab_size", "beta1"))
+    assert "  optimizer.beta2: 0.95 in this run, 0.99 in the preset" in text
+    assert "training.max_steps:" not in text, "equal"
+    assert not any(f"{name}: " in text for name in ("micro_batch_size", "num_streams", "vocab_size", "beta1"))
 
 
 def test_evaluation_without_a_preset_uses_the_runs_settings(uninterrupted_run, capsys):
@@ -97,6 +97,38 @@ def test_config_of_a_run_starts_a_new_run_in_a_new_directory(uninterrupted_run, 
     assert parse([str(out / "config.json"), "--init-from", "resume"])[1].general.out_dir == out
 
 
+def test_tuned_run_is_evaluated_and_copied_with_its_weights(uninterrupted_run, dataset, tmp_path, capsys):
+    """Its config.json names the weights from which it started, which an evaluation must not use."""
+    arguments = flags(dataset, tmp_path / "tuned", general__init_from=uninterrupted_run, training__max_steps=4)
+    call(train.main, *arguments)
+    logged = read_log(tmp_path / "tuned" / "log.csv")[-1]
+    for words in (["--out-dir", tmp_path / "tuned"], [tmp_path / "tuned" / "config.json"]):
+        capsys.readouterr()
+        call(train.main, *words, "--mode", "val")
+        assert f"validation loss {logged['val_loss']:.4f}" in capsys.readouterr().out
+    _, copy = parse([str(tmp_path / "tuned" / "config.json")])
+    assert copy.general.init_from == str(uninterrupted_run)
+
+
+def test_new_run_from_a_config_resolves_its_automatic_values(uninterrupted_run):
+    path = str(uninterrupted_run / "config.json")
+    _, config = parse([path, "--batch-tokens", "320"])
+    assert (config.training.micro_batch_size, config.optimizer.beta1, config.data.num_streams) == (0, None, None)
+    _, config = parse([path, "--init-from", "resume"])
+    assert (config.training.micro_batch_size, config.optimizer.beta1, config.data.num_streams) == (4, 0.9, 4)
+
+
+@pytest.mark.parametrize("words", ["--init-from resume demo", "--out-dir out/a demo", "--seed 1 demo"])
+def test_preset_after_flags_is_an_error(words):
+    with pytest.raises(ConfigError, match="A preset comes first"):
+        parse(words.split())
+
+
+def test_run_directory_as_preset_names_its_config(uninterrupted_run):
+    with pytest.raises(ConfigError, match=r"is a run, not a preset. Use .*/config.json"):
+        parse([str(uninterrupted_run)])
+
+
 def test_micro_batches_adapt_to_the_number_of_ranks(uninterrupted_run, monkeypatch):
     """The run has 16 rows per step, in micro-batches of 4."""
     for world_size, micro_batch_size in ((1, 4), (4, 4), (8, 0), (16, 0)):
@@ -105,11 +137,15 @@ def test_micro_batches_adapt_to_the_number_of_ranks(uninterrupted_run, monkeypat
         assert resolve(config, world_size).training.micro_batch_size == micro_batch_size
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"general": {}}'])
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"general": {}}', "block_size"])
 def test_invalid_config_is_named_in_the_error(text, tmp_path):
+    if text == "block_size":
+        text = json.dumps(to_json(variant(preset("gpt2"), model={"block_size": 0})))
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json(:| is not the config.json of a run)"):
+    with pytest.raises(
+        UserError, match=r"config\.json(:| cannot be read as the config.json of a run)|--model.block-size 0"
+    ):
         parse([str(tmp_path / "config.json")])
 
 
@@ -168,6 +204,5 @@ def test_more_than_ten_epochs_are_a_warning(max_steps, warns, dataset):
     assert not warns or "81 steps x 256 tokens = 20,736 tokens are 10.1 epochs of the" in warning
 
 
-def test_stopped_run_prints_the_command_that_resumes_it(uninterrupted_run):
-    """The command that a stopped run prints."""
+def test_resume_command_quotes_the_directory():
     assert run_dir.resume_command(Path("out/my run")) == "python train.py --out-dir 'out/my run' --init-from resume"

@@ -182,7 +182,7 @@ def test_hidden_files_and_link_cycles_are_skipped(tmp_path):
 
 def test_text_file_that_is_not_utf8_is_named_in_the_error(tmp_path):
     save(tmp_path / "a.txt", "zażółć".encode("iso-8859-2"))
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.txt is not valid UTF-8"):
         list(read_documents(local_files(tmp_path)))
 
 
