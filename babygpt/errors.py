@@ -24,7 +24,11 @@ class ConfigError(UserError):
 
 
 class OtherRankError(UserError):
-    """A consequence of an error on another rank. One rank per node prints it."""
+    """A consequence of an error on another rank."""
+
+
+class RankFailedError(OtherRankError, ConfigError):
+    """Another rank has raised an error and prints its message. One rank per node prints this one."""
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
@@ -41,12 +45,13 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         rank, is_consequence = os.environ.get("RANK", "0"), isinstance(error, OtherRankError)
-        if is_first or not isinstance(error, ConfigError | OtherRankError):
+        prints = is_first or not isinstance(error, ConfigError)
+        if prints:
             suffix = "" if rank == "0" else f" (rank {rank})"
             print(f"\nerror{suffix}: {error}", file=sys.stderr, flush=True)
             if not is_consequence:
                 record_failure(str(error))
-        is_first = is_first and not is_consequence
+        is_first = prints and not is_consequence
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from babygpt.console import console
-from babygpt.errors import ConfigError, OtherRankError, UserError
+from babygpt.errors import ConfigError, OtherRankError, RankFailedError, UserError
 from babygpt.training.device import (
     choose_device,
     device_memory,
@@ -120,7 +120,7 @@ class Ranks:
             if error:
                 raise error
             if failed:
-                raise OtherRankError(f"Rank {failed[0]} failed; see its error message.")
+                raise RankFailedError(f"Rank {failed[0]} failed; see its error message.")
         return results[0]
 
 

@@ -14,7 +14,7 @@ TRAIN = "python train.py tiny --dataset data/novel --device cpu"
 MISTAKES = [
     ("python fineweb.py files --input 'page/*.txt'", "page/*.txt matches no file. The current directory is"),
     ("python fineweb.py files", "needs --input"),
-    ("python fineweb.py files --input photo.png", "1 file of an unknown type, such as photo.png"),
+    ("python fineweb.py files --input photo.png", "photo.png. Use parquet, arrow, jsonl"),
     ("python fineweb.py pages", "'pages' is a path, not a source. Use `python fineweb.py files --input pages`"),
     ("python fineweb.py fineweb-edu-10bt", "Did you mean 'fineweb-edu-10BT'?"),
     ("python fineweb.py files --input pages --out-dir data/x", "latin.txt is not valid UTF-8"),

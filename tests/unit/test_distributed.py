@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._inductor.config
 
-from babygpt.errors import ConfigError, OtherRankError, UserError
+from babygpt.errors import ConfigError, RankFailedError, UserError
 from babygpt.training.device import (
     TESTED_TORCH,
     DeviceEvent,
@@ -143,7 +143,7 @@ def test_failed_fetch_of_one_rank_is_an_error_on_all_ranks(monkeypatch):
     monkeypatch.setattr(Ranks, "gather", lambda self, number: [1.0, 0.0])
     with pytest.raises(UserError, match="no network"):
         Ranks(0, 0, 2, CPU).main_process_first(fail)
-    with pytest.raises(OtherRankError, match="Rank 0 failed"):
+    with pytest.raises(RankFailedError, match="Rank 0 failed"):
         Ranks(1, 1, 2, CPU).main_process_first(lambda: None)
 
 
