@@ -415,7 +415,7 @@ def test_train_mode_neither_validates_nor_samples(dataset, tmp_path):
             {"preset": "modern", "model__value_embeddings": 2},
             "--model.value-embeddings 2 is more than half of --model.n-layer",
         ),
-        ({"model__rope": []}, "--model.rope: the preset gpt2 is a classic GPT-2"),
+        ({"model__rope": []}, "--model.rope: the model of gpt2 is a classic GPT-2"),
         (
             {"model__block_size": 512, "training__batch_tokens": 2048},
             "validation tokens, but one row takes",

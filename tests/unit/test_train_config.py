@@ -208,7 +208,7 @@ def test_invalid_preset_is_rejected_with_section_and_field(sections, message, mo
 def test_modern_switch_on_a_classic_preset_is_rejected():
     """The message names the preset modern."""
     for flag in ("--model.rope", "--model.no-relu2", "--model.window=5"):
-        with pytest.raises(ConfigError, match=f"{flag.split('=')[0]}: the preset smollgpt .* preset modern"):
+        with pytest.raises(ConfigError, match=f"{flag.split('=')[0]}: the model of smollgpt .* preset modern"):
             parse(["smollgpt", flag])
     _, config = parse(["modern", "--model.no-rope", "--model.window", "5"])
     assert isinstance(config.model, ModernConfig)
