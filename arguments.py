@@ -31,6 +31,12 @@ AUTOMATIC: dict[str, Any] = {
     "model.vocab_size": 0, "model.eot_id": None, "data.chunk_tokens": None, "data.num_streams": None,
     "training.micro_batch_size": 0, "training.compile": "auto", "optimizer.beta1": None, "optimizer.momentum": None,
 }  # fmt: skip
+# fields that a run may have derived from another one, and that are derived again if a flag changes it
+DERIVED = {
+    "data.dataset": ("data.chunk_tokens", "data.num_streams"),
+    "model.block_size": ("data.chunk_tokens", "data.num_streams", "training.micro_batch_size"),
+    "training.batch_tokens": ("training.micro_batch_size", "optimizer.beta1", "optimizer.momentum"),
+}
 
 
 def initial_config(name: str | None, flags: list[str]) -> Config:
@@ -50,13 +56,12 @@ def initial_config(name: str | None, flags: list[str]) -> Config:
         config = read_settings(Path(name))
         if continues:
             config = variant(config, general={"init_from": "resume"})
-        else:  # a new run resolves its automatic values itself
-            automatic: dict[str, dict[str, Any]] = {"general": {"out_dir": next_free(config.general.out_dir)}}
-            for key, value in AUTOMATIC.items():
-                section, field = key.split(".")
-                if hasattr(getattr(config, section), field):
-                    automatic.setdefault(section, {})[field] = value
-            config = variant(config, **automatic)
+        else:
+            config = variant(config, general={"out_dir": next_free(config.general.out_dir)})
+            for changed, derived in DERIVED.items():
+                if flag_values(flags, changed):
+                    for section, field in (key.split(".") for key in derived):
+                        config = variant(config, **{section: {field: AUTOMATIC[f"{section}.{field}"]}})
     elif name in (None, *PRESETS):
         config = preset(name or "gpt2")
     else:

@@ -110,12 +110,18 @@ def test_tuned_run_is_evaluated_and_copied_with_its_weights(uninterrupted_run, d
     assert copy.general.init_from == str(uninterrupted_run)
 
 
-def test_new_run_from_a_config_resolves_its_automatic_values(uninterrupted_run):
-    path = str(uninterrupted_run / "config.json")
-    _, config = parse([path, "--batch-tokens", "320"])
-    assert (config.training.micro_batch_size, config.optimizer.beta1, config.data.num_streams) == (0, None, None)
-    _, config = parse([path, "--init-from", "resume"])
-    assert (config.training.micro_batch_size, config.optimizer.beta1, config.data.num_streams) == (4, 0.9, 4)
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--max-lr 1", (4, 0.9, 4)),
+        ("--init-from resume", (4, 0.9, 4)),
+        ("--batch-tokens 320", (0, None, 4)),
+        ("--dataset data/other", (4, 0.9, None)),
+    ],
+)
+def test_changed_flag_resets_what_was_derived_from_it(words, expected, uninterrupted_run):
+    _, config = parse([str(uninterrupted_run / "config.json"), *words.split()])
+    assert (config.training.micro_batch_size, config.optimizer.beta1, config.data.num_streams) == expected
 
 
 @pytest.mark.parametrize("words", ["--init-from resume demo", "--out-dir out/a demo", "--seed 1 demo"])
