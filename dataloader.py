@@ -30,6 +30,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from babygpt.console import counted
 from babygpt.data.shards import Tokens
 from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORE_INDEX
@@ -194,9 +195,9 @@ class Order:
         if self.rows_per_epoch < rows_per_step:
             raise ConfigError(
                 f"The dataset has too few rows for one step: {len(self.tokens):,} training tokens give "
-                f"{self.rows_per_epoch:,} rows of {self.block_size:,} tokens in {self.num_streams} streams, but a step "
-                f"takes {rows_per_step:,}. Use more data, or a smaller --training.batch-tokens, --data.num-streams or "
-                "--model.block-size."
+                f"{self.rows_per_epoch:,} rows of {self.block_size:,} tokens in {counted(self.num_streams, 'stream')}, "
+                f"but a step takes {rows_per_step:,}. Use more data, or a smaller --training.batch-tokens, "
+                "--data.num-streams or --model.block-size."
             )
 
     def summary(self, batch_tokens: int, max_steps: int) -> str:

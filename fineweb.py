@@ -31,6 +31,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from babygpt import files
+from babygpt.console import counted
 from babygpt.constraints import Name, metavar, parse_command_line, summary, violations
 from babygpt.data.filters import Filters
 from babygpt.data.plan import plan_shards
@@ -167,16 +168,16 @@ def create_worker_pool(args: PrepareArgs, setup: Setup, work: Workspace) -> Abst
     """Return the pool of a Ray cluster, or check disk and memory and return a pool of local processes."""
     if args.engine == "ray":
         return ray_workers(args.address, setup)
-    return local_workers(check_resources(work, setup.tokenizer.vocab_size, args.workers), setup)
+    return local_workers(check_resources(work, setup.tokenizer, args.workers), setup)
 
 
 def report(work: Workspace, is_character_level: bool) -> None:
     """Print the size of a complete dataset and a command that trains on it."""
     counts, shards = work.manifest["counts"], work.manifest["shards"]
-    tokens = counts["tokens"]
+    documents, tokens = counted(counts["documents"]["kept"], "document"), counts["tokens"]
     print(
-        f"{work.directory}: {counts['documents']['kept']:,} documents, {tokens['train']:,} training tokens and "
-        f"{tokens['val']:,} validation tokens in {len(shards)} shards.\n"
+        f"{work.directory}: {documents}, {tokens['train']:,} training tokens and "
+        f"{tokens['val']:,} validation tokens in {counted(len(shards), 'shard')}.\n"
         f"next: {training_command(work.directory, tokens['train'], tokens['val'], is_character_level)}"
     )
     if tokens["val"] == 0:

@@ -51,6 +51,11 @@ def protect_streams() -> None:
         setattr(sys, name, ProtectedStream(stream))
 
 
+def counted(count: int, noun: str) -> str:
+    """Return, for instance, "1 shard" or "1,024 shards"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 class ConsoleHandler(logging.Handler):
     """Print messages to stdout, and warnings to stderr, above the progress bar if there is one."""
 

@@ -1,30 +1,36 @@
 """Check that the disk and memory of this machine are large enough for a preparation.
 
->>> workers = check_resources(work, vocab_size=50257, workers=None)
+>>> workers = check_resources(work, load_tokenizer("gpt2"), workers=None)
 """
 
 import os
 import shutil
 from pathlib import Path
 
+from tqdm import tqdm
+
 from babygpt import files
+from babygpt.console import counted
 from babygpt.data.plan import BUCKET_ROWS
 from babygpt.data.shards import token_dtype
+from babygpt.data.tokenizer import Tokenizer
 from babygpt.data.workspace import Workspace
 from babygpt.errors import UserError
 
 WORKER_MEMORY = 400 << 20  # bytes per worker, an upper estimate for row groups as large as FineWeb's
 
 
-def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> int:
+def check_resources(work: Workspace, tokenizer: Tokenizer, workers: int | None) -> int:
     """Check the estimated disk and memory; return `workers`, or if None, one per core or as many as memory allows."""
     source, max_tokens = work.source, work.settings["max_tokens"]
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
+    if tokenizer.is_character_level:
+        tokens *= 3  # a token of GPT-2 has about 4 characters of English, and tokens_per_byte is an upper estimate
     tokens = min(tokens, max_tokens or tokens)
     largest_unit = max((unit.bytes for unit in source.units), default=0)
     downloads = source.max_open_units * largest_unit if source.is_on_hub else 0
-    parts_and_shards = 0 if files.is_remote(work.directory) else 2 * token_dtype(vocab_size).itemsize * tokens
+    parts_and_shards = 0 if files.is_remote(work.directory) else 2 * token_dtype(tokenizer.vocab_size).itemsize * tokens
     disk, free = downloads + parts_and_shards, shutil.disk_usage(work.local).free
     plan_memory = tokens // 1000 + min(tokens // 1000, BUCKET_ROWS) * 100  # a FineWeb document has 1,000 tokens
     available = _available_memory()
@@ -34,24 +40,31 @@ def check_resources(work: Workspace, vocab_size: int, workers: int | None) -> in
     memory = plan_memory + workers * WORKER_MEMORY
     if source_bytes:
         print(
-            f"{source.name}: {source_bytes / 1e6:,.1f} MB, about {tokens / 1e6:,.1f}M tokens. Preparation needs about "
-            f"{disk / 1e9:,.2f} GB of disk ({free / 1e9:,.0f} GB free) and {memory / 1e9:,.1f} GB of memory for "
-            f"{workers} workers."
+            f"{source.name}: {format_size(source_bytes)}, about {tqdm.format_sizeof(tokens)} tokens. Preparation needs "
+            f"about {format_size(disk)} of disk ({format_size(free)} free) and {format_size(memory)} of memory for "
+            f"{counted(workers, 'worker')}."
         )
     remaining = disk - sum(
         path.stat().st_size for path in work.local.rglob("*.bin")
     )  # without what an earlier run wrote
-    shortage = f"{remaining / 1e9:,.2f} GB is needed, but {free / 1e9:,.2f} GB is free. Use a different --out-dir."
+    shortage = f"{format_size(remaining)} is needed, but {format_size(free)} is free. Use a different --out-dir."
     if remaining / 2 > free:  # the estimate may be twice the real size
         raise UserError(f"Not enough disk space for {work.local}: about {shortage}")
     if remaining > free:
         print(f"warning: the disk space for {work.local} may not be enough: up to {shortage}")
     if available is not None and memory > available:
         raise UserError(
-            f"--workers {workers} needs about {memory / 1e9:,.1f} GB of memory, but only {available / 1e9:,.1f} GB is "
+            f"--workers {workers} needs about {format_size(memory)} of memory, but only {format_size(available)} is "
             "available. Use fewer workers."
         )
     return workers
+
+
+def format_size(num_bytes: int) -> str:
+    """Return a size such as 56.4 MB or 20.0 GB, with three digits."""
+    text = tqdm.format_sizeof(num_bytes)  # for instance 56.4M
+    number = text.rstrip("kMGTP")
+    return f"{number} {text[len(number) :]}B"
 
 
 def _available_memory() -> int | None:
