@@ -50,7 +50,7 @@ from dataloader import Batch, DataLoader, Order, Position, inputs_and_targets, v
 from hellaswag import evaluate, fetch_examples
 from model import GPT, build_model
 from sample import sample
-from train_config import Config
+from train_config import Config, preset
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -240,8 +240,9 @@ def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, 
     out, init_from, path = config.general.out_dir, config.general.init_from, None
     if init_from == "resume":
         path = run_dir.latest_checkpoint(out, ranks)
-        # without a checkpoint, start again from the run's initial weights
-        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
+        # without a checkpoint, start from the run's initial weights or, in a new directory, from those of the preset
+        new = preset(config.general.preset or "gpt2").general.init_from
+        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", new)
     elif (out / run_dir.FINISHED).exists() or checkpoint.list_checkpoints(out):
         raise ConfigError(
             f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "

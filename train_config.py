@@ -35,7 +35,7 @@ class General:
     # tasks: train, val (validation loss), eval (HellaSwag) and sample (generate text). Without train, the other tasks
     # run once, on the model that init_from names or, if it is scratch or resume, on the latest checkpoint in out_dir
     mode: Annotated[tuple[Mode, ...], MinLen(1), metavar("MODE [MODE ...]")] = ("train", "val", "eval", "sample")
-    # initial weights: scratch (random), resume (the latest checkpoint in out_dir; scratch if there is none), gpt2,
+    # initial weights: scratch (random), resume (the latest checkpoint in out_dir or, without one, the preset's), gpt2,
     # gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face Hub), or the path to a model
     init_from: Annotated[str, metavar("WEIGHTS")] = "scratch"
     out_dir: Path = OUT_PRESET  # run directory

@@ -23,6 +23,7 @@ from support.runs import (
 )
 
 import train
+import train_config
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.training import checkpoint, run_dir
 from babygpt.training.distributed import Ranks
@@ -99,6 +100,15 @@ def test_run_resumed_at_any_step_equals_uninterrupted_run(step, uninterrupted_ru
 def test_resume_without_a_checkpoint_starts_from_scratch(uninterrupted_run, dataset, tmp_path):
     call(train.main, *flags(dataset, tmp_path / "fresh", general__init_from="resume"))
     assert_bitwise_equal(tmp_path / "fresh", uninterrupted_run)
+
+
+def test_resume_in_a_new_directory_keeps_the_presets_weights(uninterrupted_run, dataset, tmp_path, monkeypatch):
+    """Without a checkpoint, `resume` starts finetune-shakespeare from the weights of GPT-2, not from scratch."""
+    monkeypatch.setitem(train_config.PRESETS, "finetune", {"general": {"init_from": str(uninterrupted_run)}})
+    changes = {"saving__every_n_steps": 0, "training__max_steps": 2}
+    call(train.main, *flags(dataset, tmp_path / "plain", "finetune", **changes))
+    call(train.main, *flags(dataset, tmp_path / "resumed", "finetune", **changes, general__init_from="resume"))
+    assert read_log_without_timing(tmp_path / "resumed") == read_log_without_timing(tmp_path / "plain")
 
 
 def test_sigterm_saves_and_exits_with_code_0(uninterrupted_run, dataset, tmp_path):
