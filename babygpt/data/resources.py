@@ -40,7 +40,7 @@ def check_resources(work: Workspace, tokenizer: Tokenizer, workers: int | None) 
     memory = plan_memory + workers * WORKER_MEMORY
     if source_bytes:
         print(
-            f"{source.name}: {format_size(source_bytes)}, about {tqdm.format_sizeof(tokens)} tokens. Preparation needs "
+            f"{source.name}: {format_size(source_bytes)}, about {format_count(tokens)} tokens. Preparation needs "
             f"about {format_size(disk)} of disk ({format_size(free)} free) and {format_size(memory)} of memory for "
             f"{counted(workers, 'worker')}."
         )
@@ -61,10 +61,15 @@ def check_resources(work: Workspace, tokenizer: Tokenizer, workers: int | None) 
 
 
 def format_size(num_bytes: int) -> str:
-    """Return a size such as 56.4 MB or 20.0 GB, with three digits."""
-    text = tqdm.format_sizeof(num_bytes)  # for instance 56.4M
+    """Return a size such as 810 B, 56.4 MB or 20.0 GB."""
+    text = format_count(num_bytes)
     number = text.rstrip("kMGTP")
     return f"{number} {text[len(number) :]}B"
+
+
+def format_count(count: int) -> str:
+    """Return a number such as 810, 1.12k or 56.4M, with three digits."""
+    return f"{count}" if count < 1000 else tqdm.format_sizeof(count)
 
 
 def _available_memory() -> int | None:
