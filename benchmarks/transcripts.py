@@ -24,7 +24,7 @@ from benchmarks.table import machine, write_table  # noqa: E402
 RUN = (
     "--data.dataset data/novel --general.device cpu --model.block-size 32 --model.n-layer 2 --model.n-embd 32 "
     "--model.n-head 2 --training.batch-tokens 512 --training.micro-batch-size 4 --validation.every-n-steps 100 "
-    "--logging.every-n-steps 5 --sampling.every-n-steps 0"
+    "--logging.every-n-steps 5 --sampling.every-n-steps 0 --training.compile off"
 )
 TRAIN = "--general.mode train val"
 COMMANDS = {  # title -> commands, run in one directory in this order
@@ -73,7 +73,7 @@ COMMANDS = {  # title -> commands, run in one directory in this order
         "--general.out-dir out/b --training.batch-tokens 512 --training.max-steps 2 --general.device cpu",
     ],
     "A run that failed before its first checkpoint": [
-        f"timeout -s KILL 8 python train.py gpt2 {RUN} {TRAIN} --general.out-dir out/c --training.max-steps 100000",
+        f"timeout -s KILL 20 python train.py gpt2 {RUN} {TRAIN} --general.out-dir out/c --training.max-steps 100000",
         f"python train.py gpt2 {RUN} {TRAIN} --general.out-dir out/c --training.max-steps 2",
     ],
     "Epochs": [
@@ -99,8 +99,10 @@ COMMANDS = {  # title -> commands, run in one directory in this order
         "--optimizer.warmup-steps 0 --optimizer.grad-clip 0",
     ],
 }
-NOISE = re.compile(r"it/s|B/s\]|\?B/s|shard/s|step/s|^ +(general|data|model|training|optimizer|validation) {2}|^ *$")
-NOISE_SECTIONS = re.compile(r"^ +(evaluation|sampling|saving|logging) {2}")
+NOISE = re.compile(
+    r"it/s|step/s|^(tokenize|write): |^ *$|^W\d{4} |^ +(time|host|error_file) +:"
+    r"|^ +(general|data|model|training|optimizer|validation|evaluation|sampling|saving|logging) {2}"
+)
 
 
 def make_files(directory: Path, checkout: Path) -> None:
@@ -130,14 +132,14 @@ def make_files(directory: Path, checkout: Path) -> None:
 
 
 def run_command(command: str, directory: Path) -> str:
-    """Return what a command prints, without progress bars, settings and the frame of torchrun, and its exit code."""
+    """Return what a command prints, without progress bars, settings and torchrun's prefixes, and its exit code."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "110"}
     done = subprocess.run(
         ["bash", "-c", command], cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, timeout=300,
     )  # fmt: skip
     lines = done.stdout.replace(str(directory), "DIRECTORY").replace(str(directory.resolve()), "DIRECTORY").splitlines()
-    lines = [line for line in lines if not NOISE.search(line) and not NOISE_SECTIONS.search(line)]
+    lines = [line for line in lines if not NOISE.search(line)]
     shown = lines if len(lines) <= 14 else [*lines[:4], "...", *lines[-10:]]
     return "\n".join([f"$ {command}", *shown, f"(exit code {done.returncode})"])
 
