@@ -179,9 +179,8 @@ class Config:
 
 
 MODERN_MODEL: dict[str, Any] = {
-    "bias": False, "tie_head": False, "rope": True, "qk_norm": True, "attention_score_factor": 1.44,
-    "partial_key_offset": True, "relu2": True, "embedding_norm": True, "value_embeddings": 2, "bigram_tables": 5,
-    "x0_shortcut": True,
+    "bias": False, "rope": True, "qk_norm": True, "attention_score_factor": 1.44, "partial_key_offset": True,
+    "relu2": True, "embedding_norm": True, "value_embeddings": 2, "bigram_tables": 5, "x0_shortcut": True,
 }  # fmt: skip
 MODERN_OPTIMIZER: dict[str, Any] = {
     "name": "muon", "normuon": True, "max_lr": 0.04, "min_lr_ratio": 0.0, "warmup_steps": 0, "cooldown": 0.3,

@@ -69,7 +69,7 @@ ABLATIONS = {
     "attention score factor 1 instead of 1.44": ["--model.attention-score-factor", "1"],
     "GELU instead of ReLU^2": ["--model.no-relu2"],
     "no norm after the embedding": ["--model.no-embedding-norm"],
-    "tied head": ["--model.tie-head"],
+    "untied head": ["--model.no-tie-head"],
     "biases": ["--model.bias"],
     "no value embeddings": ["--model.value-embeddings", "0"],
     "no bigram embeddings": ["--model.bigram-tables", "0"],

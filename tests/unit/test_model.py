@@ -178,7 +178,7 @@ def rows(length: int = 32, seed: int = 3) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*sorted({*MODERN} - {"bias", "tie_head"}), "window", "document_mask"])
+@pytest.mark.parametrize("name", [*sorted({*MODERN} - {"bias"}), "window", "document_mask"])
 def test_every_switch_changes_the_logits(name):
     value = (MODERN | {"window": 3, "document_mask": True})[name]
     idx = rows()
