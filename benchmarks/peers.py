@@ -329,7 +329,9 @@ def main() -> None:
     parser.add_argument("--factors", nargs="+", type=float, default=[0.5, 0.71, 1.0, 1.41, 2.0])
     parser.add_argument("--decays", nargs="+", type=float, default=[0.0, 0.3])
     parser.add_argument("--compile", action="store_true", help="compile all projects")
-    parser.add_argument("--val-tokens", type=int, default=1_000_000, help="validation tokens (default: %(default)s)")
+    parser.add_argument(
+        "--val-tokens", type=int, default=1_000_000, help="maximum number of validation tokens (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/peers", help="directory of the results (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -356,12 +358,13 @@ def main() -> None:
         for p in projects
     ]
     results = runs.execute_all(final)
+    val_tokens = min(options.val_tokens, len(open_dataset(options.dataset).val))
 
     lines = [
         f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
         "",
         f"{N_LAYER} layers, {N_HEAD} heads, width {N_EMBD}, T = {T}, {ROWS * T:,} tokens per step; dataset: "
-        f"{Path(options.dataset).name}; {options.val_tokens:,} validation tokens; "
+        f"{Path(options.dataset).name}; {val_tokens:,} validation tokens; "
         f"{'compiled' if options.compile else 'not compiled'}.",
         "",
         f"## Learning rates and weight decay: loss at {sweep_tokens:,} tokens, seed {options.seeds[0]}",
