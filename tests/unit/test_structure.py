@@ -8,10 +8,13 @@ import subprocess
 import sys
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 
 import mistakes
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = ("arguments", "dataloader", "fineweb", "hellaswag", "model", "sample", "train", "train_config")
@@ -137,3 +140,25 @@ def test_selectors_of_mistakes_match_tests():
         functions = [node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
         part = selector.partition("[")[0]
         assert any(f.startswith("test_") and part in f for f in functions), f"{name}: {tests} selects no test"
+
+
+def installed_by_requirements() -> set[str]:
+    """Return the names of all packages that `pip install -r requirements.txt` installs."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pending, found = [Requirement(line) for line in lines if line], set[tuple[str, str]]()
+    while pending:
+        requirement = pending.pop()
+        for extra in {"", *requirement.extras} - {extra for name, extra in found if name == requirement.name}:
+            found.add((requirement.name, extra))
+            needed = map(Requirement, metadata.requires(requirement.name) or [])
+            pending += [other for other in needed if not other.marker or other.marker.evaluate({"extra": extra})]
+    return {canonicalize_name(name) for name, _ in found}
+
+
+def test_requirements_install_all_imported_packages():
+    """Every package that a script needs is installed with requirements.txt, not only with those of the tests."""
+    used = set().union(*(packages(tree(name)) for name in FILES)) - sys.stdlib_module_names
+    used -= {*TOP_LEVEL, "babygpt", "tools", "ray", "scipy", "sklearn", "threadpoolctl"}  # optional
+    distributions = metadata.packages_distributions()
+    needed = {canonicalize_name(distributions[name][0]) for name in used} | {"aiohttp", "requests"}  # fsspec: http
+    assert needed <= installed_by_requirements()
