@@ -55,8 +55,12 @@ def default_num_streams(num_tokens: int, block_size: int) -> int:
 
 
 def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> int:
-    """Return a chunk length that gives about 16 chunks per stream, at most 1 M tokens."""
-    return min(1_000_000, max(block_size, num_tokens // (16 * num_streams)))
+    """Return a chunk length that gives about 16 chunks per stream, at least 4 T + 1 and at most 1 M tokens.
+
+    Without an EOT nearby, a chunk ends inside a document, and its last target is a token of another chunk. With chunks
+    of T tokens, this would be the last target of every row, and a model learned to predict noise at that position.
+    """
+    return min(1_000_000, max(4 * block_size + 1, num_tokens // (16 * num_streams)))
 
 
 def rows_per_epoch(num_tokens: int, num_streams: int, block_size: int) -> int:

@@ -53,7 +53,7 @@ class Data:
 
     dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # dataset directory, prepared by fineweb.py
     # approximate length of the chunks that are shuffled, in tokens
-    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at most 1M")] = None
+    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at least 4 rows, at most 1M")] = None
     # number of equal parts of the shuffled data that are read in parallel
     num_streams: Annotated[Positive | None, metavar("N", "1024, or fewer for a small dataset")] = None
 
@@ -254,7 +254,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "shakespeare-modern": SHAKESPEARE
     | {
-        "model": MODERN_MODEL | {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
+        "model": MODERN_MODEL | {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "tie_head": False},
         "training": {"max_steps": 2000, "batch_tokens": 768},
         "optimizer": MODERN_OPTIMIZER | {"max_lr": 0.02, "embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.02},
     },

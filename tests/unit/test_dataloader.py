@@ -240,6 +240,19 @@ def test_default_streams_have_at_least_64_rows(num_tokens, block_size, expected)
     assert Order(tokens, EOT, 8, None, seed=0).num_streams == default_num_streams(len(tokens), 8)
 
 
+def test_default_chunks_of_one_document_end_anywhere_in_a_row():
+    """A chunk of one long document ends in the middle of it, so its last target does not follow its last token.
+
+    If such targets were all at the same position of a row, the model would learn to predict a random token there.
+    """
+    T = 16
+    order = Order(make_tokens(40_000, 1e9, np.random.default_rng(0)), EOT, T, num_streams=256, seed=0)
+    rows = np.empty((order.rows_per_epoch, T + 1), np.int64)
+    order.read_rows(0, range(len(rows)), rows)
+    follows = rows[:, 1:] == rows[:, :-1] + 1
+    assert (~follows).mean(axis=0).max() < 0.03
+
+
 def test_data_smaller_than_one_step_is_rejected():
     order = Order(make_tokens(500, 60, np.random.default_rng(5)), EOT, 16, 4, seed=3)
     with pytest.raises(ConfigError, match=r"500 training tokens give 28 rows of 16 tokens in 4 streams.* takes 29"):
