@@ -34,6 +34,7 @@ AUTOMATIC: dict[str, Any] = {
 # fields that a run may have derived from another one, and that are derived again if a flag changes it
 DERIVED = {
     "data.dataset": ("data.chunk_tokens", "data.num_streams"),
+    "data.num_streams": ("data.chunk_tokens",),
     "model.block_size": ("data.chunk_tokens", "data.num_streams", "training.micro_batch_size"),
     "training.batch_tokens": ("training.micro_batch_size", "optimizer.beta1", "optimizer.momentum"),
 }
@@ -54,9 +55,9 @@ def initial_config(name: str | None, flags: list[str]) -> Config:
         print_differences(config)
     elif name is not None and name.endswith(".json"):
         config = read_settings(Path(name))
-        if continues:
+        if init_from == "scratch" and continues:
             config = variant(config, general={"init_from": "resume"})
-        else:
+        elif not continues:
             config = variant(config, general={"out_dir": next_free(config.general.out_dir)})
             for changed, derived in DERIVED.items():
                 if flag_values(flags, changed):
@@ -163,6 +164,10 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     )
     if misplaced is not None:
         raise ConfigError(f"Unrecognized argument {misplaced!r}. A preset comes first: train.py PRESET [OPTIONS].")
+    out, init_from = config.general.out_dir, defaults.general.init_from
+    is_new = not any((out / file).exists() for file in ("config.json", "checkpoints"))
+    if config.general.init_from == "resume" and "train" in config.general.mode and is_new:
+        config = variant(config, general={"init_from": init_from})  # there is no run to resume
     return name, config
 
 

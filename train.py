@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from arguments import bind, parse, resolve, to_json, with_micro_batch_size
 from babygpt import files
-from babygpt.console import console
+from babygpt.console import console, counted
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import ConfigError
@@ -50,7 +50,7 @@ from dataloader import Batch, DataLoader, Order, Position, inputs_and_targets, v
 from hellaswag import evaluate, fetch_examples
 from model import GPT, build_model
 from sample import sample
-from train_config import Config, preset
+from train_config import Config
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -225,8 +225,8 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
     bfloat16 = uses_bfloat16(ranks.device, training.dtype)
     kernel = training_backend(config.model, config.model.mask_rule, ranks.device, bfloat16, compiled)
     console.info(
-        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, {micro_batches} micro-batches "
-        f"per rank and step, {kernel} attention"
+        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
+        f"{counted(micro_batches, 'micro-batch')} per rank and step, {kernel} attention"
     )
     console.info(order.summary(training.batch_tokens, training.max_steps))
     batch = (training.batch_tokens, order.block_size, training.micro_batch_size, ranks.world_size)
@@ -240,9 +240,8 @@ def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, 
     out, init_from, path = config.general.out_dir, config.general.init_from, None
     if init_from == "resume":
         path = run_dir.latest_checkpoint(out, ranks)
-        # without a checkpoint, start from the run's initial weights or, in a new directory, from those of the preset
-        new = preset(config.general.preset or "gpt2").general.init_from
-        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", new)
+        # without a checkpoint, start again from the run's initial weights
+        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
     elif (out / run_dir.FINISHED).exists() or checkpoint.list_checkpoints(out):
         raise ConfigError(
             f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "

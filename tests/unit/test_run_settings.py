@@ -106,22 +106,25 @@ def test_tuned_run_is_evaluated_and_copied_with_its_weights(uninterrupted_run, d
         capsys.readouterr()
         call(train.main, *words, "--mode", "val")
         assert f"validation loss {logged['val_loss']:.4f}" in capsys.readouterr().out
-    _, copy = parse([str(tmp_path / "tuned" / "config.json")])
-    assert copy.general.init_from == str(uninterrupted_run)
+    for words in ([], ["--init-from", "resume", "--out-dir", str(tmp_path / "new")]):  # there is no run to resume
+        _, copy = parse([str(tmp_path / "tuned" / "config.json"), *words])
+        assert copy.general.init_from == str(uninterrupted_run)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--max-lr 1", (4, 0.9, 4)),
-        ("--init-from resume", (4, 0.9, 4)),
-        ("--batch-tokens 320", (0, None, 4)),
-        ("--dataset data/other", (4, 0.9, None)),
+        ("--max-lr 1", (4, 0.9, 4, 100)),
+        ("--init-from resume", (4, 0.9, 4, 100)),
+        ("--batch-tokens 320", (0, None, 4, 100)),
+        ("--num-streams 8", (4, 0.9, 8, None)),
+        ("--dataset data/other", (4, 0.9, None, None)),
     ],
 )
 def test_changed_flag_resets_what_was_derived_from_it(words, expected, uninterrupted_run):
     _, config = parse([str(uninterrupted_run / "config.json"), *words.split()])
-    assert (config.training.micro_batch_size, config.optimizer.beta1, config.data.num_streams) == expected
+    data = config.data
+    assert (config.training.micro_batch_size, config.optimizer.beta1, data.num_streams, data.chunk_tokens) == expected
 
 
 @pytest.mark.parametrize("words", ["--init-from resume demo", "--out-dir out/a demo", "--seed 1 demo"])

@@ -341,7 +341,7 @@ def test_ranks_that_see_different_checkpoints_are_rejected(uninterrupted_run, da
 def test_modern_checkpoint_is_not_resumed_as_gpt2(dataset, tmp_path):
     """A changed switch is rejected even if it adds no parameters, so that the weights would load."""
     disabled = ["rope", "x0-shortcut", "partial-key-offset"]
-    switches = [f"--model.no-{name}" for name in disabled] + ["--model.bias", "--model.tie-head"]
+    switches = [f"--model.no-{name}" for name in disabled] + ["--model.bias"]
     changes = {"model__value_embeddings": 0, "optimizer__name": "adamw", "training__max_steps": 1}
     call(train.main, *flags(dataset, tmp_path / "run", "modern", **changes), *switches)
     with pytest.raises(ConfigError, match=r"model\.qk_norm: True before, None now") as raised:
