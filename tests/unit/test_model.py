@@ -119,6 +119,12 @@ def test_head_is_tied_unless_tie_head_is_off():
     assert untied.num_params() - model.num_params() == 300 * 32
 
 
+@pytest.mark.parametrize(("tie_head", "deviation"), [(True, 0.02), (False, 1.0)])
+def test_normalized_embedding_starts_larger_without_a_tied_head(tie_head, deviation):
+    model = tiny(embedding_norm=True, tie_head=tie_head)
+    assert model.wte.weight.std().item() == pytest.approx(deviation, rel=0.05)
+
+
 def test_bias_and_n_kv_head_change_the_parameters():
     assert not [name for name, _ in tiny(bias=False).named_parameters() if name.endswith("bias")]
     assert tiny(n_kv_head=1).h[0].attn.c_attn.weight.shape == (32 + 2 * 8, 32)
@@ -161,7 +167,7 @@ def test_modern_gpt_with_all_switches_off_is_gpt2(fields):
     assert all(map(torch.equal, *found))
 
 
-LONG_ROWS = {"document_mask": True, "eot_id": 299, "window": 9}
+LONG_ROWS = {"document_mask": True, "eot_id": 299, "window": 9, "tie_head": False}
 
 
 def perturbed(**fields: object) -> GPT:
