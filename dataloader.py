@@ -57,8 +57,8 @@ def default_num_streams(num_tokens: int, block_size: int) -> int:
 def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> int:
     """Return a chunk length that gives about 16 chunks per stream, at least 4 T + 1 and at most 1 M tokens.
 
-    Without an EOT nearby, a chunk ends inside a document, and its last target is a token of another chunk. With chunks
-    of T tokens, this would be the last target of every row, and a model learned to predict noise at that position.
+    If no EOT is nearby, a chunk ends inside a document, and its last target is a token of another chunk. With chunks of
+    T tokens, the last target of every row would be such a token, and the model would learn to predict noise there.
     """
     return min(1_000_000, max(4 * block_size + 1, num_tokens // (16 * num_streams)))
 
@@ -209,15 +209,14 @@ class Order:
         steps = self.rows_per_epoch // (batch_tokens // self.block_size)
         unread = len(self.tokens) - steps * batch_tokens
         lines = [
-            f"{batch_tokens:,} tokens per step; {len(self.tokens):,} tokens in {len(self.chunk_starts):,} chunks of "
-            f"about {self.chunk_tokens:,}",
+            f"{batch_tokens:,} tokens per step; {len(self.tokens):,} tokens in "
+            f"{counted(len(self.chunk_starts), 'chunk')} of about {self.chunk_tokens:,}",
             f"{steps:,} steps per epoch ({unread:,} tokens per epoch are not read), {max_steps / steps:.2f} epochs in "
             f"{max_steps:,} steps",
         ]
         if self.chunks_without_eot:
-            lines.append(
-                f"{self.chunks_without_eot:,} chunks start inside a document, because no end-of-text token is nearby"
-            )
+            number = counted(self.chunks_without_eot, "chunk")
+            lines.append(f"{number} without an end-of-text token nearby, which start inside a document")
         return "\n".join(lines)
 
     def repetition_warning(self, batch_tokens: int, max_steps: int) -> str | None:

@@ -214,7 +214,7 @@ def verify_dataset(
     size = sum(path.stat().st_size for path in open_dataset(directory).directory.glob("*.bin"))
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         totals = verify(directory, bar.update)
-    print(f"{directory} is intact: " + ", ".join(f"{count:,} {name}" for name, count in totals.items()))
+    print(f"{directory} is intact: " + ", ".join(counted(count, name[:-1]) for name, count in totals.items()))
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ class General:
     # tasks: train, val (validation loss), eval (HellaSwag) and sample (generate text). Without train, the other tasks
     # run once, on the model that init_from names or, if it is scratch or resume, on the latest checkpoint in out_dir
     mode: Annotated[tuple[Mode, ...], MinLen(1), metavar("MODE [MODE ...]")] = ("train", "val", "eval", "sample")
-    # initial weights: scratch (random), resume (the latest checkpoint in out_dir or, without one, the preset's), gpt2,
-    # gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face Hub), or the path to a model
+    # initial weights: scratch (random), resume (the latest checkpoint in out_dir; if there is none, the initial weights
+    # of the run or preset), gpt2, gpt2-medium, gpt2-large or gpt2-xl (from the Hugging Face Hub), or a path to a model
     init_from: Annotated[str, metavar("WEIGHTS")] = "scratch"
     out_dir: Path = OUT_PRESET  # run directory
     seed: Seed = 1337  # seed for the initial weights, the data order, and dropout
@@ -53,7 +53,7 @@ class Data:
 
     dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # dataset directory, prepared by fineweb.py
     # approximate length of the chunks that are shuffled, in tokens
-    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, at least 4 rows, at most 1M")] = None
+    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, between 4 rows and 1M tokens")] = None
     # number of equal parts of the shuffled data that are read in parallel
     num_streams: Annotated[Positive | None, metavar("N", "1024, or fewer for a small dataset")] = None
 
@@ -97,7 +97,7 @@ class Optimizer:
     beta2: DecayRate = 0.95  # Adam's decay rate of the moving average of squared gradients
     eps: Annotated[float, Gt(0)] = 1e-8  # term added to Adam's denominator for numerical stability
     grad_clip: Rate = 1.0  # maximum norm of the gradient; 0: no clipping
-    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings
+    embedding_lr: Rate = 0.6  # with muon: peak learning rate of embeddings, except wte if it is tied to lm_head
     head_lr: Rate = 0.008  # with muon: peak learning rate of lm_head, even if it is tied to wte
     scalar_lr: Rate = 0.04  # with muon: peak learning rate of vectors and scalars
     # with muon: momentum of the matrices

@@ -52,8 +52,8 @@ def protect_streams() -> None:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return, for instance, "1 shard" or "1,024 shards"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """Return the count with its noun, plural unless the count is 1: "1 shard", "1,024 shards", "2 batches"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
 class ConsoleHandler(logging.Handler):

@@ -51,7 +51,7 @@ import torch  # noqa: E402
 from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
 from babygpt.nn.cross_entropy import IGNORE_INDEX  # noqa: E402
 from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
-from dataloader import DataLoader, Order, Position, inputs_and_targets, validation_batches  # noqa: E402
+from dataloader import DataLoader, Order, Position, inputs_and_targets, validation_batches, validation_rows  # noqa: E402
 
 T, N_LAYER, N_HEAD, N_EMBD = 256, 4, 4, 128
 ROWS = 16  # per step
@@ -358,7 +358,7 @@ def main() -> None:
         for p in projects
     ]
     results = runs.execute_all(final)
-    val_tokens = min(options.val_tokens, len(open_dataset(options.dataset).val))
+    val_tokens = min(options.val_tokens, validation_rows(open_dataset(options.dataset).val, T) * T)
 
     lines = [
         f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),

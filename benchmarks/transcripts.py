@@ -132,7 +132,7 @@ def make_files(directory: Path, checkout: Path) -> None:
 
 
 def run_command(command: str, directory: Path) -> str:
-    """Return what a command prints, without progress bars, settings and torchrun's prefixes, and its exit code."""
+    """Return what a command prints, without progress bars, settings and torchrun's log lines, and its exit code."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "110"}
     done = subprocess.run(
         ["bash", "-c", command], cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

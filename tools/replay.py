@@ -28,7 +28,7 @@ import torch
 import tyro
 
 from arguments import bind, from_json, resolve
-from babygpt.console import console
+from babygpt.console import console, counted
 from babygpt.constraints import Positive, RunArgument, parse_arguments
 from babygpt.data.shards import open_dataset
 from babygpt.errors import UserError
@@ -253,7 +253,9 @@ def verify_run(run: Path, num_segments: int, seed: int, ranks: Ranks) -> bool:
             if ranks.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
     count = ranks.sum([len(problems)])[0]  # only rank 0 compares
-    console.info(f"{run}: verification {'FAILED' if count else 'passed'}, {len(chosen)} segments trained again")
+    console.info(
+        f"{run}: verification {'FAILED' if count else 'passed'}, {counted(len(chosen), 'segment')} trained again"
+    )
     return not count
 
 

@@ -26,7 +26,7 @@ def check_resources(work: Workspace, tokenizer: Tokenizer, workers: int | None) 
     source_bytes = sum(unit.bytes for unit in source.units)
     tokens = int(source_bytes * source.tokens_per_byte)
     if tokenizer.is_character_level:
-        tokens *= 3  # a token of GPT-2 has about 4 characters of English, and tokens_per_byte is an upper estimate
+        tokens *= 4  # a GPT-2 token is about 4 characters of English text
     tokens = min(tokens, max_tokens or tokens)
     largest_unit = max((unit.bytes for unit in source.units), default=0)
     downloads = source.max_open_units * largest_unit if source.is_on_hub else 0
@@ -62,14 +62,15 @@ def check_resources(work: Workspace, tokenizer: Tokenizer, workers: int | None) 
 
 def format_size(num_bytes: int) -> str:
     """Return a size such as 810 B, 56.4 MB or 20.0 GB."""
-    text = format_count(num_bytes)
-    number = text.rstrip("kMGTP")
-    return f"{number} {text[len(number) :]}B"
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    text = tqdm.format_sizeof(num_bytes)  # for instance 56.4M
+    return f"{text[:-1]} {text[-1]}B"
 
 
 def format_count(count: int) -> str:
-    """Return a number such as 810, 1.12k or 56.4M, with three digits."""
-    return f"{count}" if count < 1000 else tqdm.format_sizeof(count)
+    """Return a number such as 810, 1.12K, 56.4M or 10.0B."""
+    return f"{count}" if count < 1000 else tqdm.format_sizeof(count).replace("k", "K").replace("G", "B")
 
 
 def _available_memory() -> int | None:

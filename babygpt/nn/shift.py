@@ -7,7 +7,7 @@ import torch
 from babygpt.nn.attention import PackedRows, rotated_channels
 
 
-@dataclass(frozen=True, eq=False)  # eq would define a hash of the fields, with which PyTorch 2.11 compiles no call
+@dataclass(frozen=True, eq=False)  # eq=True hashes the fields; PyTorch 2.11 cannot compile a call of such an object
 class Shift:
     """Shift values by one token. The first token of each text receives zero.
 

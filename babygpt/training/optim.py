@@ -169,7 +169,7 @@ def _orthogonalize_by_ranks(updates: torch.Tensor) -> torch.Tensor:
     padded[: len(share)] = share
     result = orthogonalize(padded).contiguous()
     gathered = result.new_empty(world_size * share_size, *result.shape[1:])
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before PyTorch 2.13
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until PyTorch 2.12
     all_gather(gathered, result)
     return gathered[: len(updates)]
 

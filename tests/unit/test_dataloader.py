@@ -241,7 +241,7 @@ def test_default_streams_have_at_least_64_rows(num_tokens, block_size, expected)
 
 
 def test_default_chunks_of_one_document_end_anywhere_in_a_row():
-    """A chunk of one long document ends in the middle of it, so its last target does not follow its last token.
+    """A chunk of one long document ends in the middle of it, so its last target is a token of another chunk.
 
     If such targets were all at the same position of a row, the model would learn to predict a random token there.
     """

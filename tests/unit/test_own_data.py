@@ -176,7 +176,7 @@ def test_changed_shakespeare_is_rejected(tmp_path, shakespeare):
 def test_every_character_is_a_token(tmp_path, capsys):
     text = "To be, or not to be:\n▁ż\n" * 100
     prepare(tmp_path / "d", save(tmp_path / "a.txt", text.encode()), tokenizer="char")
-    assert "files: 2.70 kB, about 2.83k tokens." in capsys.readouterr().out, "the estimate counts characters"
+    assert "files: 2.70 kB, about 3.78K tokens." in capsys.readouterr().out, "the estimate counts characters"
     dataset = open_dataset(tmp_path / "d")
     tokenizer = load_tokenizer(dataset.tokenizer)
     assert dataset.vocab_size == len(set(text)) + 1 == dataset.eot_id + 1

@@ -24,5 +24,5 @@ def test_keys_are_shifted_in_the_channels_that_are_not_rotated():
 
 
 def test_incomplete_shift_has_a_hash():
-    """PyTorch 2.11 hashes an object that a compiled model calls before it has fields."""
+    """PyTorch 2.11 hashes a called object while it compiles the call, before the fields of the object are set."""
     hash(object.__new__(Shift))
