@@ -1,18 +1,21 @@
 """Generate text from a model, using a KV cache.
 
     python sample.py out/gpt2 --prompt "The meaning of life is" --num-samples 3
-    python sample.py out/gpt2 --prompt "In the beginning" "Once upon a time" --temperature 0
-    python sample.py out/gpt2                          # read prompts from the terminal
+    python sample.py out/gpt2 --prompt "In the beginning" --prompt "Once upon a time" --temperature 0
+    python sample.py out/gpt2                          # an interactive session
     python sample.py gpt2-xl --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
 
 The prompt is preceded by an end-of-text token, as every document in the training data is.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments
+import tyro
+
+from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments, violations
 from babygpt.data.tokenizer import Tokenizer, stream_decode
 from babygpt.errors import UserError, run
 from babygpt.nn.generation import SamplingParams, generate
@@ -53,9 +56,9 @@ class SampleArgs(SamplingParams):
     # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model on the Hugging Face Hub:
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
-    # one or more prompts
+    # prompt; can be repeated
     prompt: Annotated[
-        tuple[str, ...], metavar("TEXT [TEXT ...]", "read prompts from the terminal, until an empty line")
+        tuple[str, ...], tyro.conf.UseAppendAction, metavar("TEXT", "read prompts from the terminal")
     ] = ()
     num_samples: Positive = 1  # number of samples per prompt; all samples are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
@@ -71,29 +74,106 @@ def main() -> None:
         model = GPT.from_pretrained(args.model, ranks.device)
         with autocast(ranks.device, args.dtype):
             if args.prompt:
-                return print_samples(model, [p for p in args.prompt for _ in range(args.num_samples)], args)
-            while prompt := read_prompt():
-                print_samples(model, [prompt] * args.num_samples, args)
+                print_samples(model, [p for p in args.prompt for _ in range(args.num_samples)], args)
+            else:
+                Session(model, args).run()
 
 
 def print_samples(model: GPT, prompts: list[str], params: SamplingParams) -> None:
-    """Print the first text while it is generated, then the others."""
-
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
-    show(prompts[0])
-    texts = sample(model, model.tokenizer, prompts, params, on_text=show)
+    """Print each prompt with its continuation, the first one while it is generated."""
+    print(prompts[0], end="", flush=True)
+    texts = sample(model, model.tokenizer, prompts, params, print_piece)
     print()
     for prompt, text in zip(prompts[1:], texts[1:], strict=True):
         print(f"\n---\n\n{prompt}{text}")
 
 
-def read_prompt() -> str:
-    try:
-        return input("\nprompt> ")
-    except EOFError:
-        return ""
+def print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+SETTINGS: dict[str, tuple[str, type]] = {  # command of a session -> field of SamplingParams and its type
+    "temperature": ("temperature", float), "tokens": ("max_new_tokens", int), "top-k": ("top_k", int),
+    "top-p": ("top_p", float), "seed": ("seed", int),
+}  # fmt: skip
+
+
+class Session:
+    """Read prompts from the terminal and print their continuations.
+
+    A prompt continues the text so far on a new line. With several samples per prompt, each prompt starts a new text.
+    """
+
+    HELP = (
+        "A prompt continues the text so far. An empty line continues it without a prompt.\n"
+        "/new starts a new text. These commands print or change a setting:\n"
+        "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1; /top-k off and /top-p off turn them off.\n"
+        "Ctrl-C stops an answer, and Ctrl-D exits."
+    )
+
+    def __init__(self, model: GPT, args: SampleArgs):
+        self.model, self.args, self.text = model, args, ""
+
+    def run(self) -> None:
+        with suppress(ImportError):
+            import readline  # noqa: F401, it gives input() line editing and a history
+
+        print("Enter a prompt, or /help.")
+        while True:
+            try:
+                line = input("\nprompt> ")
+            except EOFError:
+                return print()
+            except KeyboardInterrupt:
+                print("\nCtrl-D exits.")
+                continue
+            if line.startswith("/"):
+                self.command(*line[1:].split(maxsplit=1))
+            elif line or self.text:
+                self.answer(line)
+
+    def answer(self, prompt: str) -> None:
+        """Print the continuation of the text and the prompt. The next answer has another seed."""
+        args, pieces = self.args, list[str]()
+        is_continued = self.text and args.num_samples == 1
+        text = self.text + ("\n" if prompt else "") + prompt if is_continued else prompt
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            print_piece(piece)
+
+        try:
+            texts = sample(self.model, self.model.tokenizer, [text] * args.num_samples, args, show)
+            print()
+            for other in texts[1:]:
+                print(f"\n---\n\n{other}")
+        except KeyboardInterrupt:
+            print()
+        except UserError as error:  # a character without a token
+            return print(error)
+        self.text = text + "".join(pieces)
+        self.args = replace(args, seed=args.seed + 1)
+
+    def command(self, name: str = "", value: str = "") -> None:
+        """Run /name value: start a new text, or print or change a setting."""
+        if name == "new" and not value:
+            self.text = ""
+        elif name in SETTINGS:
+            field, convert = SETTINGS[name]
+            if value:
+                try:
+                    change: dict[str, Any] = {field: None if value == "off" else convert(value)}
+                    changed = replace(self.args, **change)
+                    problems = violations(changed, format_name=lambda _: f"/{name}")
+                except ValueError:
+                    problems = [f"/{name} {value} is invalid. Use a number, such as {getattr(self.args, field)}."]
+                if problems:
+                    return print(*problems, sep="\n")
+                self.args = changed
+            current = getattr(self.args, field)
+            print(f"{name}: {'off' if current is None else current}")
+        else:
+            print(self.HELP)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ print(f"""
 {hellaswag[-1]:.3f} (chance is 0.25; this model was trained only on code)
 results  {run}/plot.png, {run}/samples.txt, {run}/log.csv
 next     source .venv/bin/activate
-         python sample.py {run}                                  # interactive prompts
+         python sample.py {run}                                  # interactive session
          python fineweb.py files --input 'my/texts/*.txt' --tokenizer data/demo-tokenizer.json --out-dir data/my-texts
          python train.py tiny --dataset data/my-texts --out-dir out/my-run
          python fineweb.py && torchrun --standalone --nproc_per_node=8 train.py     # GPT-2 124M on 8 GPUs""")

@@ -181,18 +181,98 @@ def test_generate_returns_prompt_and_continuation(run):
 def test_script_prints_all_samples_of_all_prompts(run, capsys):
     call(sample_script.main, run, "--prompt", "the model", "--num-samples", 3, "--max-new-tokens", 5)
     assert capsys.readouterr().out.count("the model") == 3
-    call(sample_script.main, run, "--prompt", "the model", "a shard", "--num-samples", 2, "--max-new-tokens", 5)
+    prompts = ("--prompt", "the model", "--prompt", "a shard")
+    call(sample_script.main, run, *prompts, "--num-samples", 2, "--max-new-tokens", 5)
     out = capsys.readouterr().out
     assert (out.count("the model"), out.count("a shard")) == (2, 2)
 
 
-def test_script_asks_for_prompts_until_an_empty_line(run, capsys, monkeypatch):
-    lines = iter(["the model", "a shard", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    call(sample_script.main, run, "--max-new-tokens", 5)
+@pytest.fixture
+def converse(run, capsys, monkeypatch):
+    """Return a function that enters lines in a session and returns what each one prints, and the texts it continued."""
+
+    def enter(*lines: str | type[BaseException], flags: tuple = ()) -> tuple[list[str], list[tuple[str, int]]]:
+        entered, printed, calls = iter([*lines, EOFError]), [], []
+
+        def read(_: str) -> str:
+            printed.append(capsys.readouterr().out)
+            line = next(entered)
+            if not isinstance(line, str):
+                raise line
+            return line
+
+        def record(model, tokenizer, prompts, params, on_text):
+            calls.append((prompts[0], params.seed))
+            return sample(model, tokenizer, prompts, params, on_text)
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sample_script, "sample", record)
+        call(sample_script.main, run, "--max-new-tokens", 5, *flags)
+        return printed[1:], calls
+
+    return enter
+
+
+def test_session_continues_the_text_with_another_seed(converse):
+    """The answer is printed without the prompt, which the terminal shows already."""
+    printed, calls = converse("the model", "a shard", "", "/new", "the model")
+    first, second, third = (text.removesuffix("\n") for text in printed[:3])
+    continued = f"the model{first}\na shard"
+    expected = ["the model", continued, continued + second, "the model"]
+    assert calls == [(text, 1337 + i) for i, text in enumerate(expected)]
+    assert third != second != first
+    assert printed[4].removesuffix("\n") != first
+
+
+def test_several_samples_start_a_new_text(converse):
+    printed, calls = converse("the model", "a shard", flags=("--num-samples", 2))
+    assert [text for text, _ in calls] == ["the model", "a shard"]
+    assert printed[0].count("\n---\n") == 1
+
+
+def test_session_settings_change_the_next_answer(converse):
+    printed, _ = converse("/tokens 1", "/temperature 0", "/top-k off", "the model", "/new", "the model")
+    assert printed[:3] == ["tokens: 1\n", "temperature: 0.0\n", "top-k: off\n"]
+    assert printed[3] == printed[5]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/tokens many", "/tokens many is invalid. Use a number, such as 5."),
+        ("/tokens 0", "/tokens 0 is out of range. Use at least 1."),
+        ("/temperature off", "/temperature None is not a number. Use a number."),
+        ("/tokens", "tokens: 5"),
+        ("/hepl", sample_script.Session.HELP),
+        ("/", sample_script.Session.HELP),
+        (KeyboardInterrupt, "\nCtrl-D exits."),
+    ],
+)
+def test_session_explains_what_it_cannot_do(line, message, converse):
+    printed, calls = converse(line)
+    assert printed == [message + "\n"]
+    assert not calls
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_session(converse, monkeypatch):
+    shown = []
+
+    def print_and_interrupt(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_script, "print_piece", print_and_interrupt)
+    _, calls = converse("the model", "a shard")
+    assert calls[1][0] == f"the model{shown[0]}{shown[1]}\na shard"
+    assert len(shown) > 2
+
+
+def test_prompt_may_precede_the_model_and_be_repeated(run, capsys):
+    call(sample_script.main, "--prompt", "the model", run, "--prompt", "a shard", "--max-new-tokens", 5)
     out = capsys.readouterr().out
-    assert "the model" in out
-    assert "a shard" in out
+    assert out.startswith("the model")
+    assert "\n---\n\na shard" in out
 
 
 def test_decode_step_compiles_once_and_gives_equal_tokens(monkeypatch):
