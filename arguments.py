@@ -55,9 +55,9 @@ def initial_config(name: str | None, flags: list[str]) -> Config:
         print_differences(config)
     elif name is not None and name.endswith(".json"):
         config = read_settings(Path(name))
-        if init_from == "scratch" and continues:
+        if continues:
             config = variant(config, general={"init_from": "resume"})
-        elif not continues:
+        else:
             config = variant(config, general={"out_dir": next_free(config.general.out_dir)})
             for changed, derived in DERIVED.items():
                 if flag_values(flags, changed):
@@ -164,10 +164,6 @@ def parse(arguments: list[str]) -> tuple[str, Config]:
     )
     if misplaced is not None:
         raise ConfigError(f"Unrecognized argument {misplaced!r}. A preset comes first: train.py PRESET [OPTIONS].")
-    out, init_from = config.general.out_dir, defaults.general.init_from
-    is_new = not any((out / file).exists() for file in ("config.json", "checkpoints"))
-    if config.general.init_from == "resume" and "train" in config.general.mode and is_new:
-        config = variant(config, general={"init_from": init_from})  # there is no run to resume
     return name, config
 
 

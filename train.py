@@ -48,9 +48,9 @@ from babygpt.training.seeds import derive_seed
 from babygpt.training.signals import StopRequested, StopSignals
 from dataloader import Batch, DataLoader, Order, Position, inputs_and_targets, validation_batches
 from hellaswag import evaluate, fetch_examples
-from model import GPT, build_model
+from model import GPT, ModernConfig, build_model
 from sample import sample
-from train_config import Config
+from train_config import PRESETS, Config, preset
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
@@ -220,7 +220,9 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
 def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: bool) -> None:
     """Print the settings, the model, the data order, and warnings."""
     training = config.training
-    console.info(run_dir.format_settings(to_json(config)))
+    family = "modern" if isinstance(config.model, ModernConfig) else "gpt2"
+    settings = run_dir.format_settings(to_json(config), to_json(preset(family)))
+    console.info(f"Settings that differ from the preset {family} (config.json has all of them):\n{settings}")
     micro_batches = training.batch_tokens // (order.block_size * training.micro_batch_size * ranks.world_size)
     bfloat16 = uses_bfloat16(ranks.device, training.dtype)
     kernel = training_backend(config.model, config.model.mask_rule, ranks.device, bfloat16, compiled)
@@ -228,6 +230,8 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
         f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
         f"{counted(micro_batches, 'micro-batch')} per rank and step, {kernel} attention"
     )
+    if compiled:
+        console.info("Compiling the model. The first step takes a minute or more")
     console.info(order.summary(training.batch_tokens, training.max_steps))
     batch = (training.batch_tokens, order.block_size, training.micro_batch_size, ranks.world_size)
     repetition = order.repetition_warning(training.batch_tokens, training.max_steps)
@@ -240,8 +244,9 @@ def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, 
     out, init_from, path = config.general.out_dir, config.general.init_from, None
     if init_from == "resume":
         path = run_dir.latest_checkpoint(out, ranks)
-        # without a checkpoint, start again from the run's initial weights
-        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", "scratch")
+        # without a checkpoint, start from the initial weights of the run or, in a new directory, of the preset
+        new = PRESETS.get(config.general.preset, {}).get("general", {}).get("init_from", "scratch")
+        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", new)
     elif (out / run_dir.FINISHED).exists() or checkpoint.list_checkpoints(out):
         raise ConfigError(
             f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "
@@ -416,12 +421,7 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
     ranks.main_process_first(saver.wait)  # if a save failed, all ranks raise an error
     if not stopping:  # otherwise the resumed run writes the complete row
         metrics.write(row)
-    metrics.close()
-    if ranks.is_main:
-        (config.general.out_dir / (run_dir.STOPPED if stopping else run_dir.FINISHED)).touch()
-    metrics.plot()
-    if stopping:
-        console.info(f"Stopped and saved at step {step}. To resume: {run_dir.resume_command(config.general.out_dir)}")
+    metrics.finish(step, stopping)
 
 
 def make_schedules(config: Config, start: int) -> tuple[Schedule, LRSchedule]:

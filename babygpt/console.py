@@ -56,6 +56,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Return, for instance, "48 s", "2 min 5 s", "12 min", "3 h 12 min" or "2 d 3 h"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 class ConsoleHandler(logging.Handler):
     """Print messages to stdout, and warnings to stderr, above the progress bar if there is one."""
 

@@ -128,11 +128,12 @@ def replay(segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
         if segment.start:
             (out / "checkpoints" / segment.start.name).symlink_to(segment.start.resolve())
     ranks.barrier()
-    for steps, launch in segment.launches:
+    for number, (steps, launch) in enumerate(segment.launches):
+        init_from = "resume" if segment.start or number else "scratch"
         config = variant(
             from_json(launch["config"]),
             general={
-                "out_dir": out, "init_from": "resume", "device": ranks.device.type,
+                "out_dir": out, "init_from": init_from, "device": ranks.device.type,
                 "mode": tuple(mode for mode in launch["config"]["general"]["mode"] if mode != "sample"),
             },
             saving={"every_n_steps": steps.stop, "keep": 0},

@@ -1,8 +1,9 @@
 """Read and write the log of a run: `log.csv` with one row per step, and `samples.txt`.
 
 Row k of log.csv contains the scores of the weights after k updates, and the loss, gradient norm and learning rate of
-update k. The last row has only scores. Floats are written with full precision. An empty cell means that the value was
-not measured.
+update k. The last row has only scores. `elapsed_s` is the time in seconds from the start of the run until the row was
+written, without the time between launches. Floats are written with full precision. An empty cell means that the value
+was not measured.
 """
 
 import csv
@@ -10,6 +11,7 @@ import io
 import math
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from babygpt.errors import UserError
 
 COLUMNS = (
     "step", "tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm", "tokens_per_s",
-    "mfu", "step_ms", "memory_mib",
+    "mfu", "step_ms", "memory_mib", "elapsed_s",
 )  # fmt: skip
 INTEGERS = ("step", "tokens", "epoch")
 Row = dict[str, Any]  # by column: int for INTEGERS, else float; None or missing if it was not measured
@@ -29,6 +31,7 @@ class Log:
 
     def __init__(self, path: Path, step: int = 0):
         kept = read_log(path, step) if step > 0 and path.exists() else []
+        self.start = time.monotonic() - (kept[-1]["elapsed_s"] or 0.0 if kept else 0.0)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, kept)])
         files.write(path, text.getvalue().encode())
@@ -36,7 +39,7 @@ class Log:
         self.writer = csv.writer(self.file, lineterminator="\n")
 
     def write(self, row: Row) -> None:
-        self.writer.writerow(_cells(row))
+        self.writer.writerow(_cells(row | {"elapsed_s": round(time.monotonic() - self.start, 3)}))
         self.file.flush()
 
     def sync(self) -> None:
@@ -52,18 +55,22 @@ def _cells(row: Row) -> list:
 
 
 def read_log(path: Path, before_step: float = math.inf) -> list[Row]:
-    """Return the rows with a step below `before_step`, empty cells as None. An incomplete last line is dropped."""
+    """Return the rows with a step below `before_step`, empty cells as None. An incomplete last line is dropped.
+
+    Earlier versions did not write the last column.
+    """
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    if lines and tuple(lines[0].split(",")) != COLUMNS:
+    names = tuple(lines[0].split(",")) if lines else COLUMNS
+    if names not in (COLUMNS, COLUMNS[:-1]):
         raise UserError(f"{path} is not a log.csv of this version of BabyGPT: its columns are {lines[0]!r:.300}.")
     rows: list[Row] = []
     for number, line in enumerate(lines[1:], 2):
         try:
-            cells = zip(COLUMNS, next(csv.reader([line])), strict=True)
+            cells = zip(names, next(csv.reader([line])), strict=True)
             row: Row = {k: None if v == "" and k != "step" else int(v) if k in INTEGERS else float(v) for k, v in cells}
             if row["step"] < before_step:
-                rows.append(row)
+                rows.append(dict.fromkeys(COLUMNS) | row)
         except (ValueError, csv.Error):
             if rows and rows[-1]["step"] >= before_step - 1:
                 break  # later rows are dropped anyway; a power failure may have corrupted them
@@ -77,20 +84,30 @@ def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-class SampleLog:
-    """`samples.txt`: a Markdown table with one row per sample."""
+SAMPLE_HEADER = re.compile(r"^=== step (\d+), sample \d+ ===\n", re.MULTILINE)
 
-    HEADER = "| step | sample |\n|---:|---|\n"
+
+class SampleLog:
+    """`samples.txt`: a header per sample, and the text, indented by two spaces."""
 
     def __init__(self, path: Path, step: int):
-        """Open `path`. A run that resumes at `step` first removes the rows from this step on."""
+        """Open `path`. A run that resumes at `step` first removes the samples from this step on."""
         self.path = path
-        rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[2:] if path.exists() else []
-        kept = [row + "\n" for row in rows if (match := re.match(r"\| (\d+) \|", row)) and int(match[1]) < step]
-        files.write(path, (self.HEADER + "".join(kept)).encode())
+        text = path.read_text(encoding="utf-8", errors="replace") if step > 0 and path.exists() else ""
+        later = (header.start() for header in SAMPLE_HEADER.finditer(text) if int(header[1]) >= step)
+        kept = text[: next(later, len(text))]
+        files.write(path, (kept + "\n" * bool(kept and not kept.endswith("\n"))).encode())
 
     def write(self, step: int, texts: list[str]) -> None:
         with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            for text in texts:
-                cell = text.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
-                file.write(f"| {step} | {cell} |\n")
+            for number, text in enumerate(texts, 1):
+                indented = "\n".join(f"  {line}" for line in text.replace("\r", "").split("\n"))
+                file.write(f"=== step {step}, sample {number} ===\n{indented}\n\n")
+
+
+def read_samples(path: Path) -> list[tuple[int, str]]:
+    """Return the step and text of each sample."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    _, *parts = SAMPLE_HEADER.split(text)  # step and lines of each sample, alternating
+    indented = [(int(step), lines.removesuffix("\n\n")) for step, lines in zip(parts[::2], parts[1::2], strict=True)]
+    return [(step, "\n".join(line[2:] for line in lines.split("\n"))) for step, lines in indented]

@@ -1,19 +1,24 @@
 """Report the progress of a run: log.csv, samples.txt, the console, the progress bar and plot.png."""
 
+import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from babygpt.console import console
+from babygpt.console import console, counted, duration
+from babygpt.training import checkpoint, run_dir
 from babygpt.training.device import peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, check_status
-from babygpt.training.log import Log, Row, SampleLog
+from babygpt.training.log import Log, Row, SampleLog, column, read_log
 from babygpt.training.plots import plot
 
 EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
 SPIKE = 6.0  # losses with a larger z-score are reported
+AVERAGED_STEPS = 100  # length of the moving average of the time per step
+SLOW_STEP_MS = 10_000  # the time of a slower first step is printed
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Metrics:
         self.samples = SampleLog(self.out / "samples.txt", self.start) if self.ranks.is_main else None
         disable = None if self.ranks.is_main else True  # None: disabled if stderr is not a terminal
         self.bar = tqdm(total=self.max_steps, initial=self.start, unit="step", disable=disable)
+        self.last_record: float | None = None  # time of the last call of `record`
+        self.seconds_per_step, self.averaged_steps = 0.0, 0  # moving average, with the tasks, without the first step
 
     def record(self, row: Row, status: StepStatus, ms: float) -> bool:
         """Check the status of a finished step that took `ms`; complete, write and print its row.
@@ -53,13 +60,20 @@ class Metrics:
         if EVALUATION_COLUMNS & row.keys():
             self.plot()
         self.bar.update()
+        self.measure_time(time.monotonic())
+        if step == self.start and ms > SLOW_STEP_MS:
+            console.info(f"The first step took {duration(ms / 1e3)}")
         if self.console_every and step % self.console_every == 0:
-            console.info(format_row(row))
-        if step == self.start + 10:
-            minutes = row["step_ms"] / 6e4 * (self.max_steps - step)
-            remaining = f"{minutes / 60:.1f} hours" if minutes > 99 else f"{minutes:.1f} minutes"
-            console.info(f"About {remaining} of training remain, not counting evaluations")
+            remaining = (self.max_steps - 1 - step) * self.seconds_per_step
+            console.info(format_row(row) + (f" | {duration(remaining)} left" if remaining else ""))
         return bool(EVALUATION_COLUMNS & row.keys())
+
+    def measure_time(self, now: float) -> None:
+        """Update the moving average with the time since the last call, which covers a step and the tasks before it."""
+        if self.last_record is not None:
+            self.averaged_steps = min(self.averaged_steps + 1, AVERAGED_STEPS)
+            self.seconds_per_step += (now - self.last_record - self.seconds_per_step) / self.averaged_steps
+        self.last_record = now
 
     def write(self, row: Row) -> None:
         if self.log is not None:
@@ -69,10 +83,37 @@ class Metrics:
         if self.ranks.is_main:
             plot([self.out], self.out / "plot.png")
 
-    def close(self) -> None:
+    def finish(self, step: int, stopped: bool) -> None:
+        """Close the files, leave a marker for scripts, draw the plot, and print a summary or how to resume."""
         self.bar.close()
-        if self.log is not None:
-            self.log.close()
+        if self.log is None:
+            return
+        self.log.close()
+        (self.out / (run_dir.STOPPED if stopped else run_dir.FINISHED)).touch()
+        self.plot()
+        if stopped:
+            console.info(f"Stopped and saved at step {step}. To resume: {run_dir.resume_command(self.out)}")
+        else:
+            console.info(self.summary())
+
+    def summary(self) -> str:
+        """Return the time, the scores and the files of a finished run."""
+        rows, lines = read_log(self.out / "log.csv"), []
+        for name, title, best_of in (("val_loss", "validation loss", min), ("hellaswag", "HellaSwag acc_norm", max)):
+            steps, values = column(rows, name)
+            if values:
+                best = best_of(values)
+                lines.append(f"{title} {values[-1]:.4f} (best: {best:.4f} at step {steps[values.index(best)]:,})")
+        if bits_per_byte := column(rows, "val_bpb")[1]:
+            lines[0] += f", {bits_per_byte[-1]:.4f} bits per byte"
+        saved = [path.relative_to(self.out) for path in checkpoint.list_checkpoints(self.out)[-1:]]
+        names = [name for name in ("log.csv", "samples.txt", "plot.png") if (self.out / name).exists()]
+        elapsed = duration(rows[-1]["elapsed_s"] or 0.0)
+        return "\n  ".join([
+            f"Finished {counted(self.max_steps, 'step')} in {elapsed}", *lines,
+            f"{self.out}: {', '.join(map(str, [*names, *saved]))}",
+            *([f"To sample: {shlex.join(['python', 'sample.py', str(self.out)])}"] if saved else []),
+        ])  # fmt: skip
 
 
 def throughput(ms: float, tokens: int, flops_per_token: int | None, ranks: Ranks) -> Row:

@@ -137,12 +137,14 @@ def changed_settings(path: Path, config: dict) -> list[str]:
     ]
 
 
-def format_settings(config: dict) -> str:
-    """Format the settings for the console, one line per section."""
-    return "\n".join(
-        f"{section:>11}  " + "  ".join(f"{name}={_one_line(value)}" for name, value in values.items())
-        for section, values in config.items()
-    )
+def format_settings(config: dict[str, dict], defaults: dict[str, dict]) -> str:
+    """Format the settings that differ from `defaults` for the console, one line per section."""
+    lines = []
+    for section, values in config.items():
+        changed = [name for name, value in values.items() if (name, value) not in defaults[section].items()]
+        if changed:
+            lines.append(f"{section:>11}  " + "  ".join(f"{name}={_one_line(values[name])}" for name in changed))
+    return "\n".join(lines)
 
 
 def _one_line(value: object) -> str:

@@ -23,7 +23,7 @@ from support.helpers import call, save_jsonl
 from tools.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TIMING_COLUMNS = {"tokens_per_s", "mfu", "step_ms", "memory_mib"}
+TIMING_COLUMNS = {"tokens_per_s", "mfu", "step_ms", "memory_mib", "elapsed_s"}
 STEPS = 14  # an epoch of the dataset has 8 steps
 
 

@@ -27,7 +27,7 @@ import train_config
 from babygpt.errors import ConfigError, UserError, run
 from babygpt.training import checkpoint, run_dir
 from babygpt.training.distributed import Ranks
-from babygpt.training.log import COLUMNS, read_log
+from babygpt.training.log import COLUMNS, read_log, read_samples
 
 # ---------------------------------------------------------------------------------------------------------
 # results of a run
@@ -45,10 +45,9 @@ def test_run_reduces_the_loss_and_writes_its_files(uninterrupted_run):
     assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the run crosses the end of an epoch"
     assert (uninterrupted_run / "plot.png").stat().st_size > 10_000
     assert json.loads((uninterrupted_run / "config.json").read_text())["model"]["n_embd"] == 16
-    sample_steps = re.findall(
-        r"^\| (\d+) \| Hello, I'm a language model,", (uninterrupted_run / "samples.txt").read_text(), re.M
-    )
-    assert sample_steps == [str(s) for s in (5, 10, STEPS) for _ in range(4)]
+    samples = read_samples(uninterrupted_run / "samples.txt")
+    assert [step for step, _ in samples] == [step for step in (5, 10, STEPS) for _ in range(4)]
+    assert all(text.startswith("Hello, I'm a language model,") for _, text in samples)
     names = load_file(uninterrupted_run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors").keys()
     assert not [name for name in names if "_orig_mod" in name or name.startswith("module.")]
 
