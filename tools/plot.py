@@ -1,20 +1,21 @@
 """Plot one or more runs from their log.csv files.
 
-    python -m tools.plot out/gpt2                          # writes out/gpt2/plot.png
-    python -m tools.plot out/gpt2 out/modern --out compare.png --x tokens
+    python -m tools.plot out/gpt2 out/modern               # writes plot.png in the current directory
+    python -m tools.plot out/* --out compare.png --x hours
 
-The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput.
+The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput. Of several runs, it shows
+moving averages. If their vocabularies differ, the losses are those of validation in bits per byte.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from babygpt.constraints import metavar, parse_arguments, required
+from babygpt.constraints import Positive, metavar, parse_arguments, required
 from babygpt.errors import UserError, run
-from babygpt.training.plots import plot
+from babygpt.training.plots import Unit, plot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,10 @@ class PlotArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     runs: Annotated[Positional[tuple[Path, ...]], required("RUN [RUN ...]")]  # run directories (out/NAME)
-    # PNG file to write
-    out: Annotated[Path | None, metavar("PATH", "plot.png in the first run directory")] = None
-    x: Literal["steps", "tokens"] = "steps"  # x-axis of the losses
+    out: Path = Path("plot.png")  # PNG file to write
+    x: Unit = "steps"  # x-axis; hours: elapsed time, without the time between launches
+    # average training losses, gradient norms and throughput over this number of steps
+    smooth: Annotated[Positive | None, metavar("N", "1% of the steps")] = None
 
 
 def main() -> None:
@@ -34,9 +36,10 @@ def main() -> None:
     for path in args.runs:
         if not (path / "log.csv").exists():
             raise UserError(f"There is no run at {path}: it has no log.csv. Use a directory that train.py wrote.")
-    out = args.out or args.runs[0] / "plot.png"
-    plot(list(args.runs), out, args.x)
-    print(out)
+    if args.out.name == "plot.png" and (args.out.parent / "log.csv").exists():
+        raise UserError(f"--out {args.out} is the plot that the run itself writes. Use another name.")
+    plot(list(args.runs), args.out, args.x, args.smooth)
+    print(args.out)
 
 
 if __name__ == "__main__":

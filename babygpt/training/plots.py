@@ -5,92 +5,205 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from babygpt.training.log import column, read_log
+import numpy as np
+
+from babygpt.errors import UserError
+from babygpt.training.log import Row, column, read_log
+
+Unit = Literal["steps", "tokens", "hours"]
 
 GPT2_124M_HELLASWAG = 0.2955  # OpenAI's weights, karpathy acc_norm, as build-nanogpt reports
 HELLASWAG_EXAMPLES = 10_042
-COLORS = ("#2a6fbb", "#d1495b", "#3d9970", "#e0a030", "#7b5ea7", "#4a4a4a")
+COLORS = (
+    "#2a6fbb", "#d1495b", "#3d9970", "#e0a030", "#7b5ea7", "#4a4a4a", "#17becf", "#a0522d", "#e377c2", "#8fbc2e",
+    "#1b1b8f", "#f2a48b",
+)  # fmt: skip
+START = 0.1  # fraction of a run whose losses and norms may be above the visible range
+TITLES = {
+    "loss": "loss (nats per token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
+    "norm": "gradient norm", "speed": "tokens per second",
+}  # fmt: skip
 
 
-def plot(runs: list[Path], out: Path, x: Literal["steps", "tokens"] = "steps") -> None:
-    """Plot losses, HellaSwag accuracy, learning rate, gradient norm and throughput of the runs into a PNG."""
+@dataclass
+class Curves:
+    """The log of a run, with its name and color in the plot, and positions on the x-axis by step."""
+
+    path: Path
+    name: str
+    color: Any
+    rows: list[Row]
+    positions: dict[int, float]
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Return the positions at which a column was measured, and its values."""
+        pairs = zip(*column(self.rows, name), strict=True)
+        found = [(self.positions[step], value) for step, value in pairs if step in self.positions]
+        return [position for position, _ in found], [value for _, value in found]
+
+    def setting(self, section: str, name: str) -> Any:
+        """Return a setting from config.json, or None if it is unknown."""
+        try:
+            return json.loads((self.path / "config.json").read_text(encoding="utf-8"))[section][name]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def num_examples(self) -> int:
+        """The number of HellaSwag examples that the run evaluates, or 0 if it is unknown."""
+        is_default = self.setting("evaluation", "file") is None and self.setting("evaluation", "language") == "en"
+        return self.setting("evaluation", "limit") or (HELLASWAG_EXAMPLES if is_default else 0)
+
+
+def plot(runs: list[Path], out: Path, x: Unit = "steps", smooth: int | None = None) -> None:
+    """Plot losses, HellaSwag accuracy, learning rate, gradient norm and throughput of the runs into a PNG.
+
+    Training losses, gradient norms and throughput are averaged over `smooth` steps; None: 1% of the steps of the run.
+    If the runs have different vocabularies, the losses are those of validation in bits per byte, which can be compared.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    logs = {path: read_log(path / "log.csv") for path in runs}
+    figure = draw(read_runs(runs, x), x, smooth)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def read_runs(paths: list[Path], x: Unit) -> list[Curves]:
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    logs = [read_log(path / "log.csv") for path in paths]
+    for path, rows in zip(paths, logs, strict=True):
+        if x == "hours" and rows and rows[-1]["elapsed_s"] is None:
+            raise UserError(f"{path}/log.csv has no elapsed times, because an earlier version wrote it. Use --x steps.")
+    runs = zip(paths, names, choose_colors(len(paths)), logs, strict=True)
+    return [Curves(path, name, color, rows, positions_by_step(rows, x)) for path, name, color, rows in runs]
+
+
+def positions_by_step(rows: list[Row], x: Unit) -> dict[int, float]:
+    """Return the position of each step on the x-axis. Steps without a known time have no position in hours."""
+    if x == "hours":
+        return {row["step"]: row["elapsed_s"] / 3600 for row in rows if row["elapsed_s"] is not None}
+    return {row["step"]: row["tokens"] if x == "tokens" else row["step"] for row in rows}
+
+
+def choose_colors(count: int) -> list[Any]:
+    """Return different colors, from a color map if there are more than COLORS."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    import matplotlib
+
+    return [matplotlib.colormaps["turbo"](position) for position in np.linspace(0.03, 0.97, count)]
+
+
+def moving_average(values: list[float], length: int) -> np.ndarray:
+    """Return the mean of each value and up to length - 1 values before it, (len(values),) float64."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    stops = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, stops - length)
+    return (sums[stops] - sums[starts]) / (stops - starts)
+
+
+def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
+    """Return a matplotlib figure of the runs."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
     plt.rcParams.update({
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.alpha": 0.25, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
     })  # fmt: skip
-    figure, axes = plt.subplot_mosaic([["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]], figsize=(11, 6.2))  # type: ignore[list-item]
-    titles = {
-        "loss": "loss (nats per token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
-        "norm": "gradient norm", "speed": "tokens per second",
-    }  # fmt: skip
-    for name, title in titles.items():
+    figure, axes = plt.subplot_mosaic(
+        [["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]],  # type: ignore[list-item]
+        figsize=(11, 6.2), layout="constrained",
+    )  # fmt: skip
+    for name, title in TITLES.items():
         axes[name].set_title(title)
-        axes[name].set_xlabel(x)
-    for (path, rows), color in zip(logs.items(), COLORS * len(logs), strict=False):
-        tokens_by_step = {row["step"]: row["tokens"] for row in rows}
-
-        def plot_line(
-            axis: str, name: str, rows=rows, tokens_by_step=tokens_by_step, **style: Any
-        ) -> tuple[list, list[float]]:
-            steps, values = column(rows, name)
-            positions = [tokens_by_step[step] for step in steps] if x == "tokens" else steps
-            axes[axis].plot(positions, values, **style)
-            return positions, values
-
-        name = path.name
-        plot_line("loss", "loss", color=color, alpha=0.35, linewidth=0.8, label=f"{name}: training")
-        marker = {"marker": "o", "markersize": 3.5, "linewidth": 1.6} if len(column(rows, "val_loss")[0]) < 60 else {}
-        positions, val = plot_line("loss", "val_loss", color=color, label=f"{name}: validation", **marker)
-        if val:
-            axes["loss"].annotate(
-                f"{val[-1]:.3f}", (positions[-1], val[-1]), textcoords="offset points",
-                xytext=(4, 7), color=color, ha="right",
-                bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "edgecolor": "none"},
-            )  # fmt: skip
-        tokens = tokens_by_step if x == "tokens" else None
-        _plot_hellaswag(axes["hellaswag"], rows, tokens, color, name, _num_examples(path))
-        plot_line("lr", "lr", color=color)
-        plot_line("norm", "grad_norm", color=color, linewidth=0.8)
-        plot_line("speed", "tokens_per_s", color=color, linewidth=0.8)
+        axes[name].set_xlabel({"tokens": "million tokens"}.get(x, x))
+    is_comparable = len({run.setting("model", "vocab_size") for run in runs}) == 1
+    val_name = "val_loss" if is_comparable else "val_bpb"
+    if not is_comparable:
+        axes["loss"].set_title("validation loss (bits per byte)")
+    visible: dict[str, list[float]] = {"loss": [], "norm": []}
+    for run in runs:
+        is_alone = len(runs) == 1
+        if is_comparable:
+            visible["loss"] += plot_smoothed(axes["loss"], run, "loss", smooth, is_alone)
+        visible["norm"] += plot_smoothed(axes["norm"], run, "grad_norm", smooth, is_alone)
+        plot_smoothed(axes["speed"], run, "tokens_per_s", smooth, is_alone)
+        plot_validation(axes["loss"], run, val_name, is_alone)
+        visible["loss"] += after_start(*run.column(val_name))
+        plot_hellaswag(axes["hellaswag"], run)
+        axes["lr"].plot(*run.column("lr"), color=run.color)
+    for name, values in visible.items():
+        if values:
+            bottom, top = np.quantile(values, [0.001, 0.999])
+            margin = 0.05 * (top - bottom) or 0.1
+            axes[name].set_ylim(bottom - margin, top + margin)
     for value, text in ((GPT2_124M_HELLASWAG, "GPT-2 124M, 0.2955"), (0.25, "chance")):
         axes["hellaswag"].axhline(value, color="black", linestyle="--", linewidth=0.8)
         transform = axes["hellaswag"].get_yaxis_transform()
         axes["hellaswag"].text(0.02, value, text, transform=transform, va="bottom", fontsize=8)
     axes["hellaswag"].set_xlim(axes["loss"].get_xlim())
     axes["speed"].set_ylim(bottom=0)
-    for axis in axes.values():
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes["speed"].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes["loss"].legend()
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    for axis in axes.values():
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:,.4g}" if x == "tokens" else f"{value:,.4g}")
+    if len(runs) == 1:
+        axes["loss"].legend()
+    elif is_comparable:
+        axes["loss"].set_title("loss (nats per token): validation, and training (thin)")
+    if len(runs) > 1:
+        lines = [plt.Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
+        figure.legend(handles=lines, loc="outside right upper")
+    return figure
 
 
-def _plot_hellaswag(
-    axis, rows: list[dict], tokens_by_step: dict[int, int] | None, color: str, name: str, num_examples: int
-) -> None:
-    """Plot the accuracy, with its standard error unless `num_examples` is 0 (unknown)."""
-    steps, values = column(rows, "hellaswag")
-    errors = [math.sqrt(p * (1 - p) / max(1, num_examples - 1)) if num_examples else 0.0 for p in values]
-    positions = [tokens_by_step[step] for step in steps] if tokens_by_step else steps
-    axis.errorbar(positions, values, yerr=errors, color=color, marker="o", markersize=3.5, capsize=2, label=name)
+def plot_smoothed(axis: Any, run: Curves, name: str, smooth: int | None, is_alone: bool) -> list[float]:
+    """Plot the moving average of a column, and the column itself if the run is the only one.
+
+    Returns the plotted values after the start of the run.
+    """
+    positions, values = run.column(name)
+    averages = moving_average(values, max(1, len(values) // 100 if smooth is None else smooth))
+    if is_alone:
+        axis.plot(positions, values, color=run.color, alpha=0.25, linewidth=0.6)
+    label = "training" if name == "loss" else None
+    axis.plot(positions, averages, color=run.color, alpha=0.7, linewidth=0.9, label=label)
+    return after_start(positions, values if is_alone else averages.tolist())
 
 
-def _num_examples(run: Path) -> int:
-    """Return the number of HellaSwag examples that a run evaluates, from its config.json, or 0 if it is unknown."""
-    try:
-        evaluation = json.loads((run / "config.json").read_text(encoding="utf-8"))["evaluation"]
-        is_default = evaluation["file"] is None and evaluation["language"] == "en"
-        return evaluation["limit"] or (HELLASWAG_EXAMPLES if is_default else 0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+def after_start(positions: list[float], values: list[float]) -> list[float]:
+    """Return the values after the first START of the positions, or all values if there are none."""
+    if not positions:
+        return []
+    start = positions[0] + START * (positions[-1] - positions[0])
+    return [value for position, value in zip(positions, values, strict=True) if position > start] or values
+
+
+def plot_validation(axis: Any, run: Curves, name: str, is_alone: bool) -> None:
+    positions, values = run.column(name)
+    marker = {"marker": "o", "markersize": 3.5} if len(positions) < 60 else {}
+    axis.plot(positions, values, color=run.color, linewidth=1.6, label="validation", **marker)
+    if values and is_alone:
+        axis.annotate(
+            f"{values[-1]:.3f}", (positions[-1], values[-1]), textcoords="offset points", xytext=(4, 7),
+            color=run.color, ha="right",
+            bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "edgecolor": "none"},
+        )  # fmt: skip
+
+
+def plot_hellaswag(axis: Any, run: Curves) -> None:
+    """Plot the accuracy, with its standard error if the number of examples is known."""
+    positions, values = run.column("hellaswag")
+    count = run.num_examples
+    errors = [math.sqrt(p * (1 - p) / max(1, count - 1)) if count else 0.0 for p in values]
+    axis.errorbar(positions, values, yerr=errors, color=run.color, marker="o", markersize=3.5, capsize=2)
