@@ -17,6 +17,7 @@ COMMANDS = {
     "hellaswag": "hellaswag.py [-h] MODEL [OPTIONS]",
     "sample": "sample.py [-h] MODEL [OPTIONS]",
     "tools.plot": "python -m tools.plot [-h] RUN [RUN ...] [--out PATH] [--x {steps,tokens,hours}] [--smooth N]",
+    "tools.runs": "python -m tools.runs [-h] [PATH ...] [OPTIONS]",
     "tools.replay": "python -m tools.replay [-h] RUN [--segments N] [--seed SEED] [--device {auto,cuda,cpu}]",
     "tools.inspect_step": "python -m tools.inspect_step [-h] RUN --step STEP [--ranks N] [--chars CHARACTERS]",
     "tools.train_tokenizer": "python -m tools.train_tokenizer [-h] [SOURCE] [OPTIONS]",
