@@ -205,7 +205,7 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     flops = raw_model.flops_per_token() if uses_bfloat16(ranks.device, training.dtype) else None
     metrics = Metrics(
         config.general.out_dir, ranks, start.step, training.max_steps, training.batch_tokens, flops,
-        training.compare_ranks_every_n_steps, config.logging.every_n_steps,
+        training.compare_ranks_every_n_steps, config.logging.every_n_steps, config.logging.tracker, to_json(config),
     )  # fmt: skip
     describe(config, raw_model, order, ranks, compiled)
     if dataset.manifest is None:

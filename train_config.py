@@ -156,9 +156,11 @@ class Saving:
 
 @dataclass(frozen=True)
 class Logging:
-    """Console output. log.csv records every step."""
+    """Console output and trackers. log.csv records every step."""
 
     every_n_steps: Steps = 1  # print a line every N steps; 0: never
+    # also log to TensorBoard or Weights & Biases (pip install tensorboard, or wandb)
+    tracker: Annotated[Literal["tensorboard", "wandb"] | None, metavar("tensorboard|wandb", "none")] = None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, check_status
 from babygpt.training.log import Log, Row, SampleLog, column, read_log
 from babygpt.training.plots import plot
+from babygpt.training.tracker import Tracker
 
 EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
 SPIKE = 6.0  # losses with a larger z-score are reported
@@ -33,10 +35,15 @@ class Metrics:
     flops_per_token: int | None  # for MFU, a fraction of the bfloat16 peak; None: no MFU
     compare_every: int  # steps between comparisons of the weights of all ranks; 0: never
     console_every: int  # steps between lines on the console; 0: never
+    tracker_name: str | None = None  # tensorboard or wandb
+    settings: dict[str, Any] = field(default_factory=dict)  # for the tracker
 
     def __post_init__(self) -> None:
         self.log = Log(self.out / "log.csv", self.start) if self.ranks.is_main else None
         self.samples = SampleLog(self.out / "samples.txt", self.start) if self.ranks.is_main else None
+        self.tracker = None
+        if self.tracker_name and self.ranks.is_main:
+            self.tracker = Tracker(self.tracker_name, self.out, self.start, self.settings)
         disable = None if self.ranks.is_main else True  # None: disabled if stderr is not a terminal
         self.bar = tqdm(total=self.max_steps, initial=self.start, unit="step", disable=disable)
         self.last_record: float | None = None  # time of the last call of `record`
@@ -78,6 +85,8 @@ class Metrics:
     def write(self, row: Row) -> None:
         if self.log is not None:
             self.log.write(row)
+        if self.tracker is not None:
+            self.tracker.log(row)
 
     def plot(self) -> None:
         if self.ranks.is_main:
@@ -89,6 +98,8 @@ class Metrics:
         if self.log is None:
             return
         self.log.close()
+        if self.tracker is not None:
+            self.tracker.finish()
         (self.out / (run_dir.STOPPED if stopped else run_dir.FINISHED)).touch()
         self.plot()
         if stopped:
