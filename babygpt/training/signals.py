@@ -17,8 +17,9 @@ class StopSignals:
     """Sets `requested` on SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's early warning).
 
     Until the end of the first step, while `nothing_to_save` is set, a signal creates the empty file `marker` and exits
-    immediately with code 0. A second SIGINT exits immediately with code 130. A thread does this, because Python delays
-    signal handlers while the main thread runs native code, such as a compiler or a collective.
+    immediately with code 0. Later, a signal is acknowledged on stderr, and a second SIGINT exits immediately with code
+    130. A thread does this, because Python delays signal handlers while the main thread runs native code, such as a
+    compiler or a collective.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -50,10 +51,9 @@ class StopSignals:
             if number[0] not in self.NUMBERS:
                 continue
             interrupts += number[0] == signal.SIGINT
+            name = signal.Signals(number[0]).name
             if self.nothing_to_save:
-                name = signal.Signals(number[0]).name
-                with suppress(OSError):  # os.write: the main thread may hold the lock of sys.stderr
-                    os.write(2, f"Received {name} before the end of the first step; nothing to save.\n".encode())
+                self._print(f"Received {name} before the end of the first step; nothing to save.")
                 # after a rank fails, torchrun sends SIGTERM to the others: this is not a request to stop
                 if self.marker is not None and (name != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ):
                     with suppress(OSError):
@@ -61,4 +61,12 @@ class StopSignals:
                 exit_now(0)
             elif interrupts > 1:
                 exit_now(130)
+            elif os.environ.get("RANK", "0") == "0":
+                hint = " Ctrl-C again exits without saving." if interrupts else ""
+                self._print(f"Received {name}. The run saves a checkpoint after this step and exits.{hint}")
         os.close(read_end)
+
+    @staticmethod
+    def _print(text: str) -> None:
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())  # the main thread may hold the lock of sys.stderr

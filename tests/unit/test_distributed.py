@@ -67,8 +67,13 @@ def test_signal_before_the_first_step_exits_with_code_0(capfd, tmp_path, monkeyp
     assert exit_code_after_signals(signal.SIGUSR1, marker=tmp_path / "missing" / "stopped") == 0
 
 
-def test_second_interrupt_exits_immediately():
+def test_second_interrupt_exits_immediately(capfd, monkeypatch):
+    """The first one is acknowledged at once, by rank 0, even if the main thread is blocked in native code."""
+    assert exit_code_after_signals(signal.SIGINT, signal.SIGINT, nothing_to_save=False) == 130
+    assert "Received SIGINT. The run saves a checkpoint after this step and exits. Ctrl-C" in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "1")
     assert exit_code_after_signals(signal.SIGINT, signal.SIGTERM, signal.SIGINT, nothing_to_save=False) == 130
+    assert not capfd.readouterr().err
 
 
 def test_deterministic_runs_use_deterministic_algorithms(monkeypatch):
