@@ -68,6 +68,9 @@ def main() -> None:
         help="factors of the learning rates (default: 0.5 1 2)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS[:1], help="seeds (default: 1337)")
+    parser.add_argument(
+        "--max-batch-tokens", type=int, default=32_768, help="skip larger batches (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/rates", help="directory of the runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -75,14 +78,14 @@ def main() -> None:
     factors, steps = sorted(options.factors), options.steps
     if 1.0 not in factors:
         parser.error(f"--factors {factors} does not include 1, which stands for the preset's learning rates. Add 1.")
-    runs = Runs(options)
+    runs, cases = Runs(options), [case for case in CASES if case[1] <= options.max_batch_tokens]
 
     def run_name(case: tuple[int, int], factor: float, seed: int) -> str:
         return "-".join(map(str, (*case, f"{factor:g}", steps, seed)))
 
     runs.train_all([
         (run_name(case, factor, seed), "modern", steps, seed, *flags_of(*case, factor))
-        for case in CASES for factor in factors for seed in options.seeds
+        for case in cases for factor in factors for seed in options.seeds
     ])  # fmt: skip
     lines = [
         f"{machine()}; {options.jobs} concurrent runs" + (" with one thread each" if options.jobs > 1 else ""),
@@ -95,7 +98,7 @@ def main() -> None:
         "loss at factor 1, minus the lowest |",
         "|---:|---:" + "|---:" * (len(factors) + 2) + "|",
     ]
-    for case in CASES:
+    for case in cases:
         losses = [runs.mean_loss([run_name(case, factor, seed) for seed in options.seeds]) for factor in factors]
         at_1, best = losses[factors.index(1.0)], lowest(factors, losses)
         if best:
