@@ -55,6 +55,12 @@ def initial_config(name: str | None, flags: list[str]) -> Config:
         print_differences(config)
     elif name is not None and name.endswith(".json"):
         config = read_settings(Path(name))
+        weights, is_new = config.general.init_from, not (Path(out_dir) / "config.json").exists()
+        if init_from == "resume" and flag_values(flags, "general.out-dir") and is_new and weights != "scratch":
+            raise ConfigError(
+                f"{name} is of a run that started from {weights}, but there is no run in {out_dir} to resume. Use "
+                f"--general.init-from {weights} for the first launch."
+            )
         if continues:
             config = variant(config, general={"init_from": "resume"})
         else:

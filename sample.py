@@ -57,9 +57,7 @@ class SampleArgs(SamplingParams):
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
     # prompt; can be repeated
-    prompt: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, metavar("TEXT", "read prompts from the terminal")
-    ] = ()
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, metavar("TEXT", "start an interactive session")] = ()
     num_samples: Positive = 1  # number of samples per prompt; all samples are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
@@ -101,14 +99,15 @@ SETTINGS: dict[str, tuple[str, type]] = {  # command of a session -> field of Sa
 class Session:
     """Read prompts from the terminal and print their continuations.
 
-    A prompt continues the text so far on a new line. With several samples per prompt, each prompt starts a new text.
+    A prompt continues the text so far on a new line. With several samples per prompt, each prompt starts a new text,
+    and an empty line continues the first sample.
     """
 
     HELP = (
-        "A prompt continues the text so far. An empty line continues it without a prompt.\n"
-        "/new starts a new text. These commands print or change a setting:\n"
-        "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1; /top-k off and /top-p off turn them off.\n"
-        "Ctrl-C stops an answer, and Ctrl-D exits."
+        "A prompt continues the text so far. An empty line continues the text without adding to it.\n"
+        "/new starts a new text. /help prints this help. These commands print or change a setting:\n"
+        "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1. The value off disables top-k or top-p.\n"
+        "Press Ctrl-C to stop generating, and Ctrl-D to exit."
     )
 
     def __init__(self, model: GPT, args: SampleArgs):
@@ -125,18 +124,19 @@ class Session:
             except EOFError:
                 return print()
             except KeyboardInterrupt:
-                print("\nCtrl-D exits.")
+                print("\nPress Ctrl-D to exit.")
                 continue
             if line.startswith("/"):
                 self.command(*line[1:].split(maxsplit=1))
             elif line or self.text:
-                self.answer(line)
+                self.generate(line)
 
-    def answer(self, prompt: str) -> None:
-        """Print the continuation of the text and the prompt. The next answer has another seed."""
+    def generate(self, prompt: str) -> None:
+        """Print the continuation of the text and the prompt, and increment the seed for the next one."""
         args, pieces = self.args, list[str]()
-        is_continued = self.text and args.num_samples == 1
-        text = self.text + ("\n" if prompt else "") + prompt if is_continued else prompt
+        text = prompt or self.text
+        if self.text and prompt and args.num_samples == 1:
+            text = f"{self.text}\n{prompt}"
 
         def show(piece: str) -> None:
             pieces.append(piece)
@@ -156,24 +156,28 @@ class Session:
 
     def command(self, name: str = "", value: str = "") -> None:
         """Run /name value: start a new text, or print or change a setting."""
+        value = value.strip()
         if name == "new" and not value:
             self.text = ""
         elif name in SETTINGS:
             field, convert = SETTINGS[name]
             if value:
+                is_off = value == "off" and name in ("top-k", "top-p")
                 try:
-                    change: dict[str, Any] = {field: None if value == "off" else convert(value)}
+                    change: dict[str, Any] = {field: None if is_off else convert(value)}
                     changed = replace(self.args, **change)
                     problems = violations(changed, format_name=lambda _: f"/{name}")
                 except ValueError:
-                    problems = [f"/{name} {value} is invalid. Use a number, such as {getattr(self.args, field)}."]
+                    problems = [f"/{name} {value} is invalid. Use {'an integer' if convert is int else 'a number'}."]
                 if problems:
                     return print(*problems, sep="\n")
                 self.args = changed
             current = getattr(self.args, field)
             print(f"{name}: {'off' if current is None else current}")
-        else:
+        elif name == "help":
             print(self.HELP)
+        else:
+            print(f"/{name} is not a command. Use /new, /help, {', '.join(f'/{name}' for name in SETTINGS)}.")
 
 
 if __name__ == "__main__":

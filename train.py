@@ -222,7 +222,7 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
     training = config.training
     family = "modern" if isinstance(config.model, ModernConfig) else "gpt2"
     settings = run_dir.format_settings(to_json(config), to_json(preset(family)))
-    console.info(f"Settings that differ from the preset {family} (config.json has all of them):\n{settings}")
+    console.info(f"Settings that differ from the preset {family} (config.json lists all settings):\n{settings}")
     micro_batches = training.batch_tokens // (order.block_size * training.micro_batch_size * ranks.world_size)
     bfloat16 = uses_bfloat16(ranks.device, training.dtype)
     kernel = training_backend(config.model, config.model.mask_rule, ranks.device, bfloat16, compiled)
@@ -231,7 +231,7 @@ def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: b
         f"{counted(micro_batches, 'micro-batch')} per rank and step, {kernel} attention"
     )
     if compiled:
-        console.info("Compiling the model. The first step takes a minute or more")
+        console.info("Compiling the model. The first step may take a minute or more")
     console.info(order.summary(training.batch_tokens, training.max_steps))
     batch = (training.batch_tokens, order.block_size, training.micro_batch_size, ranks.world_size)
     repetition = order.repetition_warning(training.batch_tokens, training.max_steps)

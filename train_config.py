@@ -44,7 +44,7 @@ class General:
     deterministic: bool = False  # use only deterministic CUDA kernels, which are slower
     # minutes that a rank waits for the other ranks before it aborts
     timeout_minutes: Annotated[float, Gt(0), Le(100_000), metavar("MINUTES")] = 30.0
-    note: Annotated[str, metavar("TEXT")] = ""  # a remark about the run, which `python -m tools.runs` lists
+    note: Annotated[str, metavar("TEXT")] = ""  # remark about the run, shown by `python -m tools.runs`
     preset: Annotated[str, tyro.conf.Suppress] = ""  # name of the preset that the run started from; not a flag
 
 

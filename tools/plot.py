@@ -3,8 +3,8 @@
     python -m tools.plot out/gpt2 out/modern               # writes plot.png in the current directory
     python -m tools.plot out/* --out compare.png --x hours
 
-The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput. Of several runs, it shows
-moving averages. If their vocabularies differ, the losses are those of validation in bits per byte.
+The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput. For several runs, it shows only
+moving averages. If their vocabularies differ, it shows only the validation loss, in bits per byte.
 """
 
 from dataclasses import dataclass

@@ -137,7 +137,7 @@ def replay(segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
                 "mode": tuple(mode for mode in launch["config"]["general"]["mode"] if mode != "sample"),
             },
             saving={"every_n_steps": steps.stop, "keep": 0},
-            logging={"every_n_steps": 0},
+            logging={"every_n_steps": 0, "tracker": None},
         )  # fmt: skip
         dataset = open_dataset(config.data.dataset)
         config = bind(resolve(config, ranks.world_size), dataset)

@@ -4,7 +4,8 @@
     python -m tools.runs out/ --sort tokens --where preset=modern --where state=finished
     python -m tools.runs out/ --format csv > runs.csv
 
-Losses in nats per token can only be compared between runs with the same tokenizer, bits per byte between all.
+Losses in nats per token are comparable only between runs with the same tokenizer. Bits per byte are comparable between
+all runs with the same validation text.
 """
 
 import csv
@@ -20,15 +21,16 @@ import torch
 import tyro
 from tyro.conf import Positional
 
+from babygpt.console import console
 from babygpt.constraints import metavar, parse_arguments
 from babygpt.errors import UserError, run
 from babygpt.training import run_dir
 from babygpt.training.log import column, read_log
 from model import build_model, config_from_dict
 
-THROUGHPUT_STEPS = 100  # the throughput is the median of this number of last steps
+THROUGHPUT_STEPS = 100  # the throughput is the median over this many of the latest steps
 
-State = Literal["running", "finished", "stopped", "interrupted"]
+State = Literal["running", "finished", "stopped", "interrupted", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class RunSummary:
     run: str  # path of the run directory
     preset: str | None
     parameters: int | None
-    tokens: int  # that the run has read
+    tokens: int  # number of tokens trained on
     val_loss: float | None  # lowest validation loss, in nats per token
-    val_bpb: float | None  # the same in bits per byte
+    val_bpb: float | None  # lowest validation loss, in bits per byte
     hellaswag: float | None  # highest accuracy
     tokens_per_s: float | None
     state: State
@@ -63,11 +65,14 @@ class RunsArgs:
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[Path]:
-    """Return the directories with a log.csv: the paths, and those up to two levels below. UserError without any."""
+    """Return the directories with a log.csv, up to two levels below the paths. UserError if there are none."""
     patterns = ("log.csv", "*/log.csv", "*/*/log.csv")
     found = {log.parent for path in paths for pattern in patterns for log in path.glob(pattern)}
     if not found:
-        raise UserError(f"There are no runs in {', '.join(map(str, paths))}: no log.csv. Use directories of train.py.")
+        raise UserError(
+            f"There are no runs in {', '.join(map(str, paths))}: no log.csv was found up to two levels below. Use a "
+            "directory that train.py wrote."
+        )
     return sorted(found)
 
 
@@ -99,7 +104,7 @@ def count_parameters(model: dict[str, Any] | None) -> int | None:
     try:
         with torch.device("meta"):
             return build_model(config_from_dict(model or {})).num_params() if model else None
-    except (TypeError, ValueError, UserError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
         return None
 
 
@@ -112,8 +117,10 @@ def find_state(path: Path) -> State:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return "running"
-    except OSError:
+    except FileNotFoundError:
         pass
+    except OSError:  # no permission, or a file system without locks
+        return "unknown"
     return "stopped" if (path / run_dir.STOPPED).exists() else "interrupted"
 
 
@@ -122,7 +129,7 @@ def matches(summary: RunSummary, condition: str) -> bool:
     name, equals, text = condition.partition("=")
     values = asdict(summary)
     if not equals or name not in values:
-        raise UserError(f"--where {condition} is not COLUMN=TEXT. The columns are {', '.join(values)}.")
+        raise UserError(f"--where {condition} is not COLUMN=TEXT with a known column. Use one of {', '.join(values)}.")
     return text.lower() in str("" if values[name] is None else values[name]).lower()
 
 
@@ -141,6 +148,7 @@ def format_table(summaries: list[RunSummary]) -> str:
         values = [getattr(summary, field.name) for summary in summaries]
         if any(value is not None for value in values):
             texts = ["" if value is None else formats.get(field.name, "{}").format(value) for value in values]
+            texts = [" ".join(text.split()) for text in texts]  # a note may have several lines
             width = max(map(len, [field.name, *texts]))
             align = str.rjust if field.name in formats else str.ljust
             columns.append([align(text, width) for text in (field.name, *texts)])
@@ -149,7 +157,12 @@ def format_table(summaries: list[RunSummary]) -> str:
 
 def main() -> None:
     args = parse_arguments(RunsArgs, "python -m tools.runs", __doc__)
-    summaries = [summarize(path) for path in find_runs(args.paths)]
+    summaries = []
+    for path in find_runs(args.paths):
+        try:
+            summaries.append(summarize(path))
+        except (UserError, OSError) as error:  # a log.csv of another program, or of another user
+            console.warning(str(error))
     summaries = [summary for summary in summaries if all(matches(summary, condition) for condition in args.where)]
     summaries.sort(key=lambda summary: sort_key(summary, args.sort))
     if args.format == "json":
@@ -160,7 +173,7 @@ def main() -> None:
         csv.writer(text, lineterminator="\n").writerows([[field.name for field in fields(RunSummary)], *rows])
         print(text.getvalue(), end="")
     else:
-        print(format_table(summaries) if summaries else "No run matches.")
+        print(format_table(summaries) if summaries else f"No run matches {' and '.join(args.where)}.")
 
 
 if __name__ == "__main__":

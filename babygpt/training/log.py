@@ -1,8 +1,8 @@
 """Read and write the log of a run: `log.csv` with one row per step, and `samples.txt`.
 
 Row k of log.csv contains the scores of the weights after k updates, and the loss, gradient norm and learning rate of
-update k. The last row has only scores. `elapsed_s` is the time in seconds from the start of the run until the row was
-written, without the time between launches. Floats are written with full precision. An empty cell means that the value
+update k. The last row has only scores. `elapsed_s` is the time in seconds since the log was opened, after the setup of
+the run, without the time between launches. Floats are written with full precision. An empty cell means that the value
 was not measured.
 """
 
@@ -31,7 +31,8 @@ class Log:
 
     def __init__(self, path: Path, step: int = 0):
         kept = read_log(path, step) if step > 0 and path.exists() else []
-        self.start = time.monotonic() - (kept[-1]["elapsed_s"] or 0.0 if kept else 0.0)
+        earlier = sum(row["step_ms"] or 0.0 for row in kept) / 1e3  # if an earlier version wrote the last row
+        self.start = time.monotonic() - (kept[-1]["elapsed_s"] or earlier if kept else 0.0)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, kept)])
         files.write(path, text.getvalue().encode())
@@ -39,8 +40,11 @@ class Log:
         self.writer = csv.writer(self.file, lineterminator="\n")
 
     def write(self, row: Row) -> None:
-        self.writer.writerow(_cells(row | {"elapsed_s": round(time.monotonic() - self.start, 3)}))
+        self.writer.writerow(_cells({"elapsed_s": self.elapsed_s()} | row))
         self.file.flush()
+
+    def elapsed_s(self) -> float:
+        return round(time.monotonic() - self.start, 3)
 
     def sync(self) -> None:
         """Wait until the rows are on disk."""
@@ -57,7 +61,7 @@ def _cells(row: Row) -> list:
 def read_log(path: Path, before_step: float = math.inf) -> list[Row]:
     """Return the rows with a step below `before_step`, empty cells as None. An incomplete last line is dropped.
 
-    Earlier versions did not write the last column.
+    Logs of earlier versions lack the last column; its values are None.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]

@@ -19,8 +19,8 @@ from babygpt.training.tracker import Tracker
 
 EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
 SPIKE = 6.0  # losses with a larger z-score are reported
-AVERAGED_STEPS = 100  # length of the moving average of the time per step
-SLOW_STEP_MS = 10_000  # the time of a slower first step is printed
+AVERAGED_STEPS = 1000  # length of the moving average of the time per step, longer than the usual period of the tasks
+SLOW_STEP_MS = 10_000  # if the first step takes longer, its duration is printed
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Metrics:
             self.tracker = Tracker(self.tracker_name, self.out, self.start, self.settings)
         disable = None if self.ranks.is_main else True  # None: disabled if stderr is not a terminal
         self.bar = tqdm(total=self.max_steps, initial=self.start, unit="step", disable=disable)
-        self.last_record: float | None = None  # time of the last call of `record`
-        self.seconds_per_step, self.averaged_steps = 0.0, 0  # moving average, with the tasks, without the first step
+        self.last_record: float | None = None  # time of the last call to `record`
+        self.seconds_per_step, self.averaged_steps = 0.0, 0  # moving average; includes tasks, excludes the first step
 
     def record(self, row: Row, status: StepStatus, ms: float) -> bool:
         """Check the status of a finished step that took `ms`; complete, write and print its row.
@@ -84,6 +84,7 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         if self.log is not None:
+            row["elapsed_s"] = self.log.elapsed_s()
             self.log.write(row)
         if self.tracker is not None:
             self.tracker.log(row)
@@ -93,19 +94,19 @@ class Metrics:
             plot([self.out], self.out / "plot.png")
 
     def finish(self, step: int, stopped: bool) -> None:
-        """Close the files, leave a marker for scripts, draw the plot, and print a summary or how to resume."""
+        """Close the files, create the marker file, draw the plot, and print a summary or the command to resume."""
         self.bar.close()
         if self.log is None:
             return
         self.log.close()
-        if self.tracker is not None:
-            self.tracker.finish()
         (self.out / (run_dir.STOPPED if stopped else run_dir.FINISHED)).touch()
         self.plot()
         if stopped:
             console.info(f"Stopped and saved at step {step}. To resume: {run_dir.resume_command(self.out)}")
         else:
             console.info(self.summary())
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def summary(self) -> str:
         """Return the time, the scores and the files of a finished run."""

@@ -22,7 +22,8 @@ COLORS = (
     "#2a6fbb", "#d1495b", "#3d9970", "#e0a030", "#7b5ea7", "#4a4a4a", "#17becf", "#a0522d", "#e377c2", "#8fbc2e",
     "#1b1b8f", "#f2a48b",
 )  # fmt: skip
-START = 0.1  # fraction of a run whose losses and norms may be above the visible range
+START = 0.1  # initial fraction of a run that does not affect the limits of the y-axis
+LEGEND_ROWS = 30
 TITLES = {
     "loss": "loss (nats per token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
     "norm": "gradient norm", "speed": "tokens per second",
@@ -63,7 +64,7 @@ def plot(runs: list[Path], out: Path, x: Unit = "steps", smooth: int | None = No
     """Plot losses, HellaSwag accuracy, learning rate, gradient norm and throughput of the runs into a PNG.
 
     Training losses, gradient norms and throughput are averaged over `smooth` steps; None: 1% of the steps of the run.
-    If the runs have different vocabularies, the losses are those of validation in bits per byte, which can be compared.
+    If the runs have different vocabularies, the plot shows only the validation loss, in bits per byte.
     """
     import matplotlib
 
@@ -81,8 +82,8 @@ def read_runs(paths: list[Path], x: Unit) -> list[Curves]:
         names = [str(path) for path in paths]
     logs = [read_log(path / "log.csv") for path in paths]
     for path, rows in zip(paths, logs, strict=True):
-        if x == "hours" and rows and rows[-1]["elapsed_s"] is None:
-            raise UserError(f"{path}/log.csv has no elapsed times, because an earlier version wrote it. Use --x steps.")
+        if x == "hours" and any(row["elapsed_s"] is None for row in rows):
+            raise UserError(f"{path}/log.csv lacks elapsed times, because an earlier version wrote it. Use --x steps.")
     runs = zip(paths, names, choose_colors(len(paths)), logs, strict=True)
     return [Curves(path, name, color, rows, positions_by_step(rows, x)) for path, name, color, rows in runs]
 
@@ -95,7 +96,7 @@ def positions_by_step(rows: list[Row], x: Unit) -> dict[int, float]:
 
 
 def choose_colors(count: int) -> list[Any]:
-    """Return different colors, from a color map if there are more than COLORS."""
+    """Return different colors, from a color map if there are more runs than COLORS."""
     if count <= len(COLORS):
         return list(COLORS[:count])
     import matplotlib
@@ -105,10 +106,10 @@ def choose_colors(count: int) -> list[Any]:
 
 def moving_average(values: list[float], length: int) -> np.ndarray:
     """Return the mean of each value and up to length - 1 values before it, (len(values),) float64."""
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    stops = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, stops - length)
-    return (sums[stops] - sums[starts]) / (stops - starts)
+    if not values:
+        return np.empty(0)
+    padded = np.concatenate([np.full(length - 1, np.nan), values])  # each window is summed separately, for precision
+    return np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, length), axis=1)
 
 
 def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
@@ -127,7 +128,7 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     for name, title in TITLES.items():
         axes[name].set_title(title)
         axes[name].set_xlabel({"tokens": "million tokens"}.get(x, x))
-    is_comparable = len({run.setting("model", "vocab_size") for run in runs}) == 1
+    is_comparable = len({run.setting("model", "vocab_size") for run in runs} - {None}) <= 1
     val_name = "val_loss" if is_comparable else "val_bpb"
     if not is_comparable:
         axes["loss"].set_title("validation loss (bits per byte)")
@@ -163,7 +164,8 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
         axes["loss"].set_title("loss (nats per token): validation, and training (thin)")
     if len(runs) > 1:
         lines = [plt.Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
-        figure.legend(handles=lines, loc="outside right upper")
+        columns = math.ceil(len(runs) / LEGEND_ROWS)
+        figure.legend(handles=lines, loc="outside right upper", ncols=columns, fontsize=9 if columns == 1 else 7)
     return figure
 
 

@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"--general.out-dir {out} cannot be written to ({error}). Use a different one.") from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_file(file)
         except BlockingIOError:
             file.close()
             raise ConfigError(f"Another process is training in {out}. Use a different --general.out-dir.") from None
@@ -66,6 +67,15 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
                     with suppress(OSError):
                         out.rmdir()
             file.close()
+
+
+def _lock_file(file: TextIO) -> None:
+    """Lock a file exclusively. BlockingIOError if it stays locked: `tools.runs` locks it for an instant."""
+    for _ in range(10):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def resume_command(out: Path) -> str:

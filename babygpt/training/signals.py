@@ -17,9 +17,9 @@ class StopSignals:
     """Sets `requested` on SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's early warning).
 
     Until the end of the first step, while `nothing_to_save` is set, a signal creates the empty file `marker` and exits
-    immediately with code 0. Later, a signal is acknowledged on stderr, and a second SIGINT exits immediately with code
-    130. A thread does this, because Python delays signal handlers while the main thread runs native code, such as a
-    compiler or a collective.
+    immediately with code 0. After that, rank 0 acknowledges signals on stderr, and a second SIGINT exits immediately
+    with code 130. A thread does this, because Python delays signal handlers while the main thread runs native code,
+    such as a compiler or a collective.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -52,18 +52,19 @@ class StopSignals:
                 continue
             interrupts += number[0] == signal.SIGINT
             name = signal.Signals(number[0]).name
+            # after a rank fails, torchrun sends SIGTERM to the others: this is not a request to stop
+            is_from_torchrun = name == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ
             if self.nothing_to_save:
                 self._print(f"Received {name} before the end of the first step; nothing to save.")
-                # after a rank fails, torchrun sends SIGTERM to the others: this is not a request to stop
-                if self.marker is not None and (name != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ):
+                if self.marker is not None and not is_from_torchrun:
                     with suppress(OSError):
                         self.marker.touch()
                 exit_now(0)
             elif interrupts > 1:
                 exit_now(130)
-            elif os.environ.get("RANK", "0") == "0":
-                hint = " Ctrl-C again exits without saving." if interrupts else ""
-                self._print(f"Received {name}. The run saves a checkpoint after this step and exits.{hint}")
+            elif os.environ.get("RANK", "0") == "0" and not is_from_torchrun:
+                hint = " Press Ctrl-C again to exit without saving." if interrupts else ""
+                self._print(f"Received {name}. The run will save a checkpoint after this step and exit.{hint}")
         os.close(read_end)
 
     @staticmethod

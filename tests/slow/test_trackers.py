@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, offline: the real packages receive every row, and their death stops no run."""
+"""TensorBoard and Weights & Biases, offline: they receive every row, and a run continues if they are killed."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_wandb_logs_offline(dataset, tmp_path, uninterrupted_run):
 
 
 def test_killed_wandb_service_stops_no_run(dataset, tmp_path):
-    """Its process is killed in the middle of the run, which ends as if nothing had happened."""
+    """Its process is killed in the middle of the run, whose results do not change."""
     changes = {"training__max_steps": 200, "saving__every_n_steps": 100}
     call(train.main, *flags(dataset, tmp_path / "plain", **changes))
     arguments = flags(dataset, tmp_path / "run", logging__tracker="wandb", **changes)

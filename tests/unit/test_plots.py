@@ -48,7 +48,7 @@ def test_plot_of_one_or_several_runs_is_a_png(tmp_path, monkeypatch):
     assert is_png(tmp_path / "both.png")
 
 
-def test_plot_never_replaces_the_picture_of_a_run(tmp_path, monkeypatch):
+def test_plot_never_overwrites_the_plot_of_a_run(tmp_path, monkeypatch):
     one = make_run(tmp_path / "one", 3)
     monkeypatch.chdir(one)
     for out in ([], ["--out", one / "plot.png"]):
@@ -95,7 +95,7 @@ def test_x_axis_is_steps_tokens_or_hours(tmp_path):
     assert list(draw([run], "hours")[0]["learning rate"].lines[0].get_xdata()) == hours
     lines = (run / "log.csv").read_text().splitlines()
     (run / "log.csv").write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in lines))  # of an earlier version
-    with pytest.raises(UserError, match="no elapsed times"):
+    with pytest.raises(UserError, match="lacks elapsed times"):
         draw([run], "hours")
 
 
@@ -103,6 +103,7 @@ def test_moving_average_is_over_the_last_values():
     assert plots.moving_average([1.0, 2.0, 6.0, 4.0], 2).tolist() == [1.0, 1.5, 4.0, 5.0]
     assert plots.moving_average([1.0, 2.0], 1).tolist() == [1.0, 2.0]
     assert plots.moving_average([], 3).tolist() == []
+    assert plots.moving_average([1.0, 1e30, 1.0, 1.0, 1.0], 2)[3:].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -106,8 +106,11 @@ def test_tuned_run_is_evaluated_and_copied_with_its_weights(uninterrupted_run, d
         capsys.readouterr()
         call(train.main, *words, "--mode", "val")
         assert f"validation loss {logged['val_loss']:.4f}" in capsys.readouterr().out
-    _, copy = parse([str(tmp_path / "tuned" / "config.json")])
+    config = str(tmp_path / "tuned" / "config.json")
+    _, copy = parse([config])
     assert copy.general.init_from == str(uninterrupted_run)
+    with pytest.raises(ConfigError, match=f"no run in .*new to resume. Use .*init-from {uninterrupted_run} for"):
+        parse([config, "--init-from", "resume", "--out-dir", str(tmp_path / "new")])
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_formats_contain_the_same_runs(out, capsys):
     call(runs.main, out, "--format", "json")
     assert [row["val_loss"] for row in json.loads(capsys.readouterr().out)] == [2.5, 3.0, None]
     call(runs.main, out, "--where", "run=nothing")
-    assert capsys.readouterr().out == "No run matches.\n"
+    assert capsys.readouterr().out == "No run matches run=nothing.\n"
 
 
 def test_locked_run_is_running_even_after_a_stop(out):
@@ -87,6 +87,11 @@ def test_locked_run_is_running_even_after_a_stop(out):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert runs.find_state(out / "b") == "running"
     assert runs.find_state(out / "b") == "stopped"
+
+
+def test_log_of_another_program_does_not_hide_the_runs(out, capsys):
+    (out / "a" / "log.csv").write_text("time,value\n1,2\n")
+    assert [row[0][-1] for row in table(capsys, out)[1:]] == ["b", "c"]
 
 
 def test_run_without_a_readable_config_is_listed(out, capsys):
@@ -107,8 +112,8 @@ def test_note_of_a_run_is_listed(dataset, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["none"], "There are no runs in none"), (["--where", "state"], "is not COLUMN=TEXT"),
-     (["--where", "states=x"], "The columns are run, preset")],
+    [(["none"], "There are no runs in none: no log.csv"), (["--where", "state"], "is not COLUMN=TEXT"),
+     (["--where", "states=x"], "Use one of run, preset")],
 )  # fmt: skip
 def test_wrong_arguments_are_explained(arguments, message, out, monkeypatch):
     monkeypatch.chdir(out.parent)

@@ -225,8 +225,9 @@ def test_session_continues_the_text_with_another_seed(converse):
 
 
 def test_several_samples_start_a_new_text(converse):
-    printed, calls = converse("the model", "a shard", flags=("--num-samples", 2))
-    assert [text for text, _ in calls] == ["the model", "a shard"]
+    printed, calls = converse("the model", "a shard", "", flags=("--num-samples", 2))
+    first = printed[1].split("\n\n---\n")[0]
+    assert [text for text, _ in calls] == ["the model", "a shard", "a shard" + first]
     assert printed[0].count("\n---\n") == 1
 
 
@@ -239,13 +240,14 @@ def test_session_settings_change_the_next_answer(converse):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/tokens many", "/tokens many is invalid. Use a number, such as 5."),
+        ("/tokens many", "/tokens many is invalid. Use an integer."),
         ("/tokens 0", "/tokens 0 is out of range. Use at least 1."),
-        ("/temperature off", "/temperature None is not a number. Use a number."),
+        ("/temperature off", "/temperature off is invalid. Use a number."),
+        ("/top-k  off ", "top-k: off"),
         ("/tokens", "tokens: 5"),
-        ("/hepl", sample_script.Session.HELP),
-        ("/", sample_script.Session.HELP),
-        (KeyboardInterrupt, "\nCtrl-D exits."),
+        ("/help", sample_script.Session.HELP),
+        ("/top_k 5", "/top_k is not a command. Use /new, /help, /temperature, /tokens, /top-k, /top-p, /seed."),
+        (KeyboardInterrupt, "\nPress Ctrl-D to exit."),
     ],
 )
 def test_session_explains_what_it_cannot_do(line, message, converse):
