@@ -100,8 +100,10 @@ COMMANDS = {  # title -> commands, run in one directory in this order
     ],
 }
 NOISE = re.compile(
-    r"it/s|step/s|^(tokenize|write): |^ *$|^W\d{4} |^ +(time|host|error_file) +:"
+    r"it/s|step/s|^(tokenize|write): |^ *$"
     r"|^ +(general|data|model|training|optimizer|validation|evaluation|sampling|saving|logging) {2}"
+    r"|^[WE]\d{4} |^ +(time|host|error_file) *:"  # of torchrun, and its traceback
+    r"|^ +File \"|^Traceback|^ {4}(sys|return|raise|run|main|elastic)"
 )
 
 
@@ -138,7 +140,8 @@ def run_command(command: str, directory: Path) -> str:
         ["bash", "-c", command], cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, timeout=300,
     )  # fmt: skip
-    lines = done.stdout.replace(str(directory), "DIRECTORY").replace(str(directory.resolve()), "DIRECTORY").splitlines()
+    text = done.stdout.replace(sys.prefix, "VENV")
+    lines = text.replace(str(directory), "DIRECTORY").replace(str(directory.resolve()), "DIRECTORY").splitlines()
     lines = [line for line in lines if not NOISE.search(line)]
     shown = lines if len(lines) <= 14 else [*lines[:4], "...", *lines[-10:]]
     return "\n".join([f"$ {command}", *shown, f"(exit code {done.returncode})"])
