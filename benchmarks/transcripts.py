@@ -103,7 +103,7 @@ NOISE = re.compile(
     r"it/s|step/s|^(tokenize|write): |^ *$"
     r"|^ +(general|data|model|training|optimizer|validation|evaluation|sampling|saving|logging) {2}"
     r"|^[WE]\d{4} |^ +(time|host|error_file) *:"  # of torchrun, and its traceback
-    r"|^ +File \"|^Traceback|^ {4}(sys|return|raise|run|main|elastic)"
+    r"|^ +File \"|^Traceback|^ +\^+$|^ {4}(sys|return|raise|run|main|elastic)"
 )
 
 
