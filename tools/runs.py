@@ -103,7 +103,7 @@ def count_parameters(model: dict[str, Any] | None) -> int | None:
     """Return the number of parameters of the model section of a config.json, None if it is of another version."""
     try:
         with torch.device("meta"):
-            return build_model(config_from_dict(model or {})).num_params() if model else None
+            return build_model(config_from_dict(model)).num_params() if model else None
     except (TypeError, ValueError, ArithmeticError, RuntimeError):
         return None
 
