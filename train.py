@@ -5,7 +5,7 @@
     python train.py gpt2 --general.init-from resume                  # resume, or start if there is no checkpoint
     python train.py gpt2 --general.mode val eval                     # evaluate the latest checkpoint, without training
 
-A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png and checkpoints/.
+A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png, report.html and checkpoints/.
 """
 
 import os

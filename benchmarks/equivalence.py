@@ -42,7 +42,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 COMPARISONS = ("data", "train", "hellaswag", "sample")
 MEASUREMENTS = {"step_ms", "tokens_per_s", "mfu", "memory_mib", "elapsed_s"}  # columns of log.csv that are not compared
-NAMES_ONLY = {"config.json", "state.json", "manifest.json", "plot.png"}  # files whose content is not compared
+NAMES_ONLY = {
+    "config.json",
+    "state.json",
+    "manifest.json",
+    "plot.png",
+    "report.html",
+}  # files whose content is not compared
 RENAMES = {  # parameter names: regular expression and replacement, for OLD and NEW
     r"\bv_mix$": "value_lambdas",
     r"\bx_mix$": "x0_lambdas",

@@ -47,7 +47,7 @@ print(f"""
 --- Done
 {rows[-1]["tokens"]:,} tokens in {seconds:,.0f} s: validation loss {val[0]:.2f} -> {val[-1]:.2f}, HellaSwag \
 {hellaswag[-1]:.3f} (chance is 0.25; this model was trained only on code)
-results  {run}/plot.png, {run}/samples.txt, {run}/log.csv
+results  {run}/report.html, {run}/plot.png, {run}/samples.txt, {run}/log.csv
 next     source .venv/bin/activate
          python sample.py {run}                                  # interactive session
          python fineweb.py files --input 'my/texts/*.txt' --tokenizer data/demo-tokenizer.json --out-dir data/my-texts

@@ -1,7 +1,8 @@
-"""Plot one or more runs from their log.csv files.
+"""Plot one or more runs.
 
     python -m tools.plot out/gpt2 out/modern               # writes plot.png in the current directory
     python -m tools.plot out/* --out compare.png --x hours
+    python -m tools.plot out/* --out compare.html          # a page like the report.html of a run
 
 The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput. For several runs, it shows only
 moving averages. If their vocabularies differ, it shows only the validation loss, in bits per byte.
@@ -16,6 +17,7 @@ from tyro.conf import Positional
 from babygpt.constraints import Positive, metavar, parse_arguments, required
 from babygpt.errors import UserError, run
 from babygpt.training.plots import Unit, plot
+from babygpt.training.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class PlotArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
     runs: Annotated[Positional[tuple[Path, ...]], required("RUN [RUN ...]")]  # run directories (out/NAME)
-    out: Path = Path("plot.png")  # PNG file to write
+    out: Path = Path("plot.png")  # PNG or HTML file to write
     x: Unit = "steps"  # x-axis; hours: elapsed time, without the time between launches
     # average training losses, gradient norms and throughput over this number of steps
     smooth: Annotated[Positive | None, metavar("N", "1% of the steps")] = None
@@ -36,9 +38,10 @@ def main() -> None:
     for path in args.runs:
         if not (path / "log.csv").exists():
             raise UserError(f"There is no run at {path}: it has no log.csv. Use a directory that train.py wrote.")
-    if args.out.name == "plot.png" and (args.out.parent / "log.csv").exists():
-        raise UserError(f"--out {args.out} is the plot that the run itself writes. Use another name.")
-    plot(list(args.runs), args.out, args.x, args.smooth)
+    if args.out.name in ("plot.png", "report.html") and (args.out.parent / "log.csv").exists():
+        raise UserError(f"--out {args.out} is a file that the run itself writes. Use another name.")
+    write = write_report if args.out.suffix == ".html" else plot
+    write(list(args.runs), args.out, args.x, args.smooth)
     print(args.out)
 
 

@@ -1,4 +1,4 @@
-"""Report the progress of a run: log.csv, samples.txt, the console, the progress bar and plot.png."""
+"""Report the progress of a run: log.csv, samples.txt, the console, the progress bar, plot.png and report.html."""
 
 import shlex
 import time
@@ -15,9 +15,10 @@ from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, check_status
 from babygpt.training.log import Log, Row, SampleLog, column, read_log
 from babygpt.training.plots import plot
+from babygpt.training.report import write_report
 from babygpt.training.tracker import Tracker
 
-EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which the plot is redrawn
+EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which plot and report are written
 SPIKE = 6.0  # losses with a larger z-score are reported
 AVERAGED_STEPS = 1000  # length of the moving average of the time per step, longer than the usual period of the tasks
 SLOW_STEP_MS = 10_000  # if the first step takes longer, its duration is printed
@@ -92,6 +93,7 @@ class Metrics:
     def plot(self) -> None:
         if self.ranks.is_main:
             plot([self.out], self.out / "plot.png")
+            write_report([self.out], self.out / "report.html")
 
     def finish(self, step: int, stopped: bool) -> None:
         """Close the files, create the marker file, draw the plot, and print a summary or the command to resume."""
@@ -119,7 +121,7 @@ class Metrics:
         if bits_per_byte := column(rows, "val_bpb")[1]:
             lines[0] += f", {bits_per_byte[-1]:.4f} bits per byte"
         saved = [path.relative_to(self.out) for path in checkpoint.list_checkpoints(self.out)[-1:]]
-        names = [name for name in ("log.csv", "samples.txt", "plot.png") if (self.out / name).exists()]
+        names = [name for name in ("log.csv", "samples.txt", "plot.png", "report.html") if (self.out / name).exists()]
         elapsed = duration(rows[-1]["elapsed_s"] or 0.0)
         return "\n  ".join([
             f"Finished {counted(self.max_steps, 'step')} in {elapsed}", *lines,

@@ -104,6 +104,11 @@ def choose_colors(count: int) -> list[Any]:
     return [matplotlib.colormaps["turbo"](position) for position in np.linspace(0.03, 0.97, count)]
 
 
+def smoothing_length(count: int) -> int:
+    """Return the default length of moving averages of `count` values: 1% of them."""
+    return max(1, count // 100)
+
+
 def moving_average(values: list[float], length: int) -> np.ndarray:
     """Return the mean of each value and up to length - 1 values before it, (len(values),) float64."""
     if not values:
@@ -175,7 +180,7 @@ def plot_smoothed(axis: Any, run: Curves, name: str, smooth: int | None, is_alon
     Returns the plotted values after the start of the run.
     """
     positions, values = run.column(name)
-    averages = moving_average(values, max(1, len(values) // 100 if smooth is None else smooth))
+    averages = moving_average(values, smooth or smoothing_length(len(values)))
     if is_alone:
         axis.plot(positions, values, color=run.color, alpha=0.25, linewidth=0.6)
     label = "training" if name == "loss" else None
@@ -207,5 +212,10 @@ def plot_hellaswag(axis: Any, run: Curves) -> None:
     """Plot the accuracy, with its standard error if the number of examples is known."""
     positions, values = run.column("hellaswag")
     count = run.num_examples
-    errors = [math.sqrt(p * (1 - p) / max(1, count - 1)) if count else 0.0 for p in values]
+    errors = [standard_error(p, count) if count else 0.0 for p in values]
     axis.errorbar(positions, values, yerr=errors, color=run.color, marker="o", markersize=3.5, capsize=2)
+
+
+def standard_error(accuracy: float, num_examples: int) -> float:
+    """Return the standard error of an accuracy, from the sample standard deviation of the scores 0 and 1."""
+    return math.sqrt(accuracy * (1 - accuracy) / max(1, num_examples - 1))

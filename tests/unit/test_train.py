@@ -44,6 +44,7 @@ def test_run_reduces_the_loss_and_writes_its_files(uninterrupted_run):
     assert rows[-1]["val_bpb"]
     assert {rows[0]["epoch"], rows[-2]["epoch"]} == {0, 1}, "the run crosses the end of an epoch"
     assert (uninterrupted_run / "plot.png").stat().st_size > 10_000
+    assert f"step {STEPS} of {STEPS}" in (uninterrupted_run / "report.html").read_text()
     assert json.loads((uninterrupted_run / "config.json").read_text())["model"]["n_embd"] == 16
     samples = read_samples(uninterrupted_run / "samples.txt")
     assert [step for step, _ in samples] == [step for step in (5, 10, STEPS) for _ in range(4)]
