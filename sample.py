@@ -107,11 +107,16 @@ class Session:
         "A prompt continues the text so far. An empty line continues the text without adding to it.\n"
         "/new starts a new text. /help prints this help. These commands print or change a setting:\n"
         "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1. The value off disables top-k or top-p.\n"
-        "Press Ctrl-C to stop generating, and Ctrl-D to exit."
+        "To start a prompt with a slash, enter two: //. Press Ctrl-C to stop generating, and Ctrl-D to exit."
     )
 
     def __init__(self, model: GPT, args: SampleArgs):
         self.model, self.args, self.text = model, args, ""
+        self.separator = "\n"  # between the text and a prompt that continues it
+        try:
+            model.tokenizer.encode(self.separator)
+        except UserError:  # the tokens are characters, and the training data has no line breaks
+            self.separator = ""
 
     def run(self) -> None:
         with suppress(ImportError):
@@ -126,17 +131,17 @@ class Session:
             except KeyboardInterrupt:
                 print("\nPress Ctrl-D to exit.")
                 continue
-            if line.startswith("/"):
+            if line.startswith("/") and not line.startswith("//"):
                 self.command(*line[1:].split(maxsplit=1))
             elif line or self.text:
-                self.generate(line)
+                self.generate(line.removeprefix("/"))
 
     def generate(self, prompt: str) -> None:
         """Print the continuation of the text and the prompt, and increment the seed for the next one."""
         args, pieces = self.args, list[str]()
         text = prompt or self.text
         if self.text and prompt and args.num_samples == 1:
-            text = f"{self.text}\n{prompt}"
+            text = f"{self.text}{self.separator}{prompt}"
 
         def show(piece: str) -> None:
             pieces.append(piece)

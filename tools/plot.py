@@ -17,7 +17,6 @@ from tyro.conf import Positional
 from babygpt.constraints import Positive, metavar, parse_arguments, required
 from babygpt.errors import UserError, run
 from babygpt.training.plots import Unit, plot
-from babygpt.training.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,12 @@ def main() -> None:
             raise UserError(f"There is no run at {path}: it has no log.csv. Use a directory that train.py wrote.")
     if args.out.name in ("plot.png", "report.html") and (args.out.parent / "log.csv").exists():
         raise UserError(f"--out {args.out} is a file that the run itself writes. Use another name.")
-    write = write_report if args.out.suffix == ".html" else plot
-    write(list(args.runs), args.out, args.x, args.smooth)
+    if args.out.suffix == ".html":
+        from babygpt.training.report import write_report  # imports torch, which takes a second
+
+        write_report(list(args.runs), args.out, args.x, args.smooth)
+    else:
+        plot(list(args.runs), args.out, args.x, args.smooth)
     print(args.out)
 
 

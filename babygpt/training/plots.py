@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from babygpt.errors import UserError
+from babygpt.files import sha256
 from babygpt.training.log import Row, column, read_log
 
 Unit = Literal["steps", "tokens", "hours"]
@@ -52,6 +53,12 @@ class Curves:
             return json.loads((self.path / "config.json").read_text(encoding="utf-8"))[section][name]
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def vocabulary(self) -> str | None:
+        """The vocabulary size and the hash of the tokenizer's file, which GPT-2's does not have. None: unknown."""
+        size, file = self.setting("model", "vocab_size"), self.path / "tokenizer.json"
+        return size and f"{size} {sha256(file) if file.exists() else 'gpt2'}"
 
     @property
     def num_examples(self) -> int:
@@ -133,7 +140,7 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     for name, title in TITLES.items():
         axes[name].set_title(title)
         axes[name].set_xlabel({"tokens": "million tokens"}.get(x, x))
-    is_comparable = len({run.setting("model", "vocab_size") for run in runs} - {None}) <= 1
+    is_comparable = len({run.vocabulary for run in runs} - {None}) <= 1
     val_name = "val_loss" if is_comparable else "val_bpb"
     if not is_comparable:
         axes["loss"].set_title("validation loss (bits per byte)")

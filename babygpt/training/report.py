@@ -45,6 +45,7 @@ def run_data(run: Curves) -> dict[str, Any]:
     return {
         "name": run.name,
         "summary": summarize(run),
+        "vocabulary": run.vocabulary,
         "axes": list(axes),
         "columns": columns,
         "scores": scores(run),

@@ -77,6 +77,9 @@ def test_different_vocabularies_are_compared_in_bits_per_byte(tmp_path):
     axes, _ = draw(paths)
     assert axes["validation loss"].get_title(loc="left") == "validation loss (bits per byte)"
     assert [list(line.get_ydata()) for line in axes["validation loss"].lines] == [[2 / 1, 2 / 6, 2 / 11]] * 2
+    equal_size = make_run(tmp_path / "equal size", 11)
+    (equal_size / "tokenizer.json").write_text("{}")
+    assert "validation loss" in draw([paths[0], equal_size])[0]
     axes, _ = draw([paths[0], paths[0]])
     assert [2 / 1, 2 / 6, 2 / 11] not in [list(line.get_ydata()) for line in axes["loss"].lines]
 

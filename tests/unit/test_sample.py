@@ -6,7 +6,7 @@ from support.helpers import call
 from torch._dynamo.testing import CompileCounter
 
 import sample as sample_script
-from babygpt.data.tokenizer import load_tokenizer
+from babygpt.data.tokenizer import character_tokenizer, load_tokenizer
 from babygpt.errors import UserError
 from babygpt.nn import generation
 from babygpt.nn.generation import SamplingParams, decode_step, generate, sample_token
@@ -222,6 +222,19 @@ def test_session_continues_the_text_with_another_seed(converse):
     assert calls == [(text, 1337 + i) for i, text in enumerate(expected)]
     assert third != second != first
     assert printed[4].removesuffix("\n") != first
+
+
+def test_prompt_of_a_session_can_start_with_a_slash(converse):
+    _, calls = converse("//usr/bin", "//")
+    assert calls[0][0] == "/usr/bin"
+    assert calls[1][0].endswith("\n/")
+
+
+def test_session_continues_without_line_breaks(run, converse):
+    """If a character-level tokenizer has no token for a line break, a prompt is appended directly."""
+    (run / "tokenizer.json").write_bytes(character_tokenizer(["the model a shard"]).data)
+    printed, calls = converse("the model", "a shard")
+    assert calls[1][0] == "the model" + printed[0].removesuffix("\n") + "a shard"
 
 
 def test_several_samples_start_a_new_text(converse):
