@@ -178,7 +178,7 @@ def open_dataset(directory: str | Path) -> Dataset:
             raise ConfigError(f"{directory} is a file, not a dataset. {_preparation(directory)}")
         raise ConfigError(
             f"There is no dataset at {directory}. Prepare it with `python fineweb.py` (its --help lists the sources), "
-            "or use a different --data.dataset."
+            "or use a different path (in train.py: --data.dataset)."
         )
     paths = {name: directory / name for name in files.list_names(directory) if _parse_split(name)}
     manifest = read_manifest(directory)
