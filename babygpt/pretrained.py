@@ -5,6 +5,7 @@
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from babygpt import hub
-from babygpt.data.tokenizer import Tokenizer, load_model_tokenizer, load_tokenizer
+from babygpt.data.tokenizer import GPT2Tokenizer, Tokenizer, load_model_tokenizer, load_tokenizer
 from babygpt.errors import ConfigError, UserError
 from babygpt.nn import huggingface
 from babygpt.training import checkpoint
@@ -22,6 +23,7 @@ from babygpt.training.run_dir import differences
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_DIRECTORY = Path("data") / "huggingface"
+NANOGPT_VOCAB_SIZE = 50304  # nanoGPT's default: GPT-2's 50,257 entries, padded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -79,9 +81,14 @@ class Pretrained:
 
 
 def read_pretrained(spec: str | Path) -> Pretrained:
-    """Read the weights of a run directory (its latest checkpoint), a checkpoint directory, a Hugging Face GPT-2
-    directory, or one of HUB_MODELS, which is downloaded once. UserError if there is no intact model."""
+    """Read the weights of a run directory (its latest checkpoint), a checkpoint directory, a directory of tools.export
+    or a Hugging Face GPT-2, a ckpt.pt of nanoGPT, or one of HUB_MODELS, which is downloaded once.
+
+    UserError if there is no intact model.
+    """
     path = Path(spec)
+    if path.suffix == ".pt" and os.path.isfile(path):
+        return _from_nanogpt(path)
     if os.path.isdir(path):  # unlike Path.is_dir, this is False if the name is too long
         if (latest := checkpoint.resolve(path)) is not None:
             return _from_checkpoint(latest)
@@ -94,13 +101,15 @@ def read_pretrained(spec: str | Path) -> Pretrained:
         return _from_huggingface(directory, str(spec))
     raise UserError(
         f"There is no model at {spec}. Use a run directory (out/NAME), a checkpoint directory, a Hugging Face GPT-2 "
-        f"directory, or one of {', '.join(HUB_MODELS)}."
+        f"directory, a ckpt.pt of nanoGPT, or one of {', '.join(HUB_MODELS)}."
     )
 
 
 def read_architecture(spec: str | Path) -> dict[str, Any] | None:
-    """Return the fields of the model's configuration in a run, checkpoint or Hugging Face directory, None elsewhere."""
+    """Return the fields of the model's configuration of a model that is not one of HUB_MODELS, or None."""
     path = Path(spec)
+    if path.suffix == ".pt" and os.path.isfile(path):
+        return _from_nanogpt(path).config
     if not os.path.isdir(path):
         return None
     if (latest := checkpoint.resolve(path)) is not None:
@@ -120,3 +129,24 @@ def _from_huggingface(directory: Path, source: str) -> Pretrained:
     tokenizer = load_model_tokenizer(directory, config["vocab_size"])
     config["vocab_size"] = tokenizer.vocab_size  # the other rows of the embedding are padding
     return Pretrained(config, huggingface.import_tensors(state_dict, config), tokenizer, source)
+
+
+def _from_nanogpt(path: Path) -> Pretrained:
+    """Read a checkpoint of nanoGPT's train.py, with the tokenizer.json next to it, or GPT-2's tokenizer."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        values, state_dict = loaded["model_args"], loaded["model"]
+        config = {name: values[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")}
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} contains objects other than tensors. It is not loaded, because it could execute code."
+        ) from None
+    except (KeyError, TypeError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a checkpoint of nanoGPT ({error!r:.200}). Use another file.") from None
+    config |= {"n_kv_head": None, "dropout": 0.0, "tie_head": True}
+    if config["vocab_size"] == NANOGPT_VOCAB_SIZE:
+        config["vocab_size"] = GPT2Tokenizer.vocab_size
+    tokenizer = load_model_tokenizer(path.parent, config["vocab_size"])
+    state_dict = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
+    tensors = huggingface.import_tensors(state_dict, config, conv1d=False)
+    return Pretrained(config, tensors, tokenizer, str(path))

@@ -98,9 +98,34 @@ COMMANDS = {  # title -> commands, run in one directory in this order
         f"python train.py gpt2 {RUN} {TRAIN} --general.out-dir out/i --training.max-steps 60 --optimizer.max-lr 1e30 "
         "--optimizer.warmup-steps 0 --optimizer.grad-clip 0",
     ],
+    "The console and the files of a run": [
+        f"python train.py gpt2 {RUN} --general.out-dir out/j --general.mode train val sample --training.max-steps 12 "
+        "--sampling.every-n-steps 12 --sampling.num-samples 2 --sampling.max-new-tokens 16 --saving.every-n-steps 12",
+        "ls out/j",
+        "head -n 2 out/j/log.csv",
+        "cat out/j/samples.txt",
+    ],
+    "Ctrl-C": [
+        f"timeout -s INT 12 python train.py gpt2 {RUN} {TRAIN} --general.out-dir out/k --training.max-steps 100000 "
+        "--logging.every-n-steps 1000",
+    ],
+    "A plot of a run that has one": [
+        "sha256sum out/j/plot.png && python -m tools.plot out/j out/k && sha256sum out/j/plot.png",
+        "python -m tools.plot out/j --out out/j/plot.png",
+        "python -m tools.plot out/j out/k --out compare.html",
+    ],
+    "A table of the runs": [
+        "python -m tools.runs out/ --sort tokens",
+    ],
+    "An interactive session": [
+        "printf 'Alice wrote\\nAlice wrote\\n/temperature 0\\n/new\\nAlice wrote\\n' | "
+        "python sample.py out/j --device cpu --max-new-tokens 16",
+    ],
 }
+SHOWN_IN_FULL = {"The console and the files of a run"}  # with the settings, without progress bars
+PROGRESS_BAR = re.compile(r"it/s|step/s|^(tokenize|write): ")
 NOISE = re.compile(
-    r"it/s|step/s|^(tokenize|write): |^ *$"
+    PROGRESS_BAR.pattern + r"|^ *$"
     r"|^ +(general|data|model|training|optimizer|validation|evaluation|sampling|saving|logging) {2}"
     r"|^[WE]\d{4} |^ +(time|host|error_file) *:"  # of torchrun, and its traceback
     r"|^ +File \"|^Traceback|^ +\^+$|^ {4}(sys|return|raise|run|main|elastic)"
@@ -133,8 +158,11 @@ def make_files(directory: Path, checkout: Path) -> None:
     Dataset.from_dict({"text": [f"row {i}" for i in range(9)]}).save_to_disk(directory / "saved")
 
 
-def run_command(command: str, directory: Path) -> str:
-    """Return what a command prints, without progress bars, settings and torchrun's log lines, and its exit code."""
+def run_command(command: str, directory: Path, in_full: bool) -> str:
+    """Return what a command prints, and its exit code.
+
+    Progress bars are removed, and unless `in_full`, also settings, torchrun's log lines and the middle of long outputs.
+    """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "110"}
     done = subprocess.run(
         ["bash", "-c", command], cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -142,8 +170,8 @@ def run_command(command: str, directory: Path) -> str:
     )  # fmt: skip
     text = done.stdout.replace(sys.prefix, "VENV")
     lines = text.replace(str(directory), "DIRECTORY").replace(str(directory.resolve()), "DIRECTORY").splitlines()
-    lines = [line for line in lines if not NOISE.search(line)]
-    shown = lines if len(lines) <= 14 else [*lines[:4], "...", *lines[-10:]]
+    lines = [line for line in lines if not (PROGRESS_BAR if in_full else NOISE).search(line)]
+    shown = lines if in_full or len(lines) <= 14 else [*lines[:4], "...", *lines[-10:]]
     return "\n".join([f"$ {command}", *shown, f"(exit code {done.returncode})"])
 
 
@@ -158,7 +186,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             make_files(Path(directory), checkout)
             for title, commands in COMMANDS.items():
-                transcripts = [run_command(command, Path(directory)) for command in commands]
+                transcripts = [run_command(command, Path(directory), title in SHOWN_IN_FULL) for command in commands]
                 printed.setdefault(title, {})[name] = transcripts
     lines = [f"`python benchmarks/transcripts.py BEFORE`, {machine()}", ""]
     for title, checkouts in printed.items():

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/environment.sh
 quick=(requirements.txt tests/requirements-tools.txt tests/requirements-quick.txt)
-no_transformers=(--ignore tests/unit/test_huggingface.py)
+no_transformers=(--ignore tests/unit/test_huggingface.py --ignore tests/unit/test_export.py)
 
 case "$*" in
     "")

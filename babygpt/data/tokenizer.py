@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -232,27 +233,58 @@ def is_gpt2(tokenizer: Tokenizer) -> bool:
         and model["type"] == "BPE"
         and not any(model.get(name) for name in unset_options)
     )
-    # the byte-level alphabet maps printable bytes to their Latin-1 characters, the others to U+0100 and up
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = {byte: chr(byte) for byte in printable}
-    characters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
-    ranks = GPT2Tokenizer().ranks
-    vocabulary = {"".join(map(characters.__getitem__, token)): rank for token, rank in ranks.items()}
-    gpt2_merges = [token for token, rank in vocabulary.items() if rank >= 256]  # `ranks` is in the order of the merges
+    vocabulary = gpt2_vocabulary()
+    gpt2_merges = [token for token, rank in vocabulary.items() if rank >= 256]  # in the order of the merges
     merges = ["".join(pair).replace(" ", "") for pair in model.get("merges", [])]  # a pair is ["a", "b"] or "a b"
     vocabulary |= {END_OF_TEXT: GPT2Tokenizer.eot_id}
     same_vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True) == vocabulary
     return has_gpt2_settings and merges == gpt2_merges and same_vocabulary
 
 
+def gpt2_vocabulary() -> dict[str, int]:
+    """Return GPT-2's tokens except EOT and their ids, in the order of the ids, in the alphabet of a tokenizer.json.
+
+    It maps printable bytes to their Latin-1 characters, and the others to U+0100 and up.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
+    return {"".join(map(characters.__getitem__, token)): rank for token, rank in GPT2Tokenizer().ranks.items()}
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """Return a tokenizer as the text of a tokenizer.json."""
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        return tokenizer.data.decode()
+    from tokenizers import models
+
+    vocabulary = gpt2_vocabulary()
+    merges = [find_merge(token, vocabulary) for token in vocabulary if len(token) > 1]
+    bpe = create_byte_level_bpe()
+    bpe.model = models.BPE(vocabulary, merges)
+    bpe.add_special_tokens([END_OF_TEXT])
+    return bpe.to_str()
+
+
+def find_merge(token: str, ranks: dict[str, int]) -> tuple[str, str]:
+    """Return the two tokens that byte-pair encoding merges into `token`, by merging its characters as it does."""
+    parts = list(token)
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
 def load_model_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face model: its tokenizer.json, or GPT-2's if `vocab_size` is GPT-2's.
+    """Load the tokenizer of a model in another format: its tokenizer.json, or GPT-2's if `vocab_size` is GPT-2's.
 
     UserError if the tokenizer.json has more than `vocab_size` entries, or is missing and `vocab_size` is not GPT-2's.
+    If its tokens are characters, it may have one more: nanoGPT's data of characters has no end of text.
     """
     if (directory / "tokenizer.json").exists():
         tokenizer = load_tokenizer(directory)
-        if tokenizer.vocab_size > vocab_size:
+        if tokenizer.vocab_size - tokenizer.is_character_level > vocab_size:
             raise UserError(
                 f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size:,} entries, but the model of {directory} "
                 f"has only {vocab_size:,}. Use the tokenizer.json that the model was trained with."

@@ -26,7 +26,7 @@ from tools.train_tokenizer import train_tokenizer
 DOCUMENTS = [
     "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md",
     *(f"docs/{name}.md" for name in (
-        "data", "data_order", "recipes", "modern", "performance", "reliability", "troubleshooting"
+        "data", "data_order", "recipes", "modern", "performance", "reliability", "troubleshooting", "export"
     )),
 ]  # fmt: skip
 NOT_RUN = {
@@ -72,6 +72,12 @@ NOT_RUN = {
         "pip install scikit-learn",
         "pre-commit install",
         "bash runs/test.sh --slow",
+        "python -m tools.export out/gpt2 exported/gpt2 --gguf float16",
+        "pip install gguf",
+    ],
+    "a checkpoint of nanoGPT": [
+        "python sample.py nanogpt/ckpt.pt",
+        "python train.py finetune-shakespeare --init-from nanogpt/ckpt.pt",
     ],
     "minutes to hours, or files that the reader chooses": [
         "bash results/fineweb-10m/run.sh 'PATH/*.parquet'",

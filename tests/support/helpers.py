@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import random
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -59,3 +60,15 @@ def make_tokens(num_tokens: int, mean_length: float, rng: np.random.Generator, n
     ids[1:][rng.random(num_tokens - 1) < 1 / mean_length] = EOT
     boundaries = np.sort(rng.integers(0, num_tokens + 1, num_shards - 1))
     return Tokens(np.split(ids, boundaries))
+
+
+def random_text(seed: int) -> str:
+    """Return a text of words, numbers, punctuation, whitespace and characters of many scripts."""
+    rng, pieces = random.Random(seed), []
+    ascii_pieces = ("the", "The", "don't", "we'll", "2026", "3.14", "...", "--", "_x", "def f(x):")
+    spaces = ("\n", "\n\n", "  ", "\t", " ", "\r\n", "\u00a0", "\u3000")
+    others = ("za\u017c\u00f3\u0142\u0107", "\u4f60\u597d", "\U0001f642", "\u0645\u0631\u062d", "e\u0301")
+    for _ in range(rng.randint(0, 60)):
+        pieces.append(rng.choice([*ascii_pieces, *spaces, *others, chr(rng.randint(1, 0x2FFF))]))
+        pieces.append(" " * rng.randint(0, 1))
+    return "".join(pieces)

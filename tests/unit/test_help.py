@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "sample.py [-h] MODEL [OPTIONS]",
     "tools.plot": "python -m tools.plot [-h] RUN [RUN ...] [--out PATH] [--x {steps,tokens,hours}] [--smooth N]",
     "tools.runs": "python -m tools.runs [-h] [PATH ...] [OPTIONS]",
+    "tools.export": "python -m tools.export [-h] MODEL OUT [--license NAME] [--gguf float32|float16]",
     "tools.replay": "python -m tools.replay [-h] RUN [--segments N] [--seed SEED] [--device {auto,cuda,cpu}]",
     "tools.inspect_step": "python -m tools.inspect_step [-h] RUN --step STEP [--ranks N] [--chars CHARACTERS]",
     "tools.train_tokenizer": "python -m tools.train_tokenizer [-h] [SOURCE] [OPTIONS]",
@@ -45,10 +46,9 @@ def test_help_is_readable(command, width, capsys, monkeypatch):
     assert not rest.startswith("\n")
     too_long = [line for line in text.splitlines() if len(line.rstrip()) > width]
     assert all(line.startswith("    ") for line in too_long), "only examples may be longer"
-    _, help_argument, *arguments = re.split(r"\n  (?=--?[a-z]|\[?[A-Z]{3,}\b)", text)
-    if not help_argument.startswith("-h"):
-        help_argument, arguments[0] = arguments[0], help_argument
-    assert help_argument.startswith("-h")
+    _, *arguments = re.split(r"\n  (?=--?[a-z]|\[?[A-Z]{3,}\b)", text)
+    [help_argument] = [argument for argument in arguments if argument.startswith("-h")]
+    arguments.remove(help_argument)
     for argument in arguments:
         words = " ".join(argument.split())
         assert len(re.findall(r"\(default: |\(required\)", words)) == 1, words

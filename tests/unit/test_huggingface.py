@@ -77,7 +77,7 @@ def test_imported_and_exported_weights_are_bitwise_equal(vocab_size):
     expected = theirs.state_dict()
     assert set(expected) - {"lm_head.weight"} == set(exported) - {"lm_head.weight"}
     assert all(torch.equal(exported[name], expected[name]) for name in exported)
-    make_reference_model(vocab_size).load_state_dict(exported)
+    assert "lm_head.weight" not in exported, "it is tied"
 
 
 def test_config_is_read_from_hugging_face_config(tmp_path):
@@ -138,19 +138,6 @@ def test_gpt2_weights_fit_a_modern_model_with_all_switches_off():
     found = imported(theirs.state_dict()).adapt(vars(ModernConfig(**vars(TINY))))
     ours = found.build(lambda config: ModernGPT(ModernConfig(**config))).eval()
     torch.testing.assert_close(ours(idx)[..., :300], theirs(idx).logits, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "reasons"),
-    [
-        ({"n_kv_head": 2}, "grouped-query attention"), ({"bias": False}, "no biases"),
-        ({"n_kv_head": 2, "bias": False}, "grouped-query attention and no biases"),
-        (vars(ModernConfig()), "the architecture of the modern recipe"),
-    ],
-)  # fmt: skip
-def test_models_that_the_format_cannot_express_are_rejected(fields, reasons):
-    with pytest.raises(UserError, match=f"cannot express this model, because it has {reasons}\\."):
-        export_tensors({}, vars(TINY) | fields)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,85 @@
+"""Write the model card of an exported model: README.md with what the hub and a reader need to know about it."""
+
+import json
+from pathlib import Path
+
+from babygpt.nn import huggingface
+from babygpt.pretrained import Pretrained
+from babygpt.training import checkpoint
+from babygpt.training.plots import read_runs
+from babygpt.training.report import scores
+
+
+def model_card(model: Pretrained, num_params: int, name: str, license: str | None, run: Path | None) -> str:
+    """Return the text of a card. `run` is the run directory of the model; None if it is not from a run."""
+    config, is_modern = model.config, huggingface.is_modern(model.config)
+    header = {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license": license,
+        "tags": ["babygpt", "gpt2", *(["custom_code"] if is_modern else [])],
+    }  # fmt: skip
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items() if value)
+    eot = model.tokenizer.decode([model.tokenizer.eot_id])
+    trust = ", trust_remote_code=True" if is_modern else ""
+    heads = f"{config['n_head']} heads"
+    if config["n_kv_head"]:
+        heads += f" ({config['n_kv_head']} for keys and values)"
+    sections = [
+        f"---\n{yaml}\n---",
+        f"# {name}",
+        f"A {'modern ' * is_modern}GPT with {num_params:,} parameters: {config['n_layer']} layers of width "
+        f"{config['n_embd']} with {heads}, a context of {config['block_size']:,} tokens, and a vocabulary of "
+        f"{config['vocab_size']:,} tokens. It is a base model, trained with BabyGPT: it continues texts and does not "
+        "follow instructions.",
+        *([] if run is None else run_sections(model, run)),
+        "## Use",
+        f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+inputs = tokenizer("{eot}Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, top_k=50)[0]))
+```""",
+        f"In training, every document began with `{eot}`, so prompts should begin with it too.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def run_sections(model: Pretrained, run: Path) -> list[str]:
+    """Return the sections about training and scores."""
+    state = checkpoint.read_state(Path(model.source))
+    launch = state["launches"][-1]
+    settings, versions = launch["config"], launch["provenance"]
+    facts = {
+        "dataset": f"{Path(settings['data']['dataset']).name}, fingerprint `{state['data']['fingerprint']}`",
+        "tokens": f"{state['tokens']:,} ({state['step']:,} steps of {settings['training']['batch_tokens']:,} tokens)",
+        "recipe": f"preset `{settings['general']['preset'] or 'none'}`, optimizer {settings['optimizer']['name']}, "
+        f"seed {settings['general']['seed']}",
+        "code and hardware": f"commit {versions['commit'] or 'unknown'}, Python {versions['python']}, torch "
+        f"{versions['torch']}, {versions['ranks']} x {versions['device']}",
+    }
+    sections = ["## Training", "\n".join(f"- **{name}**: {value}" for name, value in facts.items())]
+    if rows := score_rows(run, state["step"]):
+        sections += ["## Scores", "\n".join(["| score | value | step | method |", "|---|---:|---:|---|", *rows])]
+    if (run / "plot.png").exists():
+        sections.append("![Losses, HellaSwag, learning rate, gradient norm and throughput](plot.png)")
+    return sections
+
+
+def score_rows(run: Path, step: int) -> list[str]:
+    """Return the rows of the table with the last scores up to this step."""
+    [curves] = read_runs([run], "steps")
+    examples = f", on {curves.num_examples:,} examples" if curves.num_examples else ""
+    methods = {
+        "validation loss": "nats per token, mean over the validation split",
+        "bits per byte": "validation loss per UTF-8 byte of the text",
+        "HellaSwag": f"acc_norm as in build-nanogpt, with its standard error{examples}",
+    }
+    found: dict[str, tuple[int, str]] = {}
+    for at, _, loss, bits_per_byte, accuracy, error in scores(curves):
+        values = {"validation loss": loss, "bits per byte": bits_per_byte, "HellaSwag": accuracy}
+        for name, value in values.items():
+            if value is not None and at <= step:
+                text = f"{value:.4f}" + (f" ± {error:.4f}" if name == "HellaSwag" and error is not None else "")
+                found[name] = (at, text)
+    return [f"| {name} | {text} | {at:,} | {methods[name]} |" for name, (at, text) in found.items()]
