@@ -302,8 +302,9 @@ def from_json(values: dict[str, Any]) -> Config:
     """Return the config from the output of `to_json`. UserError if its fields are not those of this version."""
     try:
         sections = {field.name: dict(values[field.name]) for field in fields(Config)}
-        general = sections["general"]
+        general, evaluation = sections["general"], sections["evaluation"]
         general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
+        evaluation["tasks"] = tuple(evaluation.get("tasks", ()))
         model = config_from_dict(sections.pop("model"))
         return variant(replace(Config(), model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:

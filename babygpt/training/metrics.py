@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from babygpt.training import checkpoint, run_dir
 from babygpt.training.device import peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, check_status
-from babygpt.training.log import Log, Row, SampleLog, column, read_log
+from babygpt.training.log import Log, Row, SampleLog, ScoreLog, column, read_log
 from babygpt.training.plots import plot
 from babygpt.training.report import write_report
 from babygpt.training.tracker import Tracker
@@ -42,6 +42,7 @@ class Metrics:
     def __post_init__(self) -> None:
         self.log = Log(self.out / "log.csv", self.start) if self.ranks.is_main else None
         self.samples = SampleLog(self.out / "samples.txt", self.start) if self.ranks.is_main else None
+        self.scores = ScoreLog(self.out / "scores.csv", self.start) if self.ranks.is_main else None
         self.tracker = None
         if self.tracker_name and self.ranks.is_main:
             self.tracker = Tracker(self.tracker_name, self.out, self.start, self.settings)
@@ -90,6 +91,12 @@ class Metrics:
         if self.tracker is not None:
             self.tracker.log(row)
 
+    def write_scores(self, step: int, scores: list[Any]) -> None:
+        """Print scores of `babygpt.evaluation.tasks`, and append them to scores.csv."""
+        console.info(f"step {step:>6} | " + " | ".join(map(str, scores)))
+        if self.scores is not None:
+            self.scores.write([(step, *astuple(score)) for score in scores])
+
     def plot(self) -> None:
         if self.ranks.is_main:
             plot([self.out], self.out / "plot.png")
@@ -121,7 +128,8 @@ class Metrics:
         if bits_per_byte := column(rows, "val_bpb")[1]:
             lines[0] += f", {bits_per_byte[-1]:.4f} bits per byte"
         saved = [path.relative_to(self.out) for path in checkpoint.list_checkpoints(self.out)[-1:]]
-        names = [name for name in ("log.csv", "samples.txt", "plot.png", "report.html") if (self.out / name).exists()]
+        files = ("log.csv", "scores.csv", "samples.txt", "plot.png", "report.html")
+        names = [name for name in files if (self.out / name).exists()]
         elapsed = duration(rows[-1]["elapsed_s"] or 0.0)
         return "\n  ".join([
             f"Finished {counted(self.max_steps, 'step')} in {elapsed}", *lines,

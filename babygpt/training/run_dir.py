@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,6 +103,19 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
             "a different --general.out-dir."
         )
     return path
+
+
+def identity_of(config: Any, dataset: Any, order: Any, tokenizer: Any) -> dict[str, dict]:
+    """Return the settings that must not change on resume: architecture, optimizer, tokenizer, data and their order."""
+    return {
+        "model": asdict(config.model),
+        "data": {
+            "fingerprint": dataset.fingerprint, "block_size": order.block_size, "num_streams": order.num_streams,
+            "chunk_tokens": order.chunk_tokens, "seed": order.seed,
+        },
+        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        "optimizer": {"name": config.optimizer.name},
+    }  # fmt: skip
 
 
 def check_identity(path: Path, state: dict, identity: dict[str, dict]) -> None:

@@ -66,6 +66,7 @@ NOT_RUN = {
         "python -m benchmarks.fake_h200",
     ],
     "the package index": [
+        "python -m tools.evaluate out/gpt2",
         "pip install pre-commit",
         "pip install ray",
         "pip install s3fs",

@@ -68,7 +68,7 @@ def assert_user_error(done: subprocess.CompletedProcess) -> None:
     "target",
     [
         "babygpt.evaluation.validation.autocast",
-        "hellaswag.collate",
+        "babygpt.evaluation.scoring.collate",
         "babygpt.nn.generation.sample_token",
         "babygpt.training.checkpoint._sync",
     ],

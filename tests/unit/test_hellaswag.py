@@ -11,6 +11,8 @@ from support.helpers import call, save_hellaswag
 import hellaswag
 from babygpt.data.tokenizer import load_tokenizer
 from babygpt.errors import UserError
+from babygpt.evaluation import scoring
+from babygpt.evaluation.packing import make_segments, pack
 from babygpt.training.checkpoint import model_tensors
 from babygpt.training.checkpoint import save as save_checkpoint
 from babygpt.training.distributed import Ranks
@@ -77,7 +79,7 @@ def test_packed_losses_equal_unpacked_losses(style, block_size, fields, dataset,
     expected = torch.tensor([plain_losses(model, e) for e in examples])
     means = expected / torch.tensor([e.lengths for e in examples])
     for row_tokens, batch_size in ((512, 16), (256, 1), (256, 3), (32, 2)):  # no segment fits into 32
-        monkeypatch.setattr(hellaswag, "ROW_TOKENS", row_tokens)
+        monkeypatch.setattr(scoring, "ROW_TOKENS", row_tokens)
         found = losses(model, examples, CPU, "float32", batch_size)
         assert (found - expected).abs().max() < 1e-4
         assert predictions(found, examples) == (expected.argmin(1).tolist(), means.argmin(1).tolist())
@@ -86,7 +88,7 @@ def test_packed_losses_equal_unpacked_losses(style, block_size, fields, dataset,
 def test_packed_rows_are_full_and_have_one_shape(dataset, questions, monkeypatch):
     """Rows are at least 90% full, except for the last one, and a context is in them once, not four times."""
     examples, shapes = load_examples(questions, load_tokenizer(dataset), "karpathy"), []
-    rows = hellaswag.pack(hellaswag.make_segments(examples, 64), 512)
+    rows = pack(make_segments(examples, 64), 512)
     assert sorted(segment.example for row in rows for segment in row) == list(range(23))
     sizes = [sum(segment.size for segment in row) for row in rows]
     assert max(sizes) <= 512
