@@ -107,7 +107,7 @@ class Session:
         "A prompt continues the text so far. An empty line continues the text without adding to it.\n"
         "/new starts a new text. /help prints this help. These commands print or change a setting:\n"
         "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1. The value off disables top-k or top-p.\n"
-        "To start a prompt with a slash, enter two: //. Press Ctrl-C to stop generating, and Ctrl-D to exit."
+        "To start a prompt with a slash, type two slashes. Press Ctrl-C to stop generating, and Ctrl-D to exit."
     )
 
     def __init__(self, model: GPT, args: SampleArgs):

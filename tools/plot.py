@@ -4,7 +4,7 @@
     python -m tools.plot out/* --out compare.png --x hours
     python -m tools.plot out/* --out compare.html          # a page like the report.html of a run
 
-The plot shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput. For several runs, it shows only
+A PNG shows losses, HellaSwag accuracy, learning rate, gradient norm and throughput. For several runs, it shows only
 moving averages. If their vocabularies differ, it shows only the validation loss, in bits per byte.
 """
 
@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from babygpt.constraints import Positive, metavar, parse_arguments, required
 from babygpt.errors import UserError, run
-from babygpt.training.plots import Unit, plot
+from babygpt.training.plots import Unit, plot, read_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,15 @@ def main() -> None:
             raise UserError(f"There is no run at {path}: it has no log.csv. Use a directory that train.py wrote.")
     if args.out.name in ("plot.png", "report.html") and (args.out.parent / "log.csv").exists():
         raise UserError(f"--out {args.out} is a file that the run itself writes. Use another name.")
-    if args.out.suffix == ".html":
+    if args.out.suffix.lower() not in (".png", ".html"):
+        raise UserError(f"--out {args.out} has another suffix than .png and .html. Use one of these.")
+    runs = read_runs(list(args.runs), args.x)
+    if args.out.suffix.lower() == ".html":
         from babygpt.training.report import write_report  # imports torch, which takes a second
 
-        write_report(list(args.runs), args.out, args.x, args.smooth)
+        write_report(runs, args.out, args.x, args.smooth)
     else:
-        plot(list(args.runs), args.out, args.x, args.smooth)
+        plot(runs, args.out, args.x, args.smooth)
     print(args.out)
 
 

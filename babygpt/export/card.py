@@ -76,10 +76,11 @@ def score_rows(run: Path, step: int) -> list[str]:
         "HellaSwag": f"acc_norm as in build-nanogpt, with its standard error{examples}",
     }
     found: dict[str, tuple[int, str]] = {}
-    for at, _, loss, bits_per_byte, accuracy, error in scores(curves):
+    for row in curves.rows:
+        at, _, loss, bits_per_byte, accuracy, error = scores(row, curves.num_examples)
         values = {"validation loss": loss, "bits per byte": bits_per_byte, "HellaSwag": accuracy}
         for name, value in values.items():
-            if value is not None and at <= step:
+            if isinstance(value, float) and at <= step:
                 text = f"{value:.4f}" + (f" ± {error:.4f}" if name == "HellaSwag" and error is not None else "")
                 found[name] = (at, text)
     return [f"| {name} | {text} | {at:,} | {methods[name]} |" for name, (at, text) in found.items()]

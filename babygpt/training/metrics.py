@@ -14,11 +14,11 @@ from babygpt.training.device import peak_flops, peak_memory_mib
 from babygpt.training.distributed import Ranks
 from babygpt.training.guard import StepStatus, check_status
 from babygpt.training.log import Log, Row, SampleLog, ScoreLog, column, read_log
-from babygpt.training.plots import plot
+from babygpt.training.plots import plot, read_runs
 from babygpt.training.report import write_report
 from babygpt.training.tracker import Tracker
 
-EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns for which plot and report are written
+EVALUATION_COLUMNS = {"val_loss", "hellaswag"}  # columns that trigger an update of the plot and the report
 SPIKE = 6.0  # losses with a larger z-score are reported
 AVERAGED_STEPS = 1000  # length of the moving average of the time per step, longer than the usual period of the tasks
 SLOW_STEP_MS = 10_000  # if the first step takes longer, its duration is printed
@@ -99,11 +99,12 @@ class Metrics:
 
     def plot(self) -> None:
         if self.ranks.is_main:
-            plot([self.out], self.out / "plot.png")
-            write_report([self.out], self.out / "report.html")
+            runs = read_runs([self.out])
+            plot(runs, self.out / "plot.png")
+            write_report(runs, self.out / "report.html")
 
     def finish(self, step: int, stopped: bool) -> None:
-        """Close the files, create the marker file, draw the plot, and print a summary or the command to resume."""
+        """Close the files, create the marker file, update plot and report, and print a summary or how to resume."""
         self.bar.close()
         if self.log is None:
             return

@@ -1,11 +1,12 @@
 """Plot one or more runs from their log.csv.
 
->>> plot([Path("out/gpt2"), Path("out/modern")], Path("compare.png"), x="tokens")
+>>> plot(read_runs([Path("out/gpt2"), Path("out/modern")], "tokens"), Path("compare.png"), x="tokens")
 """
 
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +34,13 @@ TITLES = {
 
 @dataclass
 class Curves:
-    """The log of a run, with its name and color in the plot, and positions on the x-axis by step."""
+    """The log of a run, with its name and its color in a plot, and positions on the x-axis by step."""
 
     path: Path
     name: str
-    color: Any
     rows: list[Row]
     positions: dict[int, float]
+    color: Any = None  # set by `draw`
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """Return the positions at which a column was measured, and its values."""
@@ -47,27 +48,35 @@ class Curves:
         found = [(self.positions[step], value) for step, value in pairs if step in self.positions]
         return [position for position, _ in found], [value for _, value in found]
 
+    @cached_property
+    def config(self) -> Any:
+        """The contents of config.json, None if it cannot be read."""
+        try:
+            return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
     def setting(self, section: str, name: str) -> Any:
         """Return a setting from config.json, or None if it is unknown."""
         try:
-            return json.loads((self.path / "config.json").read_text(encoding="utf-8"))[section][name]
-        except (OSError, ValueError, KeyError, TypeError):
+            return self.config[section][name]
+        except (KeyError, TypeError):
             return None
 
-    @property
+    @cached_property
     def vocabulary(self) -> str | None:
-        """The vocabulary size and the hash of the tokenizer's file, which GPT-2's does not have. None: unknown."""
+        """The vocabulary size and the sha256 of tokenizer.json ("gpt2" if there is none), or None if it is unknown."""
         size, file = self.setting("model", "vocab_size"), self.path / "tokenizer.json"
         return size and f"{size} {sha256(file) if file.exists() else 'gpt2'}"
 
-    @property
+    @cached_property
     def num_examples(self) -> int:
         """The number of HellaSwag examples that the run evaluates, or 0 if it is unknown."""
         is_default = self.setting("evaluation", "file") is None and self.setting("evaluation", "language") == "en"
         return self.setting("evaluation", "limit") or (HELLASWAG_EXAMPLES if is_default else 0)
 
 
-def plot(runs: list[Path], out: Path, x: Unit = "steps", smooth: int | None = None) -> None:
+def plot(runs: list[Curves], out: Path, x: Unit = "steps", smooth: int | None = None) -> None:
     """Plot losses, HellaSwag accuracy, learning rate, gradient norm and throughput of the runs into a PNG.
 
     Training losses, gradient norms and throughput are averaged over `smooth` steps; None: 1% of the steps of the run.
@@ -78,12 +87,13 @@ def plot(runs: list[Path], out: Path, x: Unit = "steps", smooth: int | None = No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = draw(read_runs(runs, x), x, smooth)
+    figure = draw(runs, x, smooth)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
-def read_runs(paths: list[Path], x: Unit) -> list[Curves]:
+def read_runs(paths: list[Path], x: Unit = "steps") -> list[Curves]:
+    """Read the logs of runs, with positions on the x-axis. UserError if `x` is hours and a log lacks elapsed times."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -91,8 +101,8 @@ def read_runs(paths: list[Path], x: Unit) -> list[Curves]:
     for path, rows in zip(paths, logs, strict=True):
         if x == "hours" and any(row["elapsed_s"] is None for row in rows):
             raise UserError(f"{path}/log.csv lacks elapsed times, because an earlier version wrote it. Use --x steps.")
-    runs = zip(paths, names, choose_colors(len(paths)), logs, strict=True)
-    return [Curves(path, name, color, rows, positions_by_step(rows, x)) for path, name, color, rows in runs]
+    runs = zip(paths, names, logs, strict=True)
+    return [Curves(path, name, rows, positions_by_step(rows, x)) for path, name, rows in runs]
 
 
 def positions_by_step(rows: list[Row], x: Unit) -> dict[int, float]:
@@ -145,7 +155,8 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     if not is_comparable:
         axes["loss"].set_title("validation loss (bits per byte)")
     visible: dict[str, list[float]] = {"loss": [], "norm": []}
-    for run in runs:
+    for run, color in zip(runs, choose_colors(len(runs)), strict=True):
+        run.color = color
         is_alone = len(runs) == 1
         if is_comparable:
             visible["loss"] += plot_smoothed(axes["loss"], run, "loss", smooth, is_alone)

@@ -111,7 +111,7 @@ def test_moving_average_is_over_the_last_values():
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_run_with_zero_or_one_rows_is_plotted(steps, tmp_path):
-    plots.plot([make_run(tmp_path / "run", steps)], tmp_path / "plot.png")
+    plots.plot(plots.read_runs([make_run(tmp_path / "run", steps)]), tmp_path / "plot.png")
     assert is_png(tmp_path / "plot.png")
 
 

@@ -10,6 +10,7 @@ from support.report import make_run
 
 from babygpt.training import report
 from babygpt.training.log import Log, read_log
+from babygpt.training.plots import read_runs
 from babygpt.training.report import write_report
 from tools import plot
 
@@ -22,13 +23,13 @@ def read_data(page) -> list[dict]:
 
 def test_page_has_every_logged_value(tmp_path):
     run = make_run(tmp_path / "run", 50)
-    write_report([run], tmp_path / "report.html")
+    write_report(read_runs([run]), tmp_path / "report.html")
     [data] = read_data(tmp_path / "report.html")
     rows = read_log(run / "log.csv")
     for name in ("loss", "val_loss", "val_bpb", "lr", "tokens", "elapsed_s"):
         column = data["columns"][name]
         logged = {row["step"]: row[name] for row in rows if row[name] is not None}
-        assert data["axes"][column["axis"]] == list(logged)
+        assert data["axes"][column["axis"]] == {"steps": list(logged)}
         assert column["values"] == pytest.approx(list(logged.values()), rel=1e-5)
     assert "grad_norm" not in data["columns"], "it has no finite value"
     assert data["columns"]["hellaswag"]["error"] == pytest.approx([(0.25 * 0.75 / 100) ** 0.5] * 6)
@@ -40,9 +41,9 @@ def test_page_has_every_logged_value(tmp_path):
 def test_bins_keep_the_mean_and_the_extremes(monkeypatch):
     monkeypatch.setattr(report, "BINS", 10)
     values = [float(i % 7) for i in range(95)]
-    steps, bins = report.bin_values(list(range(95)), values)
+    axis, bins = report.bin_values(list(range(95)), values, is_noisy=True)
     assert bins["size"] == 10
-    assert steps == [4.5 + 10 * i for i in range(9)] + [92.0]
+    assert axis == {"first": list(range(0, 95, 10)), "last": [*range(9, 90, 10), 94]}
     groups = [values[i : i + 10] for i in range(0, 95, 10)]
     assert bins["values"] == pytest.approx([sum(group) / len(group) for group in groups])
     assert (bins["low"], bins["high"]) == ([min(group) for group in groups], [max(group) for group in groups])
@@ -50,14 +51,14 @@ def test_bins_keep_the_mean_and_the_extremes(monkeypatch):
 
 def test_page_of_a_long_run_shows_its_spikes(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "BINS", 5)
-    write_report([make_run(tmp_path / "run", 50)], tmp_path / "report.html")
+    write_report(read_runs([make_run(tmp_path / "run", 50)]), tmp_path / "report.html")
     assert read_data(tmp_path / "report.html")[0]["columns"]["loss"]["high"][0] == 99.0
 
 
 def test_samples_cannot_end_the_data(tmp_path):
     """The text of a sample reaches the page unchanged, whatever it contains."""
     texts = ["</script><script>alert(1)</script>", "<!-- <script> DATA", 'a "quote", \\ and a\nline', "zażółć 🙂 \x00"]
-    write_report([make_run(tmp_path / "run", 20, tuple(texts))], tmp_path / "report.html")
+    write_report(read_runs([make_run(tmp_path / "run", 20, tuple(texts))]), tmp_path / "report.html")
     assert read_data(tmp_path / "report.html")[0]["samples"][1:] == [[20, text] for text in texts]
 
 
@@ -73,8 +74,8 @@ def test_facts_come_from_the_newest_checkpoint(uninterrupted_run, tmp_path):
     state = json.loads(sorted(run.glob("checkpoints/*/state.json"))[-1].read_text())
     facts = report.facts(run)
     assert facts["versions.torch"] == state["launches"][-1]["provenance"]["torch"]
-    assert facts["identity of the data.fingerprint"] == state["data"]["fingerprint"]
-    assert facts["launches.steps"] == "0"
+    assert facts["dataset.fingerprint"] == state["data"]["fingerprint"]
+    assert facts["launches.first_steps"] == "0"
     for damaged in run.glob("checkpoints/*/state.json"):
         damaged.write_text("{")
     facts = report.facts(run)
@@ -94,5 +95,5 @@ def test_report_of_a_run_without_a_finished_step(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     Log(run / "log.csv").close()
-    write_report([run], run / "report.html")
-    assert read_data(run / "report.html")[0]["summary"] == "no step is logged"
+    write_report(read_runs([run]), run / "report.html")
+    assert read_data(run / "report.html")[0]["summary"] == "no steps logged"
