@@ -4,9 +4,10 @@
     python benchmarks/shakespeare.py --nanogpt PATH [--jobs 2] [--out results/first-hour/shakespeare.md]
 
 PATH is a checkout of nanoGPT. Its train.py runs unchanged in a copy, except for its fixed seed, with the flags of its
-README for a CPU, and its final checkpoint is evaluated on all windows of the validation part, one after the other. The
-presets shakespeare-char-cpu and shakespeare-modern train with the same number of steps and tokens. Runs are written to
-the directory --runs, and finished runs are not repeated. If --jobs is greater than 1, each run uses one thread.
+README for a CPU. Its final checkpoint is evaluated on all windows of the validation part, one after the other, by
+nanoGPT's model and by ours, which reads the checkpoint. The presets shakespeare-char-cpu and shakespeare-modern train
+with the same number of steps and tokens. Runs are written to the directory --runs, and finished runs are not repeated.
+If --jobs is greater than 1, each run uses one thread.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 from babygpt.data.shards import Dataset, open_dataset  # noqa: E402
 from babygpt.training.log import column, read_log  # noqa: E402
 from benchmarks.table import machine, map_jobs, write_table  # noqa: E402
+from model import GPT  # noqa: E402
 
 SEEDS = (1337, 1338, 1339)
 PRESETS = ("shakespeare-char-cpu", "shakespeare-modern")
@@ -64,10 +66,13 @@ def train_nanogpt(nanogpt: Path, dataset: Dataset, directory: Path, seed: int, j
 
 
 @torch.no_grad()
-def evaluate_nanogpt(directory: Path, dataset: Dataset) -> float:
-    """Return the mean loss of the final checkpoint over all windows of the validation part, in nats per character."""
-    names = runpy.run_path(str(directory / "model.py"))
-    saved = torch.load(directory / "checkpoint" / "ckpt.pt", map_location="cpu", weights_only=True)
+def evaluate_nanogpt(directory: Path, dataset: Dataset) -> tuple[float, float]:
+    """Return the mean loss of the final checkpoint over all windows of the validation part, in nats per character.
+
+    The first is computed by nanoGPT's model, the second by ours.
+    """
+    names, path = runpy.run_path(str(directory / "model.py")), directory / "checkpoint" / "ckpt.pt"
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     assert saved["iter_num"] == 2000, "the final checkpoint"
     model = names["GPT"](names["GPTConfig"](**saved["model_args"]))
     model.load_state_dict(saved["model"])
@@ -76,8 +81,12 @@ def evaluate_nanogpt(directory: Path, dataset: Dataset) -> float:
     block_size = model.config.block_size
     count = (len(ids) - 1) // block_size
     rows = torch.stack([ids[i * block_size : (i + 1) * block_size + 1] for i in range(count)])
-    losses = [model(batch[:, :-1], batch[:, 1:])[1].item() * len(batch) for batch in rows.split(64)]
-    return sum(losses) / count
+    shutil.copy(dataset.tokenizer, path.parent)
+    ours, sums = GPT.from_pretrained(path), [0.0, 0.0]
+    for batch in rows.split(64):
+        sums[0] += model(batch[:, :-1], batch[:, 1:])[1].item() * len(batch)
+        sums[1] += ours(batch[:, :-1], batch[:, 1:]).item() * len(batch)
+    return sums[0] / count, sums[1] / count
 
 
 def train_ours(preset: str, dataset: str, directory: Path, seed: int, jobs: int) -> None:
@@ -99,8 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     dataset, path, runs = open_dataset(options.dataset), os.path.abspath(options.dataset), options.runs.absolute()
 
-    def train(job: tuple[str, int]) -> tuple[float, float]:
-        """Return the loss and the time of a run in seconds."""
+    def train(job: tuple[str, int]) -> tuple[float, float, float]:
+        """Return the loss of a run, that of its weights in our model, and the time in seconds."""
         name, seed = job
         directory = runs / f"{name}-{seed}"
         if not (directory / "seconds").exists():
@@ -110,11 +119,11 @@ def main() -> None:
             else:
                 train_ours(name, path, directory, seed, options.jobs)
         if name == "nanoGPT":
-            loss = evaluate_nanogpt(directory, dataset)
+            loss, ours = evaluate_nanogpt(directory, dataset)
         else:
-            loss = column(read_log(directory / "log.csv"), "val_loss")[1][-1]
+            loss = ours = column(read_log(directory / "log.csv"), "val_loss")[1][-1]
         print(f"{directory.name}: {loss:.4f}", file=sys.stderr, flush=True)
-        return loss, float((directory / "seconds").read_text())
+        return loss, ours, float((directory / "seconds").read_text())
 
     names = ("nanoGPT", *PRESETS)
     jobs = [(name, seed) for seed in SEEDS for name in names]
@@ -129,11 +138,18 @@ def main() -> None:
         "| command | validation loss, mean (by seed) | seconds, median |",
         "|---|---:|---:|",
     ]
+    differences = {}
     for name in names:
-        losses, seconds = zip(*(results[name, seed] for seed in SEEDS), strict=True)
+        losses, ours, seconds = zip(*(results[name, seed] for seed in SEEDS), strict=True)
         by_seed = ", ".join(f"{loss:.4f}" for loss in losses)
         command = "nanoGPT's train.py" if name == "nanoGPT" else f"python train.py {name}"
         lines.append(f"| {command} | {statistics.mean(losses):.4f} ({by_seed}) | {statistics.median(seconds):.0f} |")
+        differences[name] = max(abs(loss - other) for loss, other in zip(losses, ours, strict=True))
+    lines += [
+        "",
+        f'nanoGPT\'s checkpoints in our model, `GPT.from_pretrained("ckpt.pt")`: the losses differ by at most '
+        f"{differences['nanoGPT']:.1e}.",
+    ]
     write_table(lines, options.out)
 
 
