@@ -26,7 +26,8 @@ from tools.train_tokenizer import train_tokenizer
 DOCUMENTS = [
     "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md",
     *(f"docs/{name}.md" for name in (
-        "data", "data_order", "recipes", "modern", "performance", "reliability", "troubleshooting", "export"
+        "data", "data_order", "recipes", "modern", "performance", "reliability", "troubleshooting", "export",
+        "evaluation",
     )),
 ]  # fmt: skip
 NOT_RUN = {
@@ -73,7 +74,7 @@ NOT_RUN = {
         "pip install scikit-learn",
         "pre-commit install",
         "bash runs/test.sh --slow",
-        "python -m tools.export out/gpt2 exported/gpt2 --gguf float16",
+        "python -m tools.export out/gpt2 exported/my-gpt2 --gguf float16",
         "pip install gguf",
     ],
     "a checkpoint of nanoGPT": [
@@ -84,6 +85,8 @@ NOT_RUN = {
         "bash results/fineweb-10m/run.sh 'PATH/*.parquet'",
         "python train.py PRESET",
         "python -m tools.NAME --help",
+        "python -m tools.evaluate MODEL [MODEL ...]",
+        "python -m tools.export MODEL OUT",
         "python benchmarks/compile_cpu.py DATASET",
         "python benchmarks/data.py PATH --runs 2",
         "python benchmarks/data_faults.py",
@@ -207,7 +210,8 @@ def test_commands_that_are_not_run_have_valid_flags(command: str):
     elif script == "fineweb.py":
         tyro.cli(fineweb.PrepareArgs, args=arguments)
     else:
-        source = (ROOT / (script if "/" in script else f"{script.replace('.', '/')}.py")).read_text(encoding="utf-8")
+        path = script if script.endswith((".py", ".sh")) else f"{script.replace('.', '/')}.py"
+        source = (ROOT / path).read_text(encoding="utf-8")
         for flag in (word for word in arguments if word.startswith("--") and word != "--help"):
             assert flag in source or flag[2:].replace("-", "_") in source, f"{script} does not know {flag}"
 
