@@ -1,4 +1,4 @@
-"""Compare hellaswag.py --style lm-eval with lm-evaluation-harness: equal log-likelihoods and scores."""
+"""Compare hellaswag.py --style lm-eval and tools.evaluate with lm-evaluation-harness: equal losses and scores."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,14 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.hellaswag.utils import process_docs
 from support.helpers import save
+from support.tasks import ROWS
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import hellaswag
+from babygpt.export.directory import write_model
+from babygpt.pretrained import read_pretrained
 from babygpt.training.distributed import Ranks
+from benchmarks.harness import compare
 from model import GPT
 from tools.train_tokenizer import train_tokenizer
 
@@ -83,3 +87,16 @@ def test_log_likelihoods_and_scores_equal_the_harness(model_directory, questions
     scores = hellaswag.evaluate(model, examples, "lm-eval", Ranks(0, 0, 1, CPU), "float32")
     assert scores["acc"].value == pytest.approx(harness_results["results"]["local"]["acc,none"])
     assert scores["acc_norm"].value == pytest.approx(harness_results["results"]["local"]["acc_norm,none"])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_tasks_equal_those_of_the_harness(name, model_directory, tmp_path):
+    """On an exported model, with the harness's own configuration of each task: equal predictions and losses."""
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    write_model(read_pretrained(model_directory), exported)
+    theirs = HFLM(str(exported), device="cpu", dtype="float32", batch_size=4)
+    found = compare(name, GPT.from_pretrained(model_directory), theirs, ROWS[name], tmp_path)
+    equal, largest, *_ = found.split(" | ")
+    assert equal == f"{len(ROWS[name])} of {len(ROWS[name])}"
+    assert float(largest) < 1e-3
