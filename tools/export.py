@@ -7,6 +7,7 @@
 A classic model becomes a GPT2LMHeadModel. A modern one comes with its code, and is loaded with trust_remote_code=True.
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,20 +38,24 @@ class ExportArgs:
 
 def main() -> None:
     args = parse_arguments(ExportArgs, "python -m tools.export", __doc__)
-    if args.out.exists() and any(args.out.iterdir()):
-        raise UserError(f"{args.out} exists and is not empty. Use a new directory.")
+    if os.path.lexists(args.out) and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise UserError(f"{args.out} exists and is not an empty directory. Use a new directory.")
     model = read_pretrained(args.model)
     if args.gguf:
         check_gguf(model)
     with torch.device("meta"):
         num_params = build_model(config_from_dict(model.config)).num_params()
-    run_directory = Path(model.source).parent.parent if model.step is not None else None
-    args.out.mkdir(parents=True, exist_ok=True)
+    run_directory = Path(model.source).resolve().parent.parent if model.step is not None else None
+    name = args.out.resolve().name
+    text = card.model_card(model, num_params, name, args.license, run_directory)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be created ({error}). Use a different directory.") from None
     directory.write_model(model, args.out)
-    text = card.model_card(model, num_params, args.out.resolve().name, args.license, run_directory)
     files.write(args.out / "README.md", text.encode())
     if args.gguf:
-        write_gguf(model, args.out / "model.gguf", args.out.resolve().name, args.gguf)
+        write_gguf(model, args.out / "model.gguf", name, args.gguf)
     if run_directory is not None and (run_directory / "plot.png").exists():
         shutil.copyfile(run_directory / "plot.png", args.out / "plot.png")
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

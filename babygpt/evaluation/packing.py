@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from babygpt.data.tokenizer import Tokenizer
+from babygpt.errors import UserError
 from babygpt.nn.attention import PackedRows
 
 
@@ -34,6 +35,8 @@ def make_example(context: str, endings: list[str], label: int, tokenizer: Tokeni
     stripped = context.rstrip()
     encoded = tokenizer.encode(stripped)
     tokens = [tokenizer.encode(f"{context} {ending}")[len(encoded) :] for ending in endings]
+    if not all(tokens):
+        raise UserError(f"An ending has no tokens: {endings[tokens.index([])]!r}. The tokenizer does not encode it.")
     return Example(encoded or [tokenizer.eot_id], tokens, label, [len(ending) for ending in endings])
 
 

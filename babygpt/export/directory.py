@@ -3,6 +3,7 @@
 Classic models become GPT2LMHeadModel. Modern ones come with their code, modeling_babygpt.py.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from babygpt import files
 from babygpt.data.tokenizer import Tokenizer, to_json
+from babygpt.errors import UserError
 from babygpt.nn import huggingface
 from babygpt.pretrained import Pretrained
 
@@ -19,20 +21,26 @@ CODE = Path(__file__).with_name("modeling_babygpt.py")
 
 
 def write_model(model: Pretrained, out: Path) -> None:
-    """Write the files of a model except for its card. `out` must exist."""
+    """Write the files of a model except for its card. `out` must exist. UserError if the model has no EOT."""
+    if model.tokenizer.eot_id >= model.config["vocab_size"]:
+        raise UserError(
+            f"{model.source} cannot be exported, because it has no end-of-text token: it is a character-level model of "
+            "nanoGPT. Use a model that train.py trained."
+        )
     is_modern = huggingface.is_modern(model.config)
     config, tensors = (export_modern if is_modern else export_classic)(model)
-    eot = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), model.tokenizer.eot_id)
-    config |= eot | {"torch_dtype": "float32"}
+    special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), model.tokenizer.eot_id)
+    config |= special_ids | {"torch_dtype": "float32"}
     save_file(tensors, out / huggingface.WEIGHTS, {"format": "pt"})
     files.write_json(out / huggingface.CONFIG, config)
-    files.write_json(out / "generation_config.json", eot)
+    files.write_json(out / "generation_config.json", special_ids)
     write_tokenizer(model.tokenizer, model.config["block_size"], out)
     if is_modern:
         shutil.copyfile(CODE, out / CODE.name)
 
 
 def export_classic(model: Pretrained) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the configuration and the weights of GPT2LMHeadModel."""
     return huggingface.export_config(model.config), huggingface.export_tensors(model.tensors, model.config)
 
 
@@ -53,7 +61,9 @@ def export_modern(model: Pretrained) -> tuple[dict[str, Any], dict[str, torch.Te
 
 def write_tokenizer(tokenizer: Tokenizer, block_size: int, out: Path) -> None:
     eot = tokenizer.decode([tokenizer.eot_id])
-    files.write(out / "tokenizer.json", to_json(tokenizer).encode())
+    settings = json.loads(to_json(tokenizer))
+    settings["post_processor"] = None  # it could add tokens, which neither training nor sampling does
+    files.write_json(out / "tokenizer.json", settings)
     files.write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "GPT2TokenizerFast" if tokenizer.name == "gpt2" else "PreTrainedTokenizerFast",
         "bos_token": eot, "eos_token": eot, "unk_token": eot, "pad_token": eot, "add_prefix_space": False,

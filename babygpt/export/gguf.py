@@ -38,7 +38,7 @@ def check_gguf(model: Pretrained) -> None:
 def _is_byte_level_bpe(tokenizer: Tokenizer) -> bool:
     settings, gpt2 = json.loads(to_json(tokenizer)), json.loads(create_byte_level_bpe().to_str())
     has_gpt2_pattern = all(settings[part] == gpt2[part] for part in ("normalizer", "pre_tokenizer"))
-    return settings["model"]["type"] == "BPE" and has_gpt2_pattern
+    return settings["model"]["type"] == "BPE" and has_gpt2_pattern and not settings["model"].get("ignore_merges")
 
 
 def write_gguf(model: Pretrained, out: Path, name: str, dtype: Literal["float32", "float16"]) -> None:
@@ -66,10 +66,10 @@ def write_gguf(model: Pretrained, out: Path, name: str, dtype: Literal["float32"
     for key, tensor in tensors.items():
         path, _, kind = key.rpartition(".")  # h.3.attn.c_attn, weight
         layer = path.split(".")[1] if path.startswith("h.") else ""
-        theirs = TENSORS[path.removeprefix(f"h.{layer}.")].format(layer)
-        is_matrix = tensor.dim() == 2 and theirs != "position_embd"
+        gguf_name = TENSORS[path.removeprefix(f"h.{layer}.")].format(layer)
+        is_matrix = tensor.dim() == 2 and gguf_name != "position_embd"
         array = tensor.to(torch.float32).numpy().astype(np.float16 if is_float16 and is_matrix else np.float32)
-        writer.add_tensor(f"{theirs}.{kind}", array)
+        writer.add_tensor(f"{gguf_name}.{kind}", array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -45,11 +45,11 @@ class BabyGPTConfig(PretrainedConfig):
         self.value_embeddings, self.num_bigrams, self.x0_shortcut = value_embeddings, num_bigrams, x0_shortcut
         self.partial_key_offset, self.attention_score_factor = partial_key_offset, attention_score_factor
         self.document_mask, self.eot_id, self.window, self.use_cache = document_mask, eot_id, window, use_cache
-        super().__init__(**{"tie_word_embeddings": False} | kwargs)  # with tie_head, there is no lm_head to tie
+        super().__init__(**kwargs | {"tie_word_embeddings": tie_head})
 
 
-class Inputs:
-    """What all blocks share, from the ids of all tokens, cached ones included, and the attention mask."""
+class SharedInputs:
+    """Inputs that all blocks share, from the ids of all tokens, cached ones included, and the attention mask."""
 
     x0: torch.Tensor  # (B, T, C)
     values: list[torch.Tensor]  # (B, T, K D) per table of value embeddings
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.table_index = layer if layer < config.value_embeddings else last
         self.value_lambdas = nn.Parameter(torch.tensor([0.5, 0.5])) if self.table_index >= 0 else None
 
-    def forward(self, x: torch.Tensor, inputs: Inputs, cache: DynamicCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, inputs: SharedInputs, cache: DynamicCache | None) -> torch.Tensor:
         config, (B, T, C), D = self.config, x.size(), self.head_size
         q, k, v = self.c_attn(x).split([C, config.n_kv_head * D, config.n_kv_head * D], dim=2)
         q, k, v = (y.view(B, T, -1, D).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
@@ -153,7 +153,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.x0_lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
 
-    def forward(self, x: torch.Tensor, inputs: Inputs, cache: DynamicCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, inputs: SharedInputs, cache: DynamicCache | None) -> torch.Tensor:
         if self.x0_lambdas is not None:
             x = self.x0_lambdas[0] * x + self.x0_lambdas[1] * inputs.x0
         x = x + self.attn(self.ln_1(x), inputs, cache)
@@ -165,7 +165,8 @@ class BabyGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = BabyGPTConfig
     base_model_prefix = ""
-    _no_split_modules = ["Block"]
+    accepts_loss_kwargs = False  # the loss is a mean over the tokens of its batch
+    _tied_weights_keys = {"lm_head.weight": "wte.weight"}  # if config.tie_word_embeddings
 
     def __init__(self, config: BabyGPTConfig):
         super().__init__(config)
@@ -178,7 +179,7 @@ class BabyGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.bigram_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1)) if config.num_bigrams else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C, bias=config.bias)
-        self.lm_head = None if config.tie_head else nn.Linear(C, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -187,34 +188,61 @@ class BabyGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value  # type: ignore[assignment]
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        raise ValueError("The vocabulary of a BabyGPT model cannot be resized: its tables and bigrams depend on it.")
+
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs) | {"all_ids": input_ids}
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: DynamicCache | None = None,
         past_key_values: DynamicCache | None = None, labels: torch.Tensor | None = None, use_cache: bool | None = None,
-        all_ids: torch.Tensor | None = None, logits_to_keep: int = 0, return_dict: bool | None = None,
-        position_ids: torch.Tensor | None = None, **kwargs: Any,
+        all_ids: torch.Tensor | None = None, logits_to_keep: int | torch.Tensor = 0, return_dict: bool | None = None,
+        position_ids: torch.Tensor | None = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """Return the logits (B, T, V) of token ids (B, T), and the loss, if there are labels (B, T); -100 is ignored.
 
-        With a cache, attention_mask and all_ids cover the cached tokens too. The cache of this model must be filled by
-        it: it remembers the ids. position_ids are ignored, because they follow from attention_mask.
+        With a cache, attention_mask, (B, S), and all_ids cover the cached tokens too. The cache must be a DynamicCache
+        that this model has filled, as it remembers the ids. ValueError for what the model does not support.
         """
+        unsupported = {
+            "inputs_embeds": inputs_embeds is not None, "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions, "a 4D attention_mask": getattr(attention_mask, "dim", int)() == 4,
+        }  # fmt: skip
+        if names := [name for name, is_used in unsupported.items() if is_used]:
+            raise ValueError(f"BabyGPT's model does not support {' and '.join(names)}.")
         config: BabyGPTConfig = self.config  # type: ignore[assignment]
         T = input_ids.size(1)
         cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"BabyGPT's model supports only a DynamicCache, not a {type(cache).__name__}.")
         if cache is None and (config.use_cache if use_cache is None else use_cache) and labels is None:
             cache = DynamicCache()
         if all_ids is None:
             cached = getattr(cache, "token_ids", None)
             all_ids = input_ids if cached is None else torch.cat([cached, input_ids], dim=1)
+        S = T + (0 if cache is None else cache.get_seq_length())
+        if all_ids.size(1) < S:
+            raise ValueError("The cache was not filled by this model, so the ids of its tokens are unknown.")
+        all_ids = all_ids[:, :S]  # longer if a prompt is prefilled in chunks
+        attention_mask = None if attention_mask is None else attention_mask[:, :S]
         if cache is not None:
             cache.token_ids = all_ids  # type: ignore[attr-defined]
         if not config.rope and all_ids.size(1) > config.block_size:
             raise ValueError(f"{all_ids.size(1)} tokens exceed the block size of {config.block_size}")
 
-        inputs = Inputs(config, all_ids, T, attention_mask)
+        inputs = SharedInputs(config, all_ids, T, attention_mask)
+        if position_ids is not None:
+            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
+            if ((position_ids != inputs.positions) & is_token.bool()).any():
+                raise ValueError("BabyGPT's model supports no other position_ids than those of attention_mask.")
         x = self.wte(input_ids)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(inputs.positions)
@@ -226,8 +254,9 @@ class BabyGPTForCausalLM(PreTrainedModel, GenerationMixin):
             if self.bte is not None and self.bigram_lambdas is not None:
                 x = x + self.bigram_lambdas[layer] * self.bte(inputs.bigrams.remainder(config.num_bigrams))
             x = block(x, inputs, cache)
-        x = self.ln_f(x[:, -logits_to_keep:] if logits_to_keep else x)
-        logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B, T, V)
+        if labels is None:
+            x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
 
         loss = None
         if labels is not None:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ class Log:
         kept = read_log(path, step) if step > 0 and path.exists() else []
         earlier = sum(row["step_ms"] or 0.0 for row in kept) / 1e3  # if an earlier version wrote the last row
         self.start = time.monotonic() - (kept[-1]["elapsed_s"] or earlier if kept else 0.0)
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_cells, kept)])
-        files.write(path, text.getvalue().encode())
+        files.write(path, _csv_text([COLUMNS, *map(_cells, kept)]).encode())
         self.file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115, it stays open during the run
         self.writer = csv.writer(self.file, lineterminator="\n")
 
@@ -117,7 +116,7 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
     return [(step, "\n".join(line[2:] for line in lines.split("\n"))) for step, lines in indented]
 
 
-SCORE_COLUMNS = ("step", "task", "metric", "value", "stderr", "n")
+SCORE_COLUMNS = ("step", "task", "metric", "value", "stderr", "examples")
 
 
 class ScoreLog:
@@ -126,27 +125,32 @@ class ScoreLog:
     def __init__(self, path: Path, step: int):
         """Open `path`. A run that resumes at `step` first removes the scores from this step on."""
         self.path = path
-        if path.exists():
-            kept = read_scores(path, step) if step > 0 else []
-            path.unlink()
-            self.write(kept)
+        kept = read_scores(path, step) if step > 0 and path.exists() else []
+        if kept:
+            files.write(path, _csv_text([SCORE_COLUMNS, *kept]).encode())
+        else:
+            path.unlink(missing_ok=True)
 
     def write(self, scores: list[tuple]) -> None:
         """Append scores, each with the values of SCORE_COLUMNS."""
-        is_new = not self.path.exists()
-        if scores:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([SCORE_COLUMNS, *scores] if is_new else scores)
+        text = _csv_text(scores if self.path.exists() else [SCORE_COLUMNS, *scores])
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+
+def _csv_text(rows: Iterable[Iterable]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def read_scores(path: Path, before_step: float = math.inf) -> list[tuple]:
     """Return the scores with a step below `before_step`, up to the first line that is incomplete or corrupted."""
-    scores = []
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        for row in list(csv.reader(file))[1:]:
-            try:
-                step, task, metric, value, stderr, n = row
-                scores.append((int(step), task, metric, float(value), float(stderr), int(n)))
-            except ValueError:
-                break
+    text, scores = path.read_text(encoding="utf-8", errors="replace"), []
+    for line in text[: text.rfind("\n") + 1].split("\n")[1:-1]:
+        try:
+            step, task, metric, value, stderr, examples = next(csv.reader([line]))
+            scores.append((int(step), task, metric, float(value), float(stderr), int(examples)))
+        except (ValueError, csv.Error, StopIteration):
+            break
     return [score for score in scores if score[0] < before_step]

@@ -96,6 +96,8 @@ class Metrics:
         console.info(f"step {step:>6} | " + " | ".join(map(str, scores)))
         if self.scores is not None:
             self.scores.write([(step, *astuple(score)) for score in scores])
+        if self.tracker is not None:
+            self.tracker.log({"step": step} | {f"{score.task}/{score.metric}": score.value for score in scores})
 
     def plot(self) -> None:
         if self.ranks.is_main:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from support.helpers import call, random_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, pipeline
 
 from babygpt.data.tokenizer import character_tokenizer, load_tokenizer
 from babygpt.errors import UserError
@@ -165,8 +165,71 @@ def test_export_of_a_run_has_a_card_and_works_in_a_pipeline(uninterrupted_run, t
 
 def test_export_never_overwrites(uninterrupted_run, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is not empty"):
-        call(export.main, uninterrupted_run, tmp_path)
+    for out in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"is not an empty directory|cannot be created"):
+            call(export.main, uninterrupted_run, out)
+
+
+def test_checkpoint_of_a_run_without_a_log_is_exported(uninterrupted_run, tmp_path, monkeypatch):
+    """By its name in the current directory. The code in the card refers to a path, not to a model on the hub."""
+    run = shutil.copytree(uninterrupted_run, tmp_path / "run")
+    (run / "log.csv").unlink()
+    (run / "scores.csv").write_text(
+        "step,task,metric,value,stderr,examples\n3,piqa,acc,0.5,0.1,20\n99,piqa,acc,1,0,20\n"
+    )
+    monkeypatch.chdir(run / "checkpoints")
+    call(export.main, "step_00000004", tmp_path / "gpt2")
+    card = (tmp_path / "gpt2" / "README.md").read_text()
+    assert "| piqa acc | 0.5 ± 0.1 | 3 | as in lm-evaluation-harness, on 20 examples |" in card
+    assert 'path = "path/to/gpt2"' in card
+    call(export.main, tmp_path / "gpt2", tmp_path / "again")
+    assert "In training" not in (tmp_path / "again" / "README.md").read_text(), "this is not known"
+
+
+def test_post_processor_is_not_exported(dataset, tmp_path):
+    """It could add tokens that the model has never seen at these positions."""
+    settings = json.loads((dataset / "tokenizer.json").read_text())
+    special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [299], "tokens": ["<|endoftext|>"]}}
+    pieces = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": pieces,
+        "special_tokens": special,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    ours, config = load_tokenizer(tmp_path / "tokenizer.json"), CONFIGS["classic"]
+    (tmp_path / "out").mkdir()
+    write_model(Pretrained(asdict(config), model_tensors(make_model(config)), ours, "run"), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the model").input_ids == ours.encode("the model")
+
+
+@torch.no_grad()
+def test_unsupported_arguments_are_errors(exported):
+    _, _, theirs = exported("modern")
+    idx = torch.randint(0, 299, (1, 6))
+    for arguments in (
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, {"output_hidden_states": True},
+        {"attention_mask": torch.ones(1, 1, 6, 6)}, {"cache": StaticCache(theirs.config, max_cache_len=8)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"BabyGPT's model supports|does not support"):
+            theirs(idx, **arguments)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        theirs.resize_token_embeddings(310)
+    assert torch.equal(theirs(idx, position_ids=torch.arange(6)[None]).logits, theirs(idx).logits)
+
+
+def test_exported_modern_model_can_be_saved_and_trained(exported, tmp_path):
+    """By Trainer too, which does not divide the loss by the number of accumulation steps if the model does it."""
+    _, _, theirs = exported("modern")
+    assert theirs.accepts_loss_kwargs is False
+    theirs.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert again.lm_head.weight is again.wte.weight
+    idx = torch.randint(0, 299, (2, 12))
+    assert torch.equal(again.eval()(idx).logits, theirs(idx).logits)
+    again.train()(idx, labels=idx).loss.backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
 
 
 @pytest.mark.parametrize(
@@ -214,9 +277,24 @@ def test_nanogpt_checkpoint_that_could_run_code_is_refused(tmp_path):
     torch.save({"model": {}, "model_args": Code()}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="could execute code"):
         read_pretrained(tmp_path / "ckpt.pt")
-    (tmp_path / "other.pt").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(UserError):
-        read_pretrained(tmp_path / "other.pt")
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "third.pt")
-    with pytest.raises(UserError, match="not a checkpoint of nanoGPT"):
-        read_pretrained(tmp_path / "third.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps([1, 2]))
+    arguments = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size"), 1)
+    models = [{"model": model, "model_args": arguments} for model in (torch.zeros(2), [1], {"a": 1}, None)]
+    for i, content in enumerate([torch.zeros(2), {"weights": 1}, *models]):
+        torch.save(content, tmp_path / f"{i}.pt")
+    for path in (tmp_path / "pickle.pt", *tmp_path.glob("[0-9].pt")):
+        with pytest.raises(UserError, match="not a checkpoint of nanoGPT"):
+            read_pretrained(path)
+
+
+def test_character_level_nanogpt_model_is_read_not_exported(tmp_path):
+    """It has no end-of-text token, which the tokenizer of the same characters has."""
+    characters = "".join(map(chr, range(33, 333)))
+    ours = make_model(GPTConfig(**SHAPE))
+    nanogpt_checkpoint(ours, tmp_path / "ckpt.pt")
+    (tmp_path / "tokenizer.json").write_bytes(character_tokenizer([characters]).data)
+    model = GPT.from_pretrained(tmp_path / "ckpt.pt")
+    assert (model.tokenizer.vocab_size, model.config.vocab_size) == (301, 300)
+    assert model.generate("abc", max_new_tokens=5).startswith("abc")
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        call(export.main, tmp_path / "ckpt.pt", tmp_path / "out")

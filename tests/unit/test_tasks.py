@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import math
+import re
 import shutil
 import zipfile
 
@@ -20,7 +21,7 @@ from babygpt import files, hub
 from babygpt.data.tokenizer import character_tokenizer, load_tokenizer
 from babygpt.errors import UserError
 from babygpt.evaluation import tasks
-from babygpt.evaluation.packing import Example
+from babygpt.evaluation.packing import Example, make_example
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import read_scores
 from model import GPT, GPTConfig
@@ -73,7 +74,7 @@ def plain_scores(model: GPT, example: Example) -> tuple[list[float], list[bool]]
 
 @pytest.mark.parametrize("name", ROWS)
 def test_scores_equal_a_plain_implementation(name, model, directory):
-    examples = tasks.load_examples(name, model.tokenizer)
+    examples = tasks.load_examples(name, directory / f"{name}.jsonl", model.tokenizer)
     accuracies, normalized, losses = [], [], []
     for example in examples:
         sums, greedy = plain_scores(model, example)
@@ -93,7 +94,7 @@ def test_scores_equal_a_plain_implementation(name, model, directory):
         assert found["perplexity"].value == pytest.approx(perplexity, rel=1e-4)
         stderr = torch.tensor(losses).double().std().item() / math.sqrt(n)
         assert found["perplexity"].stderr == pytest.approx(perplexity * stderr, rel=1e-3)
-    assert all(score.total == n for score in found.values())
+    assert all(score.examples == n for score in found.values())
 
 
 def test_last_word_is_correct_if_all_its_tokens_are(model, directory, monkeypatch):
@@ -115,7 +116,7 @@ def test_texts_are_those_of_the_harness(model, directory):
     tokenizer = model.tokenizer
 
     def texts(name: str, i: int) -> tuple[str, list[str], int]:
-        example = tasks.load_examples(name, tokenizer)[i]
+        example = tasks.load_examples(name, directory / f"{name}.jsonl", tokenizer)[i]
         return tokenizer.decode(example.context), [tokenizer.decode(e) for e in example.endings], example.label
 
     assert texts("piqa", 1) == ("Question: read 1 shards\nAnswer:", [" open the file", " eat"], 1)
@@ -175,9 +176,44 @@ def test_command_prints_a_table_and_writes_json(uninterrupted_run, directory, ca
         ("piqa", "acc"), ("piqa", "acc_norm"), ("sciq", "acc"), ("sciq", "acc_norm"), ("lambada", "acc"),
         ("lambada", "perplexity"), ("blimp", "acc"),
     ]  # fmt: skip
-    assert {s["total"] for s in scores} == {3}
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("piqa       acc_norm")]
-    assert line.endswith("0.623")
+    assert {s["examples"] for s in scores} == {3}
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("piqa       acc_norm")]) == 1
+    assert "nanochat" not in out, "with a limit, published scores are not comparable"
+    table = evaluate.format_table({"a": [tasks.TaskScore("piqa", "acc_norm", 0.6, 0.01, 1838)]}, None)
+    assert re.search(r"piqa +acc_norm +1,838 +0\.6000 \+-0\.0100 +0\.623\nnanochat", table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "out/typo"], "There is no model at out/typo"),
+        (["RUN", "--json", "nowhere/scores.json"], "There is no directory nowhere for --json"),
+        ([], "No model given"),
+    ],
+)
+def test_mistakes_are_reported_before_the_evaluation(arguments, message, uninterrupted_run, directory, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *args: pytest.fail("an evaluation has started"))
+    with pytest.raises(UserError, match=message):
+        call(evaluate.main, *(uninterrupted_run if argument == "RUN" else argument for argument in arguments))
+
+
+def test_incomplete_download_of_blimp_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"PK half of a file"))
+    with pytest.raises(UserError, match="is not BLiMP: its sha256 differs"):
+        tasks.fetch("blimp", tmp_path / "tasks")
+    assert not (tmp_path / "tasks").exists()
+
+
+def test_ending_without_tokens_is_an_error(model):
+    class Tokenizer:
+        eot_id = 0
+
+        def encode(self, text: str) -> list[int]:
+            return list(text.strip().encode())
+
+    with pytest.raises(UserError, match="An ending has no tokens: ' '"):
+        make_example("a context", ["an ending", " "], 0, Tokenizer())
 
 
 def test_training_writes_scores_that_a_resume_continues(dataset, directory, tmp_path, capsys):
@@ -194,7 +230,8 @@ def test_training_writes_scores_that_a_resume_continues(dataset, directory, tmp_
     assert {row[5] for row in found} == {4}
     resumed = shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(resumed / "checkpoints" / "step_00000006")
-    (resumed / "scores.csv").write_text((resumed / "scores.csv").read_text().replace("\n4,", "\n5,") + "6,lamb")
+    text = (resumed / "scores.csv").read_text().replace("\n4,", "\n5,")
+    (resumed / "scores.csv").write_text(text + "6,blimp,acc,0,0,1")  # an incomplete line
     call(train.main, *flags(dataset, resumed, general__init_from="resume", **changes, training__max_steps=6))
     assert read_scores(resumed / "scores.csv") == found
     capsys.readouterr()
@@ -204,5 +241,5 @@ def test_training_writes_scores_that_a_resume_continues(dataset, directory, tmp_
 
 
 def test_tasks_need_a_tokenizer_of_all_characters(directory):
-    with pytest.raises(UserError, match=r"Remove --evaluation\.tasks"):
+    with pytest.raises(UserError, match="The tokenizer is character-level"):
         tasks.load_tasks(("piqa",), character_tokenizer(["abc"]), None, ALONE)
