@@ -84,8 +84,9 @@ def evaluate_nanogpt(directory: Path, dataset: Dataset) -> tuple[float, float]:
     shutil.copy(dataset.tokenizer, path.parent)
     ours, sums = GPT.from_pretrained(path), [0.0, 0.0]
     for batch in rows.split(64):
-        sums[0] += model(batch[:, :-1], batch[:, 1:])[1].item() * len(batch)
-        sums[1] += ours(batch[:, :-1], batch[:, 1:]).item() * len(batch)
+        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        sums[0] += model(inputs, targets)[1].item() * len(batch)
+        sums[1] += ours(inputs, targets).item() * len(batch)
     return sums[0] / count, sums[1] / count
 
 
