@@ -32,8 +32,7 @@ def make_example(context: str, endings: list[str], label: int, tokenizer: Tokeni
     Context and ending are encoded together, with a space between them, and divided after as many tokens as the context
     alone has. Trailing spaces of the context belong to the ending. An empty context is the end-of-text token.
     """
-    stripped = context.rstrip()
-    encoded = tokenizer.encode(stripped)
+    encoded = tokenizer.encode(context.rstrip())
     tokens = [tokenizer.encode(f"{context} {ending}")[len(encoded) :] for ending in endings]
     if not all(tokens):
         raise UserError(f"An ending has no tokens: {endings[tokens.index([])]!r}. The tokenizer does not encode it.")

@@ -73,7 +73,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if isinstance(values, dict) and values.get("model_type") == MODERN:
         if missing := [name for name in MODERN_FIELDS if name not in values]:
             raise UserError(f"{path} lacks {', '.join(missing)}. Copy it again.")
-        tables = values.get("num_bigrams", 0) // padded_vocab_size(values["vocab_size"])
+        vocab_size, num_bigrams = values["vocab_size"], values.get("num_bigrams", 0)
+        if not isinstance(vocab_size, int) or not isinstance(num_bigrams, int) or vocab_size < 1:
+            raise UserError(f"{path} has an invalid vocab_size or num_bigrams. Copy it again.")
+        tables = num_bigrams // padded_vocab_size(vocab_size)
         return {name: values[name] for name in MODERN_FIELDS} | {"bigram_tables": tables, "dropout": 0.0}
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
         model_type = values.get("model_type") if isinstance(values, dict) else None

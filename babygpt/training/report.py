@@ -18,7 +18,7 @@ from babygpt.training import checkpoint, run_dir
 from babygpt.training.log import COLUMNS, Row, column, read_samples, read_scores
 from babygpt.training.plots import HELLASWAG_EXAMPLES, Curves, Unit, smoothing_length, standard_error
 
-TEMPLATE = Path(__file__).with_name("report.html")  # DATA is its placeholder for the data
+TEMPLATE = Path(__file__).with_name("report.html")  # the data replaces DATA in it
 BINS = 3000  # longer curves are reduced to at most this many bins, each with its mean, minimum and maximum
 NOISY = {"loss", "grad_norm", "tokens_per_s", "mfu", "step_ms"}  # columns whose minimum and maximum are shown
 

@@ -128,6 +128,16 @@ def test_exported_models_can_be_read_again(name, exported, tmp_path):
             assert torch.equal(again.tensors[key][:rows], tensor[:rows]), key
 
 
+@pytest.mark.parametrize("damage", [{"vocab_size": "300"}, {"vocab_size": 0}, {"num_bigrams": None}, {"window": ...}])
+def test_damaged_configuration_of_a_modern_model_is_an_error(damage, exported, tmp_path):
+    """A value of another type, or (...) a missing field."""
+    values = json.loads((exported("modern")[1] / "config.json").read_text()) | damage
+    values = {name: value for name, value in values.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="Copy it again"):
+        read_config(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "trained"])
 def test_exported_tokenizer_equals_ours(kind, dataset, tmp_path):
     ours = load_tokenizer("gpt2" if kind == "gpt2" else dataset / "tokenizer.json")
