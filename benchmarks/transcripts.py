@@ -100,6 +100,7 @@ COMMANDS = {  # title -> commands, run in one directory in this order
     ],
     "The console and the files of a run": [
         f"python train.py gpt2 {RUN} --general.out-dir out/j --general.mode train val sample --training.max-steps 12 "
+        "--data.dataset data/novels "
         "--sampling.every-n-steps 12 --sampling.num-samples 2 --sampling.max-new-tokens 16 --saving.every-n-steps 12",
         "ls out/j",
         "head -n 2 out/j/log.csv",
@@ -107,7 +108,7 @@ COMMANDS = {  # title -> commands, run in one directory in this order
     ],
     "Ctrl-C": [
         f"timeout -s INT 12 python train.py gpt2 {RUN} {TRAIN} --general.out-dir out/k --training.max-steps 100000 "
-        "--logging.every-n-steps 1000",
+        "--data.dataset data/novels --logging.every-n-steps 1000",
     ],
     "A plot of a run that has one": [
         "sha256sum out/j/plot.png && python -m tools.plot out/j out/k && sha256sum out/j/plot.png",
