@@ -64,6 +64,7 @@ class GPTConfig:
     dropout: DropoutRate = 0.0  # dropout probability of embeddings, attention weights and residual branches
     bias: bool = True  # use biases in linear layers and layer norms
     tie_head: bool = True  # tie the weights of lm_head and wte
+    exact_gelu: bool = False  # compute GELU exactly, as nanoGPT does, instead of GPT-2's tanh approximation
 
     @property
     def padded_vocab_size(self) -> int:
@@ -127,13 +128,14 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, config.bias)
         self.drop = nn.Dropout(config.dropout)
+        self.approximate = "none" if config.exact_gelu else "tanh"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.activation(self.c_fc(x))  # (B, T, 4 C)
         return self.drop(self.c_proj(x))  # (B, T, C)
 
     def activation(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(x, approximate="tanh")
+        return F.gelu(x, approximate=self.approximate)
 
 
 class Block(nn.Module):

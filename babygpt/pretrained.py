@@ -151,7 +151,7 @@ def _from_nanogpt(path: Path) -> Pretrained:
         ) from None
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} is not a checkpoint of nanoGPT ({error!r:.200}). Use another file.") from None
-    config |= {"n_kv_head": None, "dropout": 0.0, "tie_head": True}
+    config |= {"n_kv_head": None, "dropout": 0.0, "tie_head": True, "exact_gelu": True}
     if config["vocab_size"] == NANOGPT_VOCAB_SIZE:
         config["vocab_size"] = GPT2Tokenizer.vocab_size
     tokenizer = load_model_tokenizer(path.parent, config["vocab_size"])

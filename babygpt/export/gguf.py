@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from babygpt.console import console
 from babygpt.data.tokenizer import Tokenizer, create_byte_level_bpe, to_json
 from babygpt.errors import UserError
 from babygpt.nn.huggingface import SUPPORTED, expand_tensors, is_modern
@@ -33,6 +34,8 @@ def check_gguf(model: Pretrained) -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError("--gguf needs the package gguf. Install it with `pip install gguf`.") from None
+    if model.config.get("exact_gelu"):
+        console.warning("llama.cpp uses an approximation of GELU, so its outputs differ slightly from the model's.")
 
 
 def _is_byte_level_bpe(tokenizer: Tokenizer) -> bool:

@@ -33,15 +33,16 @@ class BabyGPTConfig(PretrainedConfig):
 
     def __init__(
         self, block_size: int = 1024, vocab_size: int = 50257, n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
-        n_kv_head: int | None = None, bias: bool = True, tie_head: bool = True, rope: bool = False,
-        qk_norm: bool = False, relu2: bool = False, embedding_norm: bool = False, value_embeddings: int = 0,
-        num_bigrams: int = 0, partial_key_offset: bool = False, x0_shortcut: bool = False,
+        n_kv_head: int | None = None, bias: bool = True, tie_head: bool = True, exact_gelu: bool = False,
+        rope: bool = False, qk_norm: bool = False, relu2: bool = False, embedding_norm: bool = False,
+        value_embeddings: int = 0, num_bigrams: int = 0, partial_key_offset: bool = False, x0_shortcut: bool = False,
         attention_score_factor: float | None = None, document_mask: bool = False, eot_id: int | None = None,
         window: int | None = None, use_cache: bool = True, **kwargs: Any,
     ):  # fmt: skip
         self.block_size, self.vocab_size, self.n_layer, self.n_head = block_size, vocab_size, n_layer, n_head
         self.n_embd, self.n_kv_head, self.bias, self.tie_head = n_embd, n_kv_head or n_head, bias, tie_head
-        self.rope, self.qk_norm, self.relu2, self.embedding_norm = rope, qk_norm, relu2, embedding_norm
+        self.exact_gelu, self.rope, self.qk_norm, self.relu2 = exact_gelu, rope, qk_norm, relu2
+        self.embedding_norm = embedding_norm
         self.value_embeddings, self.num_bigrams, self.x0_shortcut = value_embeddings, num_bigrams, x0_shortcut
         self.partial_key_offset, self.attention_score_factor = partial_key_offset, attention_score_factor
         self.document_mask, self.eot_id, self.window, self.use_cache = document_mask, eot_id, window, use_cache
@@ -133,13 +134,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class MLP(nn.Module):
     def __init__(self, config: BabyGPTConfig):
         super().__init__()
-        self.relu2 = config.relu2
+        self.relu2, self.approximate = config.relu2, "none" if config.exact_gelu else "tanh"
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_fc(x)
-        return self.c_proj(F.relu(x).square() if self.relu2 else F.gelu(x, approximate="tanh"))
+        return self.c_proj(F.relu(x).square() if self.relu2 else F.gelu(x, approximate=self.approximate))
 
 
 class Block(nn.Module):

@@ -24,16 +24,17 @@ FIELDS = {
 }  # fmt: skip
 # fields that change what the model computes, with the only supported value, which is also the default
 SUPPORTED: dict[str, Any] = {
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
+EXACT_GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}  # by activation_function
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 TABLES = ("wte.weight", "lm_head.weight")  # with one row per vocabulary entry
 MODERN = "babygpt"  # model_type of an exported modern model
 MODERN_FIELDS = (  # fields of ModernConfig in its config.json; num_bigrams replaces bigram_tables
-    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "bias", "tie_head", "rope", "qk_norm",
-    "relu2", "embedding_norm", "value_embeddings", "partial_key_offset", "x0_shortcut", "attention_score_factor",
-    "document_mask", "eot_id", "window",
+    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "bias", "tie_head", "exact_gelu", "rope",
+    "qk_norm", "relu2", "embedding_norm", "value_embeddings", "partial_key_offset", "x0_shortcut",
+    "attention_score_factor", "document_mask", "eot_id", "window",
 )  # fmt: skip
 
 
@@ -84,11 +85,15 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, supported in SUPPORTED.items():
         if values.get(name, supported) != supported:
             raise UserError(f"{path}: {name} is {values[name]!r}, but only {supported!r} is supported.")
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in EXACT_GELU:
+        raise UserError(f"{path}: activation_function is {activation!r}, but must be one of {', '.join(EXACT_GELU)}.")
     if missing := [theirs for theirs in FIELDS if not isinstance(values.get(theirs), int)]:
         raise UserError(f"{path} lacks an integer value for {', '.join(missing)}. Copy or download it again.")
     config = {ours: values[theirs] for theirs, ours in FIELDS.items()}
     return config | {
-        "n_kv_head": None, "dropout": 0.0, "bias": True, "tie_head": values.get("tie_word_embeddings", True)
+        "n_kv_head": None, "dropout": 0.0, "bias": True, "tie_head": values.get("tie_word_embeddings", True),
+        "exact_gelu": EXACT_GELU[activation],
     }  # fmt: skip
 
 
@@ -167,6 +172,7 @@ def export_config(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
         **{theirs: config[ours] for theirs, ours in FIELDS.items()}, **SUPPORTED,
+        "activation_function": "gelu" if config.get("exact_gelu") else "gelu_new",
         "attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout,
         "tie_word_embeddings": config["tie_head"],
     }  # fmt: skip

@@ -29,12 +29,14 @@ CONFIGS = {
     "classic": GPTConfig(**SHAPE),
     "classic without biases, grouped heads": GPTConfig(**SHAPE, n_kv_head=2, bias=False),
     "classic, untied": GPTConfig(**SHAPE, tie_head=False),
+    "classic, exact GELU": GPTConfig(**SHAPE, exact_gelu=True),
     "modern": ModernConfig(**SHAPE, **MODERN_MODEL),
     "modern, all other switches": ModernConfig(
         **SHAPE, **{**MODERN_MODEL, "rope": False, "bias": True}, n_kv_head=2, tie_head=False, document_mask=True,
         eot_id=299, window=8,
     ),
     "modern, every switch off": ModernConfig(**SHAPE),
+    "modern, exact GELU": ModernConfig(**SHAPE, exact_gelu=True),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("name", CONFIGS)
 
@@ -268,8 +270,8 @@ def nanogpt_checkpoint(model: GPT, path: Path, prefix: str = "") -> None:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpt_checkpoint_is_read(prefix, dataset, tmp_path):
-    """With the names of a compiled model too; the tokenizer.json is the one next to the checkpoint."""
-    ours = make_model(GPTConfig(**SHAPE, bias=False))
+    """With the names of a compiled model too; the tokenizer.json is the one next to the checkpoint. GELU is exact."""
+    ours = make_model(GPTConfig(**SHAPE, bias=False, exact_gelu=True))
     nanogpt_checkpoint(ours, tmp_path / "ckpt.pt", prefix)
     shutil.copy(dataset / "tokenizer.json", tmp_path)
     model = GPT.from_pretrained(tmp_path / "ckpt.pt")

@@ -21,7 +21,7 @@ from babygpt.data.shards import open_dataset
 from babygpt.data.tokenizer import create_byte_level_bpe, is_gpt2, load_tokenizer
 from babygpt.errors import UserError
 from babygpt.evaluation.validation import mean_loss
-from babygpt.nn.huggingface import export_tensors, import_tensors, read_config
+from babygpt.nn.huggingface import export_config, export_tensors, import_tensors, read, read_config
 from babygpt.pretrained import Pretrained
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import read_log
@@ -94,7 +94,6 @@ def test_config_is_read_from_hugging_face_config(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("activation_function", "gelu"),
         ("layer_norm_epsilon", 0.1),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
@@ -107,6 +106,27 @@ def test_unsupported_hugging_face_config_is_rejected(name, value, tmp_path):
     setattr(config, name, value)
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{name} is {value!r}, but only"):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_activation_of_hugging_face_gpt2_is_kept(activation, tmp_path):
+    """GELU is computed exactly or with the tanh approximation, and the export says which."""
+    reference = make_reference_model(activation_function=activation, initializer_range=0.3)
+    reference.save_pretrained(tmp_path)
+    config, state = read(tmp_path)
+    model = Pretrained(config, import_tensors(state, config), load_tokenizer("gpt2"), "transformers")
+    idx = torch.randint(0, 300, (2, 16))
+    with torch.no_grad():
+        ours = model.build(lambda values: GPT(GPTConfig(**values))).eval()(idx)
+        torch.testing.assert_close(ours[..., :300], reference(idx).logits, atol=1e-4, rtol=0)
+    exported = export_config(config)["activation_function"]
+    assert exported == ("gelu" if activation == "gelu" else "gelu_new")
+
+
+def test_unknown_activation_is_rejected(tmp_path):
+    make_reference_model(activation_function="relu").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="activation_function is 'relu', but must be one of gelu_new"):
         read_config(tmp_path / "config.json")
 
 
