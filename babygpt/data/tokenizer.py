@@ -133,6 +133,11 @@ class FileTokenizer(BatchEncoder):
     def __reduce__(self):
         return FileTokenizer, (self.file, self.data)  # a pickle of `backend` loses the settings made above
 
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Map each special token to its id."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
     def encode(self, text: str) -> list[int]:
         """Encode a text. Lone surrogates, which UTF-8 cannot represent, become U+FFFD, as in tiktoken."""
         text = without_surrogates(text)
@@ -191,9 +196,9 @@ class FileTokenizer(BatchEncoder):
         """Return the length of each token's text in UTF-8 bytes, (vocab_size,) int64, which is 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         is_byte_level = "ByteLevel" in str(self.backend.decoder)
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        special_ids = set(self.special_ids.values())
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i in special or i == self.eot_id:
+            if i in special_ids or i == self.eot_id:
                 continue
             if is_byte_level:  # each character of the token represents one byte
                 lengths[i] = len(token)
