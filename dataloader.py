@@ -19,13 +19,10 @@ seed and (T, S, chunk_tokens), but not on the number of ranks, the micro-batch s
 position in the data is (epoch, n). `python -m tools.inspect_step` prints the documents that a step of a run reads.
 """
 
-import hashlib
-import queue
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +31,8 @@ from babygpt.console import counted
 from babygpt.data.shards import Tokens
 from babygpt.errors import ConfigError
 from babygpt.nn.cross_entropy import IGNORE_INDEX
+from babygpt.training.prefetch import Prefetcher
+from babygpt.training.seeds import permutation
 
 WINDOW = 20_000  # tokens on both sides of a cursor that are searched for an EOT, even if chunks are shorter
 MAX_EPOCHS = 10  # a run with more epochs prints a warning
@@ -107,12 +106,6 @@ def _read_window(tokens: Tokens, start: int, stop: int) -> np.ndarray:
         else:
             pieces.append(shard[first:end])
     return np.concatenate(pieces)
-
-
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of 0 ... count - 1, (count,) int64, that is the same on all machines and versions."""
-    keys = [hashlib.blake2b(f"{seed} {epoch} {i}".encode(), digest_size=16).digest() for i in range(count)]
-    return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
 
 @dataclass(frozen=True)
@@ -275,11 +268,12 @@ class Batch:
 
     start: Position
     end: Position  # where the next step starts
-    micro_batches: list[torch.Tensor]  # (micro_batch_size, T + 1) int64 each, in pinned memory if the device is CUDA
+    micro_batches: list[Any]  # in pretraining (micro_batch_size, T + 1) int64 each, in pinned memory for CUDA
     num_targets: int  # in the step, on all ranks
+    num_tokens: int  # in the step, on all ranks
 
 
-class DataLoader:
+class DataLoader(Prefetcher[Batch]):
     """An endless iterator over the batches of one rank, from `position` on. A background thread prefetches them."""
 
     def __init__(
@@ -290,49 +284,19 @@ class DataLoader:
         order.check(rows_per_step)
         self.order, self.rows_per_step, self.micro_batch_size = order, rows_per_step, micro_batch_size
         self.rank, self.world_size = rank, world_size
-        self.cuda_device = device if device is not None and device.type == "cuda" else None
-        self.batches: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True, name="dataloader")
-        self.thread.start()
+        super().__init__(position, device)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self.batches.get()
-        if isinstance(batch, BaseException):
-            raise batch
-        return batch
-
-    def close(self) -> None:
-        """Stop the background thread."""
-        self.stopped.set()
-        while self.thread.is_alive():
-            with suppress(queue.Empty):
-                self.batches.get(timeout=0.01)  # make room, so that a blocked `put` returns
-
-    def _read_ahead(self, position: Position) -> None:
-        try:
-            if self.cuda_device is not None:  # otherwise a new thread uses device 0, also to pin memory
-                torch.cuda.set_device(self.cuda_device)
-            while not self.stopped.is_set():
-                batch = self._read_batch(self.order.step_start(position, self.rows_per_step))
-                position = batch.end
-                self.batches.put(batch)
-        except BaseException as error:  # `__next__` raises it in the main thread
-            self.batches.put(error)
-
-    def _read_batch(self, start: Position) -> Batch:
-        rows = [n for n in range(start.n, start.n + self.rows_per_step) if n % self.world_size == self.rank]
+    def read_batch(self, position: Position) -> Batch:
+        start, num_rows = self.order.step_start(position, self.rows_per_step), self.rows_per_step
+        rows = [n for n in range(start.n, start.n + num_rows) if n % self.world_size == self.rank]
         micro_batches = []
         for i in range(0, len(rows), self.micro_batch_size):
             shape = (self.micro_batch_size, self.order.block_size + 1)
             micro_batch = torch.empty(shape, dtype=torch.int64, pin_memory=self.cuda_device is not None)
             self.order.read_rows(start.epoch, rows[i : i + self.micro_batch_size], micro_batch.numpy())
             micro_batches.append(micro_batch)
-        end = Position(start.epoch, start.n + self.rows_per_step)
-        return Batch(start, end, micro_batches, num_targets=self.rows_per_step * self.order.block_size)
+        num_tokens = num_rows * self.order.block_size
+        return Batch(start, Position(start.epoch, start.n + num_rows), micro_batches, num_tokens, num_tokens)
 
 
 def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

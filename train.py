@@ -11,9 +11,9 @@ A run writes out/<run>/: config.json, log.csv, samples.txt, plot.png, report.htm
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import cast
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -21,18 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from arguments import bind, parse, resolve, to_json, with_micro_batch_size
-from babygpt import files
 from babygpt.console import console, counted
 from babygpt.data.shards import Dataset, open_dataset
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
-from babygpt.errors import ConfigError
 from babygpt.errors import run as run_script
 from babygpt.evaluation import tasks
 from babygpt.evaluation.packing import Example
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.attention import training_backend
 from babygpt.nn.generation import SamplingParams
-from babygpt.pretrained import read_pretrained
+from babygpt.pretrained import Pretrained
 from babygpt.settings import variant
 from babygpt.training import checkpoint, compilation, optim, run_dir
 from babygpt.training.checkpoint import Saver
@@ -41,29 +39,34 @@ from babygpt.training.distributed import Ranks, explain_failures, process_group
 from babygpt.training.guard import StepStatus, UpdateGuard, checksum
 from babygpt.training.log import Row
 from babygpt.training.memory import memory_advice, micro_batch_warning
-from babygpt.training.metrics import Metrics
+from babygpt.training.metrics import Metrics, format_validation
 from babygpt.training.monitor import StepMonitor
 from babygpt.training.optim import Optimizers
+from babygpt.training.prefetch import Prefetcher
 from babygpt.training.schedule import Due, LRSchedule, Schedule
 from babygpt.training.seeds import derive_seed
 from babygpt.training.signals import StopRequested, StopSignals
 from dataloader import Batch, DataLoader, Order, Position, inputs_and_targets, validation_batches
 from hellaswag import evaluate, fetch_examples
-from model import GPT, ModernConfig, build_model
+from launch import InitialState, record_start, restore_or_initialize
+from model import GPT, ModernConfig
 from sample import sample
-from train_config import PRESETS, Config, preset
+from train_config import Config, Sampling, preset
+
+Stop = Callable[[], bool]  # whether a stop signal has arrived
 
 # ---------------------------------------------------------------------------------------------------------
 # the training step
 
 
-LossFunction = Callable[[nn.Module, torch.Tensor, torch.device], torch.Tensor]
+# (model, micro-batch on the host, device) -> (1 + k,) float32: the summed loss, and k other sums for the log
+LossFunction = Callable[[nn.Module, Any, torch.device], torch.Tensor]
 
 
 def next_token_loss(model: nn.Module, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the loss summed over all targets, () float32, of rows (B, T + 1) int64 on the host."""
+    """Return the loss summed over all targets, (1,) float32, of rows (B, T + 1) int64 on the host."""
     idx, targets = inputs_and_targets(rows, device)  # copied to the device without waiting
-    return model(idx, targets, reduction="sum")
+    return model(idx, targets, reduction="sum")[None]
 
 
 @dataclass
@@ -90,24 +93,25 @@ def train_step(
     model, ranks = state.model, state.ranks
     torch.manual_seed(seed)  # dropout depends on step and rank alone, so checkpoints need no RNG state
     model.train()
-    loss_sum = torch.zeros((), device=ranks.device)
+    sums = torch.zeros(1, device=ranks.device)  # of the loss and, if the loss function returns them, of other values
     for i, rows in enumerate(batch.micro_batches):
         if isinstance(model, DistributedDataParallel):  # all-reduce in the last backward pass; DDP reads it in forward
             model.require_backward_grad_sync = i == len(batch.micro_batches) - 1
         with autocast(ranks.device, state.dtype):
-            loss = loss_function(model, rows, ranks.device)
-        (loss * (ranks.world_size / batch.num_targets)).backward()  # times world_size, since DDP averages over ranks
-        loss_sum += loss.detach()
+            losses = loss_function(model, rows, ranks.device)
+        # times world_size, since DDP averages over ranks
+        (losses[0] * (ranks.world_size / batch.num_targets)).backward()
+        sums = sums + losses.detach()
 
     parameters = optim.parameters_of(state.optimizers)
     if state.grad_clip > 0:
         norm = clip_grad_norm_(parameters, state.grad_clip)
     else:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nonfinite = ~loss_sum.isfinite() | ranks.pop_nonfinite_flag()  # on this rank, for the message
+    nonfinite = ~sums[0].isfinite() | ranks.pop_nonfinite_flag()  # on this rank, for the message
     weights = checksum(parameters) if compare else None
-    local = StepStatus.of_rank(ranks.rank, ranks.world_size, loss_sum / batch.num_targets, nonfinite, stop, weights)
-    status = StepStatus.unpack(ranks.all_reduce(local.pack()))  # sums over ranks, with a slot per rank for the flags
+    local = StepStatus.of_rank(ranks.rank, ranks.world_size, sums / batch.num_targets, nonfinite, stop, weights)
+    status = StepStatus.unpack(ranks.all_reduce(local.pack()), len(sums) - 1)  # sums over ranks, flags per rank
     status.grad_norm = norm  # before clipping, and equal on all ranks
     status.skip_update, status.z_score = state.guard.judge(status.loss, norm)
 
@@ -119,22 +123,101 @@ def train_step(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# the objective
+
+
+class Objective(Protocol):
+    """What a run trains and validates on: `Pretraining`, or an objective of finetune.py."""
+
+    tokenizer: Tokenizer
+    identity: dict[str, dict]  # settings that must not change on resume
+    columns: tuple[str, ...]  # of the log, for the values that `loss` returns after the loss
+
+    def adapt(self, weights: Pretrained) -> Pretrained: ...
+    def summary(self, ranks: Ranks) -> str: ...
+    def batches(self, position: Position, ranks: Ranks) -> Prefetcher[Batch]: ...
+    def loss(self, model: nn.Module, micro_batch: Any, device: torch.device) -> torch.Tensor: ...
+    def validate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Row: ...
+    def complete(self, model: GPT, params: SamplingParams, stop: Stop) -> list[str]: ...
+
+
+class Pretraining:
+    """Next-token prediction on the rows of a dataset."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, config: Config, dataset: Dataset):
+        self.config, self.dataset = config, dataset
+        self.tokenizer = load_tokenizer(dataset.tokenizer)
+        dataset.check_tokenizer(self.tokenizer, dataset.tokenizer)
+        self.order = Order(
+            dataset.train, dataset.eot_id, config.model.block_size, config.data.num_streams, config.general.seed,
+            config.data.chunk_tokens,
+        )  # fmt: skip
+        self.rows_per_step = config.training.batch_tokens // config.model.block_size
+        self.order.check(self.rows_per_step)
+        self.identity = run_dir.identity_of(config, dataset, self.order, self.tokenizer)
+
+    def adapt(self, weights: Pretrained) -> Pretrained:
+        """Return the weights of another model for the model of this run. ConfigError if they do not fit."""
+        self.dataset.check_tokenizer(weights.tokenizer, weights.source)
+        return weights.adapt(asdict(self.config.model))
+
+    def summary(self, ranks: Ranks) -> str:
+        """Return a description of the batches and the data order, and log warnings."""
+        training = self.config.training
+        batch = (training.batch_tokens, self.order.block_size, training.micro_batch_size, ranks.world_size)
+        repetition = self.order.repetition_warning(training.batch_tokens, training.max_steps)
+        for warning in filter(None, (micro_batch_warning(*batch), repetition)):
+            console.warning(warning)
+        if self.dataset.manifest is None:
+            console.warning(
+                f"{self.dataset.directory} has no dataset.json. Its tokens cannot be verified and are assumed to be "
+                "GPT-2's."
+            )
+        micro_batches = self.rows_per_step // (training.micro_batch_size * ranks.world_size)
+        order = self.order.summary(training.batch_tokens, training.max_steps)
+        return f"{counted(micro_batches, 'micro-batch')} per rank and step; {order}"
+
+    def batches(self, position: Position, ranks: Ranks) -> DataLoader:
+        rows, micro_batch_size = self.rows_per_step, self.config.training.micro_batch_size
+        return DataLoader(
+            self.order, position, rows, micro_batch_size, ranks.rank, ranks.world_size, ranks.device
+        )  # fmt: skip
+
+    def loss(self, model: nn.Module, micro_batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return next_token_loss(model, micro_batch, device)
+
+    def validate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Row:
+        loss, bits_per_byte = validate(model, self.dataset, self.tokenizer, self.config, ranks, stop)
+        return {"val_loss": loss, "val_bpb": bits_per_byte}
+
+    def complete(self, model: GPT, params: SamplingParams, stop: Stop) -> list[str]:
+        return complete(model, self.tokenizer, self.config.sampling, params, stop)
+
+
+def validate(
+    model: nn.Module, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
+    stop: Stop = lambda: False,
+) -> tuple[float, float]:  # fmt: skip
+    """Return the mean loss over the validation tokens, in nats per token and in bits per byte.
+
+    All ranks raise StopRequested if `stop()` is true on any of them.
+    """
+    block_size = cast(GPT, model).config.block_size  # a compiled model has the attribute too
+    rows = (block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    return mean_loss(model, validation_batches(dataset.val, *rows), token_bytes, ranks, config.training.dtype, stop)
+
+
+def complete(model: GPT, tokenizer: Tokenizer, sampling: Sampling, params: SamplingParams, stop: Stop) -> list[str]:
+    """Return the prompt followed by each of its completions."""
+    texts = sample(model, tokenizer, [sampling.prompt] * sampling.num_samples, params, stop=stop)
+    return [sampling.prompt + text for text in texts]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # setup
-
-
-@dataclass
-class InitialState:
-    """The state in which training starts, new or from a checkpoint."""
-
-    model: GPT
-    init_from: str  # "scratch" or the source of the initial weights, also after a resume
-    checkpoint: Path | None = None  # that the run resumes from; None: a new run
-    optimizer_state: dict | None = None  # by parameter name; None: new
-    step: int = 0
-    tokens: int = 0  # number of tokens trained on so far
-    position: Position = field(default_factory=Position)
-    losses: list[float] = field(default_factory=list)  # recent losses, to restore the guard
-    launches: list[dict] = field(default_factory=list)  # one per launch: first step, settings, versions, hardware
 
 
 @dataclass
@@ -142,9 +225,7 @@ class Run:
     """Everything that the training loop needs."""
 
     config: Config
-    dataset: Dataset
-    tokenizer: Tokenizer
-    order: Order
+    objective: Objective
     start: InitialState
     ranks: Ranks
     raw_model: GPT  # used for checkpoints, HellaSwag and samples
@@ -153,27 +234,18 @@ class Run:
     examples: list[Example]  # HellaSwag
     task_examples: dict[tasks.TaskName, list[Example]]
     metrics: Metrics
-    identity: dict[str, dict]  # settings that must not change on resume
 
 
-def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
-    """Build the data order, the model, the optimizers and the log, and print a description of the run."""
-    training, model_config = config.training, config.model
-    tokenizer = load_tokenizer(dataset.tokenizer)
-    dataset.check_tokenizer(tokenizer, dataset.tokenizer)
-    order = Order(
-        dataset.train, dataset.eot_id, model_config.block_size, config.data.num_streams, config.general.seed,
-        config.data.chunk_tokens,
-    )  # fmt: skip
-    order.check(training.batch_tokens // model_config.block_size)
+def set_up(config: Config, objective: Objective, ranks: Ranks) -> Run:
+    """Build the model, the optimizers and the log, and print a description of the run."""
+    training, tokenizer = config.training, objective.tokenizer
     examples, task_examples = list[Example](), dict[tasks.TaskName, list[Example]]()
     if "eval" in config.general.mode and config.evaluation.every_n_steps > 0:
         examples, task_examples = load_evaluation(config, tokenizer, ranks)
     if "sample" in config.general.mode:
         tokenizer.encode(config.sampling.prompt)  # an error now rather than at the first samples
 
-    identity = run_dir.identity_of(config, dataset, order, tokenizer)
-    start = restore_or_initialize(config, dataset, identity, ranks)
+    start = restore_or_initialize(config, objective.identity, objective.adapt, ranks)
     raw_model = start.model.to(ranks.device)
     raw_model.activation_checkpointing = training.activation_checkpointing  # may change on resume
     raw_model.bf16_activations = training.bf16_activations
@@ -193,17 +265,13 @@ def set_up(config: Config, dataset: Dataset, ranks: Ranks) -> Run:
     )  # fmt: skip
     flops = raw_model.flops_per_token() if uses_bfloat16(ranks.device, training.dtype) else None
     metrics = Metrics(
-        config.general.out_dir, ranks, start.step, training.max_steps, training.batch_tokens, flops,
+        config.general.out_dir, ranks, start.step, training.max_steps, flops,
         training.compare_ranks_every_n_steps, config.logging.every_n_steps, config.logging.tracker, to_json(config),
+        objective.columns,
     )  # fmt: skip
-    describe(config, raw_model, order, ranks, compiled)
-    if dataset.manifest is None:
-        console.warning(
-            f"{dataset.directory} has no dataset.json. Its tokens cannot be verified and are assumed to be GPT-2's."
-        )
+    describe(config, raw_model, objective, ranks, compiled)
     return Run(
-        config, dataset, tokenizer, order, start, ranks, raw_model, fast_model, state, examples, task_examples, metrics,
-        identity,
+        config, objective, start, ranks, raw_model, fast_model, state, examples, task_examples, metrics
     )  # fmt: skip
 
 
@@ -216,130 +284,46 @@ def load_evaluation(
     return examples, tasks.load_tasks(settings.tasks, tokenizer, settings.limit, ranks)
 
 
-def describe(config: Config, model: GPT, order: Order, ranks: Ranks, compiled: bool) -> None:
+def describe(config: Config, model: GPT, objective: Objective, ranks: Ranks, compiled: bool) -> None:
     """Print the settings, the model, the data order, and warnings."""
     training = config.training
     family = "modern" if isinstance(config.model, ModernConfig) else "gpt2"
     settings = run_dir.format_settings(to_json(config), to_json(preset(family)))
     console.info(f"Settings that differ from the preset {family} (config.json lists all settings):\n{settings}")
-    micro_batches = training.batch_tokens // (order.block_size * training.micro_batch_size * ranks.world_size)
     bfloat16 = uses_bfloat16(ranks.device, training.dtype)
     kernel = training_backend(config.model, config.model.mask_rule, ranks.device, bfloat16, compiled)
-    console.info(
-        f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, "
-        f"{counted(micro_batches, 'micro-batch')} per rank and step, {kernel} attention"
-    )
+    console.info(f"{model.num_params():,} parameters on {ranks.world_size} x {ranks.device.type}, {kernel} attention")
     if compiled:
         console.info("Compiling the model. The first step may take a minute or more")
-    console.info(order.summary(training.batch_tokens, training.max_steps))
-    batch = (training.batch_tokens, order.block_size, training.micro_batch_size, ranks.world_size)
-    repetition = order.repetition_warning(training.batch_tokens, training.max_steps)
-    for warning in filter(None, (untested_torch_warning(), micro_batch_warning(*batch), repetition)):
+    console.info(objective.summary(ranks))
+    if warning := untested_torch_warning():
         console.warning(warning)
-
-
-def restore_or_initialize(config: Config, dataset: Dataset, identity: dict[str, dict], ranks: Ranks) -> InitialState:
-    """Return the state in which training starts, from --general.init-from."""
-    out, init_from, path = config.general.out_dir, config.general.init_from, None
-    if init_from == "resume":
-        path = run_dir.latest_checkpoint(out, ranks)
-        # without a checkpoint, start from the initial weights of the run or, in a new directory, of the preset
-        new = PRESETS.get(config.general.preset, {}).get("general", {}).get("init_from", "scratch")
-        init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", new)
-    elif (out / run_dir.FINISHED).exists() or checkpoint.list_checkpoints(out):
-        raise ConfigError(
-            f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "
-            "--general.out-dir out/NAME."
-        )
-    torch.manual_seed(config.general.seed)  # the same initial weights on all ranks
-    if path:
-        return restore(path, init_from, config, identity)
-    if init_from == "scratch":
-        return InitialState(build_model(config.model), init_from)
-    console.info(f"Starting from the weights of {init_from}")
-    weights = ranks.main_process_first(lambda: read_pretrained(init_from))
-    dataset.check_tokenizer(weights.tokenizer, init_from)
-    return InitialState(weights.adapt(asdict(config.model)).build(lambda _: build_model(config.model)), init_from)
-
-
-def record_start(config: Config, start: InitialState, tokenizer: Tokenizer, ranks: Ranks) -> None:
-    """Print the settings that change on resume, and write config.json and the tokenizer."""
-    out, settings = config.general.out_dir, to_json(variant(config, general={"init_from": start.init_from}))
-    changed = run_dir.changed_settings(out / "config.json", settings) if start.checkpoint else []
-    for line in ["Settings that differ from those of the last launch:", *changed] if changed else []:
-        console.info(line)
-    run_dir.record_launch(start.launches, start.step, settings, ranks)
-    ranks.barrier()  # rank 0 must not write to the directory until all ranks have read it
-    if ranks.is_main:
-        (out / run_dir.FINISHED).unlink(missing_ok=True)
-        if start.checkpoint is None:  # on resume, the next save replaces it
-            files.write_json(out / "config.json", settings)
-        if tokenizer.name != "gpt2":
-            files.write(out / tokenizer.name, tokenizer.data)
-
-
-def restore(path: Path, init_from: str, config: Config, identity: dict[str, dict]) -> InitialState:
-    """Load a checkpoint to resume from. ConfigError if its identity is not that of this run."""
-    loaded = checkpoint.load(path)
-    try:
-        state = loaded.state
-        run_dir.check_identity(path, state, identity)
-        step, tokens, position = state["step"], state["tokens"], Position(**state["position"])
-        losses, launches = [float(loss) for loss in state["losses"]], [{**launch} for launch in state["launches"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"The run cannot resume from {path} ({error!r:.200}). Delete it to resume from an earlier checkpoint."
-        ) from None
-    if step > config.training.max_steps:
-        raise ConfigError(
-            f"{path} is past --training.max-steps {config.training.max_steps:,}. Increase --training.max-steps, or use "
-            "a different --general.out-dir."
-        )
-    console.info(f"Resuming from {path}")
-    model = build_model(config.model)
-    checkpoint.load_model_tensors(model, loaded.model)
-    return InitialState(model, init_from, path, loaded.optimizer, step, tokens, position, losses, launches)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # periodic tasks
 
 
-def validate(
-    model: nn.Module, dataset: Dataset, tokenizer: Tokenizer, config: Config, ranks: Ranks,
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, float]:  # fmt: skip
-    """Return the mean loss over the validation tokens, in nats per token and in bits per byte.
-
-    All ranks raise StopRequested if `stop()` is true on any of them.
-    """
-    block_size = cast(GPT, model).config.block_size  # a compiled model has the attribute too
-    rows = (block_size, config.training.micro_batch_size, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    return mean_loss(model, validation_batches(dataset.val, *rows), token_bytes, ranks, config.training.dtype, stop)
-
-
 def generate_samples(
-    model: GPT, tokenizer: Tokenizer, config: Config, step: int, ranks: Ranks, stop: Callable[[], bool] = lambda: False
-) -> list[str]:
-    """Return completions of the prompt. All ranks raise StopRequested if `stop()` is true on any of them."""
-    sampling = config.sampling
-    seed = derive_seed(config.general.seed, step)
+    model: GPT, complete: Callable[[GPT, SamplingParams, Stop], list[str]], config: Config, step: int, ranks: Ranks,
+    stop: Stop = lambda: False,
+) -> list[str]:  # fmt: skip
+    """Return `complete(...)`. All ranks raise StopRequested if `stop()` is true on any of them."""
+    sampling, seed = config.sampling, derive_seed(config.general.seed, step)
     params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, seed)
     with autocast(ranks.device, config.training.dtype):
-        texts = sample(model, tokenizer, [sampling.prompt] * sampling.num_samples, params, stop=stop)
+        texts = complete(model, params, stop)
     if ranks.sum([stop()])[0]:
         raise StopRequested
-    return [sampling.prompt + text for text in texts]
+    return texts
 
 
-def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
+def run_tasks(run: Run, due: Due, step: int, stop: Stop) -> Row:
     """Run the tasks that are due, except for the checkpoint, and return their scores for the log."""
     config, ranks, row = run.config, run.ranks, Row()
     if due.validation:
-        loss, bits_per_byte = validate(run.fast_model, run.dataset, run.tokenizer, config, ranks, stop)
-        row |= {"val_loss": loss, "val_bpb": bits_per_byte}
-        console.info(f"step {step:>6} | validation loss {loss:.4f} | {bits_per_byte:.4f} bits per byte")
+        row |= (scores := run.objective.validate(run.fast_model, ranks, stop))
+        console.info(f"step {step:>6} | {format_validation(scores)}")
     if due.evaluation and run.examples:
         style = config.evaluation.style
         scores = evaluate(run.raw_model, run.examples, style, ranks, config.training.dtype, stop=stop)
@@ -350,7 +334,7 @@ def run_tasks(run: Run, due: Due, step: int, stop: Callable[[], bool]) -> Row:
         found = tasks.evaluate_all(run.raw_model, run.task_examples, ranks, config.training.dtype, stop)
         run.metrics.write_scores(step, found)
     if due.samples:
-        texts = generate_samples(run.raw_model, run.tokenizer, config, step, ranks, stop)
+        texts = generate_samples(run.raw_model, run.objective.complete, config, step, ranks, stop)
         if run.metrics.samples is not None:
             run.metrics.samples.write(step, texts)
         console.info(f"step {step:>6} | {texts[0]}")
@@ -367,7 +351,7 @@ def save(run: Run, saver: Saver, step: int, tokens: int, position: Position) -> 
         "launches": run.start.launches,
     }  # fmt: skip
     optimizer = optim.optimizer_state(run.state.optimizers, run.raw_model)
-    saver.save(step, checkpoint.model_tensors(run.raw_model), optimizer, progress | run.identity)
+    saver.save(step, checkpoint.model_tensors(run.raw_model), optimizer, progress | run.objective.identity)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -380,11 +364,9 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
     training, max_steps = config.training, config.training.max_steps
     tokens, position = start.tokens, start.position
     schedule, lr_schedule = make_schedules(config, start.step)
-    monitor = StepMonitor(ranks.device, metrics.record)  # reads each status one step late, so the host never waits
-    loader = DataLoader(
-        run.order, position, training.batch_tokens // config.model.block_size, training.micro_batch_size, ranks.rank,
-        ranks.world_size, ranks.device,
-    )  # fmt: skip
+    # reads each status one step late, so the host never waits
+    monitor = StepMonitor(ranks.device, metrics.record, len(run.objective.columns))
+    batches = run.objective.batches(position, ranks)
     for step in range(start.step, max_steps + 1):  # the last iteration only runs the tasks
         last_step = step == max_steps
         ranks.phase = f"the tasks before step {step}"
@@ -405,21 +387,20 @@ def train(run: Run, signals: StopSignals, saver: Saver, until: int | None = None
             break
 
         ranks.phase = f"step {step}"
-        batch = next(loader)
+        batch = next(batches)
         if batch.start.epoch > position.epoch:
-            unread = len(run.dataset.train) - position.n * run.order.block_size
-            console.info(f"Epoch {batch.start.epoch} starts; {unread:,} tokens of the previous epoch were not read")
-        row["epoch"] = batch.start.epoch
+            console.info(f"Epoch {batch.start.epoch} starts")
+        row |= {"epoch": batch.start.epoch, "step_tokens": batch.num_tokens}
         row["lr"] = optim.set_learning_rates(run.state.optimizers, lr_schedule, step)
         compare = training.compare_ranks_every_n_steps > 0 and step % training.compare_ranks_every_n_steps == 0
         stop = signals.requested or saver.error is not None  # if a save fails, all ranks stop
         monitor.start()
         seed = derive_seed(config.general.seed, step, ranks.rank)
-        status = train_step(run.state, batch, next_token_loss, seed, stop=stop, compare=compare)
+        status = train_step(run.state, batch, run.objective.loss, seed, stop=stop, compare=compare)
         monitor.push(row, status)
-        tokens, position = tokens + training.batch_tokens, batch.end
+        tokens, position = tokens + batch.num_tokens, batch.end
 
-    loader.close()
+    batches.close()
     ranks.main_process_first(saver.wait)  # if a save failed, all ranks raise an error
     if not stopping:  # otherwise the resumed run writes the complete row
         metrics.write(row)
@@ -459,7 +440,7 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
     if dataset is not None:  # the mode includes val
         dataset.check_tokenizer(tokenizer, str(spec))
         loss, bits_per_byte = validate(model, dataset, tokenizer, config, ranks)
-        console.info(f"validation loss {loss:.4f} | {bits_per_byte:.4f} bits per byte")
+        console.info(format_validation({"val_loss": loss, "val_bpb": bits_per_byte}))
     if "eval" in config.general.mode:
         examples, task_examples = load_evaluation(config, tokenizer, ranks)
         scores = evaluate(model, examples, config.evaluation.style, ranks, config.training.dtype)
@@ -467,22 +448,19 @@ def evaluate_checkpoint(config: Config, dataset: Dataset | None, ranks: Ranks) -
         for score in (*scores.values(), *task_scores):
             console.info(str(score))
     if "sample" in config.general.mode:
-        for text in generate_samples(model, tokenizer, config, model.step or 0, ranks):
+
+        def complete_prompt(model: GPT, params: SamplingParams, stop: Stop) -> list[str]:
+            return complete(model, tokenizer, config.sampling, params, stop)
+
+        for text in generate_samples(model, complete_prompt, config, model.step or 0, ranks):
             console.info(f"---\n{text}")
 
 
-def main() -> None:
-    _, config = parse(sys.argv[1:])
-    config = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
-    general, saving, dataset = config.general, config.saving, None
-    if {"train", "val"} & set(general.mode):
-        dataset = open_dataset(config.data.dataset)
-        config = bind(config, dataset)
-    group = process_group(general.device, general.timeout_minutes, general.deterministic)
-    if "train" not in general.mode:
-        with group as ranks, explain_failures(ranks, memory_advice(0, 0, activation_checkpointing=True)):
-            return evaluate_checkpoint(config, dataset, ranks)
-    assert dataset is not None, "opened above, since the mode includes train"
+def launch_run(
+    config: Config, make_objective: Callable[[Config, Ranks], Objective], group: AbstractContextManager[Ranks]
+) -> None:
+    """Train a run in its locked directory, from start or resume to its last step or a stop signal."""
+    general, saving = config.general, config.saving
     with StopSignals() as signals, group as ranks:
         config = with_micro_batch_size(config, ranks.memory_for(config.training.dtype), ranks.world_size)
         training, rows = config.training, config.training.batch_tokens // config.model.block_size // ranks.world_size
@@ -493,7 +471,23 @@ def main() -> None:
             Saver(general.out_dir, saving.keep, saving.keep_every) as saver,
         ):
             signals.marker = general.out_dir / run_dir.STOPPED
-            train(set_up(config, dataset, ranks), signals, saver)  # the run is freed before the process group
+            objective = make_objective(config, ranks)
+            train(set_up(config, objective, ranks), signals, saver)  # the run is freed before the process group
+
+
+def main() -> None:
+    _, config = parse(sys.argv[1:])
+    config = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
+    general, dataset = config.general, None
+    if {"train", "val"} & set(general.mode):
+        dataset = open_dataset(config.data.dataset)
+        config = bind(config, dataset)
+    group = process_group(general.device, general.timeout_minutes, general.deterministic)
+    if "train" not in general.mode:
+        with group as ranks, explain_failures(ranks, memory_advice(0, 0, activation_checkpointing=True)):
+            return evaluate_checkpoint(config, dataset, ranks)
+    assert dataset is not None, "opened above, since the mode includes train"
+    launch_run(config, lambda config, ranks: Pretraining(config, dataset), group)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ class Training:
         self.batches = [batch if sizes.rehearse else batch.pin_memory() for batch in tokens]
 
     def step(self) -> torch.Tensor:
-        batch = Batch(Position(), Position(), self.batches, self.config.training.batch_tokens)
+        batch = Batch(Position(), Position(), self.batches, *[self.config.training.batch_tokens] * 2)
         return train_step(self.state, batch, next_token_loss, seed=0)
 
 

@@ -127,7 +127,7 @@ def measure_reading(order: Order, batch: int) -> tuple[float, float, float]:
     return (
         read_epoch(order, row_by_row, batch),
         read_epoch(order, lambda n: order.read_rows(0, range(n, n + batch), buffer), batch),
-        read_epoch(order, lambda n: loader._read_batch(Position(0, n)), step_rows),
+        read_epoch(order, lambda n: loader.read_batch(Position(0, n)), step_rows),
     )
 
 

@@ -141,7 +141,7 @@ class TimedModel:
             config.optimizer.grad_clip,
         )  # fmt: skip
         rows = torch.randint(config.model.vocab_size, (16, 257))
-        self.batch = Batch(Position(), Position(), [rows], num_targets=16 * 256)
+        self.batch = Batch(Position(), Position(), [rows], num_targets=16 * 256, num_tokens=16 * 256)
 
     def step(self) -> float:
         """Run one step and return its time in seconds."""

@@ -109,7 +109,8 @@ def step_ours(name: str, dtype: str, compiled: bool) -> dict:
     set_learning_rates(optimizers, LRSchedule(100, min_lr_ratio=0.1), 1)
 
     def step() -> None:
-        train_step(state, Batch(Position(), Position(), [rows], training.batch_tokens), next_token_loss, seed=0)
+        batch = Batch(Position(), Position(), [rows], training.batch_tokens, training.batch_tokens)
+        train_step(state, batch, next_token_loss, seed=0)
 
     timing = time_calls(step, 20, 3)
     rate = training.batch_tokens / timing["ms"] * 1e3

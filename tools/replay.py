@@ -39,7 +39,7 @@ from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import read_log
 from babygpt.training.run_dir import provenance, read_config
 from babygpt.training.signals import StopSignals
-from train import set_up, train
+from train import Pretraining, set_up, train
 
 COMPARED = ("tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm")
 # Relative tolerances, since other hardware rounds differently and other ranks draw other dropout masks. That of the
@@ -142,7 +142,7 @@ def replay(segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
         dataset = open_dataset(config.data.dataset)
         config = bind(resolve(config, ranks.world_size), dataset)
         with checkpoint.Saver(out, 0, 0) as saver:
-            run = set_up(config, dataset, ranks)
+            run = set_up(config, Pretraining(config, dataset), ranks)
             train(run, StopSignals(), saver, until=steps.stop)
     return out, len(run.examples)
 

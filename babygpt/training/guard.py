@@ -23,29 +23,37 @@ class StepStatus:
     grad_norm: torch.Tensor  # () before clipping
     z_score: torch.Tensor  # () distance of the loss from the mean of recent losses, in standard deviations
     skip_update: torch.Tensor  # () 1 if the update was skipped
+    values: torch.Tensor  # (k,) other means over the targets of all ranks, for the log
 
     @classmethod
     def of_rank(
-        cls, rank: int, world_size: int, loss: torch.Tensor, nonfinite: torch.Tensor, stop: bool,
+        cls, rank: int, world_size: int, losses: torch.Tensor, nonfinite: torch.Tensor, stop: bool,
         checksum: torch.Tensor | None,
     ) -> "StepStatus":  # fmt: skip
-        """Return the status of one rank. Summed over ranks, it is the step's, except for the last three fields."""
+        """Return the status of one rank, for which `losses`, (1 + k,), are the loss and the values.
+
+        Summed over ranks, it is that of the step, except for the last three scalars.
+        """
+        loss = losses[0]
         zero = torch.zeros_like(loss)
         # full_like fills on the device; copying `stop` from the host would synchronize
         return cls(
             loss, torch.full_like(loss, float(stop)), _place_at_rank(rank, world_size, nonfinite),
             _place_at_rank(rank, world_size, zero if checksum is None else checksum), zero, zero, zero,
+            losses[1:],
         )  # fmt: skip
 
     def pack(self) -> torch.Tensor:
-        """Return the fields as one tensor (5 + 2 W,) float32."""
+        """Return the fields as one tensor (5 + 2 W + k,) float32."""
         return torch.cat([getattr(self, field.name).reshape(-1).float() for field in fields(self)])
 
     @classmethod
-    def unpack(cls, packed: torch.Tensor) -> "StepStatus":
-        world_size = (len(packed) - 5) // 2
-        loss, stop, nonfinite, checksums, *rest = packed.split([1, 1, world_size, world_size, 1, 1, 1])
-        return cls(loss[0], stop[0], nonfinite, checksums, *(part[0] for part in rest))
+    def unpack(cls, packed: torch.Tensor, num_values: int = 0) -> "StepStatus":
+        W = (len(packed) - 5 - num_values) // 2
+        loss, stop, nonfinite, checksums, norm, z_score, skip_update, values = packed.split(
+            [1, 1, W, W, 1, 1, 1, num_values]
+        )
+        return cls(loss[0], stop[0], nonfinite, checksums, norm[0], z_score[0], skip_update[0], values)
 
 
 def _place_at_rank(rank: int, world_size: int, value: torch.Tensor) -> torch.Tensor:

@@ -30,20 +30,25 @@ Row = dict[str, Any]  # by column: int for INTEGERS, else float; None or missing
 class Log:
     """Appends rows to `path`. A run that resumes at `step` first removes the rows from this step on."""
 
-    def __init__(self, path: Path, step: int = 0):
+    def __init__(self, path: Path, step: int = 0, columns: tuple[str, ...] = ()):
+        """Open `path`, with `columns` in addition to COLUMNS."""
+        self.columns = (*COLUMNS, *columns)
         kept = read_log(path, step) if step > 0 and path.exists() else []
         earlier = sum(row["step_ms"] or 0.0 for row in kept) / 1e3  # if an earlier version wrote the last row
         self.start = time.monotonic() - (kept[-1]["elapsed_s"] or earlier if kept else 0.0)
-        files.write(path, _csv_text([COLUMNS, *map(_cells, kept)]).encode())
+        files.write(path, _csv_text([self.columns, *map(self._cells, kept)]).encode())
         self.file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115, it stays open during the run
         self.writer = csv.writer(self.file, lineterminator="\n")
 
     def write(self, row: Row) -> None:
-        self.writer.writerow(_cells({"elapsed_s": self.elapsed_s()} | row))
+        self.writer.writerow(self._cells({"elapsed_s": self.elapsed_s()} | row))
         self.file.flush()
 
     def elapsed_s(self) -> float:
         return round(time.monotonic() - self.start, 3)
+
+    def _cells(self, row: Row) -> list:
+        return [row.get(column) for column in self.columns]  # csv writes None as an empty cell, and floats by repr
 
     def sync(self) -> None:
         """Wait until the rows are on disk."""
@@ -53,19 +58,15 @@ class Log:
         self.file.close()
 
 
-def _cells(row: Row) -> list:
-    return [row.get(column) for column in COLUMNS]  # csv writes None as an empty cell, and floats exactly, by repr
-
-
 def read_log(path: Path, before_step: float = math.inf) -> list[Row]:
     """Return the rows with a step below `before_step`, empty cells as None. An incomplete last line is dropped.
 
-    Logs of earlier versions lack the last column; its values are None.
+    Logs of earlier versions lack the column elapsed_s, and logs of finetuning may have more columns than COLUMNS.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     names = tuple(lines[0].split(",")) if lines else COLUMNS
-    if names not in (COLUMNS, COLUMNS[:-1]):
+    if names[: len(COLUMNS)] != COLUMNS and names != COLUMNS[:-1]:
         raise UserError(f"{path} is not a log.csv of this version of BabyGPT: its columns are {lines[0]!r:.300}.")
     rows: list[Row] = []
     for number, line in enumerate(lines[1:], 2):

@@ -32,15 +32,15 @@ class Metrics:
     ranks: Ranks
     start: int  # step at which the run starts
     max_steps: int
-    batch_tokens: int
     flops_per_token: int | None  # for MFU, a fraction of the bfloat16 peak; None: no MFU
     compare_every: int  # steps between comparisons of the weights of all ranks; 0: never
     console_every: int  # steps between lines on the console; 0: never
     tracker_name: str | None = None  # tensorboard or wandb
     settings: dict[str, Any] = field(default_factory=dict)  # for the tracker
+    columns: tuple[str, ...] = ()  # of the log, for the values of a step's status
 
     def __post_init__(self) -> None:
-        self.log = Log(self.out / "log.csv", self.start) if self.ranks.is_main else None
+        self.log = Log(self.out / "log.csv", self.start, self.columns) if self.ranks.is_main else None
         self.samples = SampleLog(self.out / "samples.txt", self.start) if self.ranks.is_main else None
         self.scores = ScoreLog(self.out / "scores.csv", self.start) if self.ranks.is_main else None
         self.tracker = None
@@ -58,7 +58,8 @@ class Metrics:
         """
         check_status(row["step"], status, self.compare_every, self.out)
         row |= {"loss": status.loss.item(), "grad_norm": status.grad_norm.item()}
-        row |= throughput(ms, self.batch_tokens, self.flops_per_token, self.ranks)
+        row |= zip(self.columns, status.values.tolist(), strict=True)
+        row |= throughput(ms, row.pop("step_tokens"), self.flops_per_token, self.ranks)
         step, z_score, skipped = row["step"], status.z_score.item(), status.skip_update.item() > 0
         if z_score > SPIKE or skipped:
             console.info(
@@ -150,6 +151,15 @@ def throughput(ms: float, tokens: int, flops_per_token: int | None, ranks: Ranks
     if flops_per_token and (peak := peak_flops(ranks.device)):
         columns["mfu"] = columns["tokens_per_s"] * flops_per_token / (peak * ranks.world_size)
     return columns
+
+
+def format_validation(row: Row) -> str:
+    """Format the scores of a validation for the console."""
+    scores = {name.removeprefix("val_"): value for name, value in row.items()}
+    parts = [f"validation loss {scores.pop('loss'):.4f}"]
+    if "bpb" in scores:
+        parts.append(f"{scores.pop('bpb'):.4f} bits per byte")
+    return " | ".join([*parts, *(f"{name} {value:.4f}" for name, value in scores.items())])
 
 
 def format_row(row: Row) -> str:

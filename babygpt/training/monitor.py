@@ -27,8 +27,11 @@ class StepMonitor:
     and its duration. `record` returns True if it did slow work, which must not count as time of the next step.
     """
 
-    def __init__(self, device: torch.device, record: Callable[[Row, StepStatus, float], bool]):
-        self.device, self.record = device, record
+    def __init__(
+        self, device: torch.device, record: Callable[[Row, StepStatus, float], bool], num_values: int = 0
+    ):  # fmt: skip
+        """`num_values` is the length of StepStatus.values."""
+        self.device, self.record, self.num_values = device, record, num_values
         self.stop_requested = False  # by any rank, according to the statuses read so far
         self.in_flight: InFlightStep | None = None
         self.next_start: DeviceEvent | None = None  # the end of the previous step; None after work between the steps
@@ -56,7 +59,7 @@ class StepMonitor:
 
     def _read(self, step: InFlightStep) -> None:
         step.end.synchronize()
-        status = StepStatus.unpack(step.status)
+        status = StepStatus.unpack(step.status, self.num_values)
         self.stop_requested |= status.stop_requested.item() > 0
         if self.record(step.row, status, step.end.ms_since(step.start)):
             self.next_start = None

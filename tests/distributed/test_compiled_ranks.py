@@ -43,7 +43,7 @@ def compute_gradients(model: GPT, wrapped: nn.Module, batches: list[torch.Tensor
     """Return the gradients that a training step passes to the optimizer."""
     recorder = GradientRecorder(model)
     state = TrainState(wrapped, [recorder], UpdateGuard(ranks.device), ranks, "float32")
-    batch = Batch(Position(), Position(), batches, num_targets=WORLD_SIZE * MICRO_BATCHES * ROWS * T)
+    batch = Batch(Position(), Position(), batches, *[WORLD_SIZE * MICRO_BATCHES * ROWS * T] * 2)
     for _ in range(2):  # DDP rebuilds its buckets after the first step
         train_step(state, batch, next_token_loss, seed=0)
     return recorder.grads

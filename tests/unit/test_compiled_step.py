@@ -61,7 +61,7 @@ def model_and_step(
 
     def step(compiled: torch.nn.Module, number: int) -> torch.Tensor:
         set_learning_rates(optimizers, LRSchedule(100, min_lr_ratio=0.1), number)
-        batch = Batch(Position(), Position(), batches, num_targets=MICRO_BATCHES * 4 * config.model.block_size)
+        batch = Batch(Position(), Position(), batches, *[MICRO_BATCHES * 4 * config.model.block_size] * 2)
         return train_step(replace(state, model=compiled), batch, next_token_loss, seed=0, compare=True)
 
     return model, step

@@ -31,7 +31,7 @@ def test_counted_noun_agrees_with_its_number():
 
 def test_time_per_step_is_a_moving_average(tmp_path):
     """It includes the tasks between steps, adapts to a change of speed, and excludes the first step."""
-    metrics = Metrics(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), 0, 10_000, 1, None, 0, 1)
+    metrics = Metrics(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), 0, 10_000, None, 0, 1)
     now = 0.0
     for seconds in [60.0] + [1.0] * 9 + [11.0]:  # compilation, steps, a step with an evaluation
         now += seconds
@@ -59,7 +59,7 @@ def test_summary_has_scores_files_and_the_next_command(tmp_path):
     out = tmp_path / "my run"
     (out / "checkpoints" / "step_00000010").mkdir(parents=True)
     (out / "checkpoints" / "step_00000020").mkdir()
-    metrics = Metrics(out, Ranks(0, 0, 1, torch.device("cpu")), 0, 20, 1, None, 0, 1)
+    metrics = Metrics(out, Ranks(0, 0, 1, torch.device("cpu")), 0, 20, None, 0, 1)
     for step, loss, accuracy in ((0, 5.0, 0.25), (10, 3.25, 0.5), (20, 3.5, 0.375)):
         metrics.write({"step": step, "val_loss": loss, "val_bpb": loss / 2, "hellaswag": accuracy})
     assert metrics.summary().split("\n")[1:] == [
