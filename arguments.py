@@ -26,6 +26,7 @@ from dataloader import default_chunk_tokens, default_num_streams, rows_per_epoch
 from model import GPTConfig, ModernConfig, config_from_dict
 from train_config import FIELDS, MODERN_FIELDS, PRESETS, Config, preset
 
+DEFAULTS = Config()
 # fields that a run resolves itself if they have these values
 AUTOMATIC: dict[str, Any] = {
     "model.vocab_size": 0, "model.eot_id": None, "data.chunk_tokens": None, "data.num_streams": None,
@@ -298,14 +299,16 @@ def to_json(config: Config) -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps(asdict(config), default=str))  # str: for Path
 
 
-def from_json(values: dict[str, Any]) -> Config:
-    """Return the config from the output of `to_json`. UserError if its fields are not those of this version."""
+def from_json(values: dict[str, Any], defaults: Config = DEFAULTS) -> Config:
+    """Return the config from the output of `to_json`. UserError if its sections are not those of `defaults`."""
+    if "chat" in values and not hasattr(defaults, "chat"):
+        raise UserError("It is a run of finetune.py. Resume it with `python finetune.py resume RUN`.")
     try:
-        sections = {field.name: dict(values[field.name]) for field in fields(Config)}
+        sections = {field.name: dict(values[field.name]) for field in fields(defaults)}
         general, evaluation = sections["general"], sections["evaluation"]
         general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
         evaluation["tasks"] = tuple(evaluation.get("tasks", ()))
         model = config_from_dict(sections.pop("model"))
-        return variant(replace(Config(), model=model), **sections)
+        return variant(replace(defaults, model=model), **sections)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"A different version of BabyGPT wrote the settings ({error}). Use that version.") from None

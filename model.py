@@ -197,16 +197,20 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, *, cache: KVCache | None = None,
-        packed: PackedRows | None = None, reduction: Literal["mean", "sum"] = "mean",
+        packed: PackedRows | None = None, reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> torch.Tensor:  # fmt: skip
         """Return the logits (B, T, V) of token ids idx (B, T) int64, or the loss, () float32, of targets (B, T) int64.
 
-        The loss is the mean cross entropy, or its sum, for gradient accumulation; targets of -100 are ignored. For
-        `cache` and `packed`, see `hidden`.
+        The loss is the mean cross entropy, or its sum, for gradient accumulation, or that of each target, (B, T), which
+        needs more memory. Targets of -100 are ignored. For `cache` and `packed`, see `hidden`.
         """
         x = self.hidden(idx, cache, packed)  # (B, T, C)
         if targets is None:
             return self.logits(x)
+        if reduction == "none":
+            counted = targets != IGNORE_INDEX
+            losses = F.cross_entropy(self.logits(x[counted]).float(), targets[counted], reduction="none")
+            return torch.zeros(targets.shape, device=x.device).masked_scatter(counted, losses)  # (B, T)
         loss = self.summed_loss(x.flatten(0, 1), targets.flatten())
         return loss if reduction == "sum" else loss / (targets != IGNORE_INDEX).sum()
 
@@ -306,6 +310,7 @@ class ModernConfig(GPTConfig):
     value_embeddings: NonNegative = 0
     # size of the table of bigram embeddings, added to the input of each block, in multiples of the vocabulary; 0: off
     bigram_tables: NonNegative = 0
+    num_bigrams: NonNegative = 0  # the same size in entries, if the vocabulary has grown since; 0: bigram_tables
     partial_key_offset: bool = False  # half of each key's channels are those of the previous token's key
     x0_shortcut: bool = False  # mix the embedding, x0, into the input of each block
     # factor by which attention scores are multiplied, in addition to 1 / sqrt(head size)
@@ -411,7 +416,7 @@ class ModernGPT(GPT):
         table_shape = config.padded_vocab_size, config.kv_heads * config.head_size
         self.vte = nn.ModuleList(nn.Embedding(*table_shape) for _ in range(config.value_embeddings))
         if config.bigram_tables:
-            num_bigrams = config.bigram_tables * config.padded_vocab_size
+            num_bigrams = config.num_bigrams or config.bigram_tables * config.padded_vocab_size
             self.bte = BigramEmbedding(num_bigrams, config.n_embd)
             self.bigram_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         self.drop = nn.Dropout(config.dropout)

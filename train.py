@@ -133,6 +133,8 @@ class Objective(Protocol):
     identity: dict[str, dict]  # settings that must not change on resume
     columns: tuple[str, ...]  # of the log, for the values that `loss` returns after the loss
 
+    @property
+    def config(self) -> Config: ...
     def adapt(self, weights: Pretrained) -> Pretrained: ...
     def summary(self, ranks: Ranks) -> str: ...
     def batches(self, position: Position, ranks: Ranks) -> Prefetcher[Batch]: ...
@@ -236,9 +238,10 @@ class Run:
     metrics: Metrics
 
 
-def set_up(config: Config, objective: Objective, ranks: Ranks) -> Run:
+def set_up(objective: Objective, ranks: Ranks) -> Run:
     """Build the model, the optimizers and the log, and print a description of the run."""
-    training, tokenizer = config.training, objective.tokenizer
+    config, tokenizer = objective.config, objective.tokenizer
+    training = config.training
     examples, task_examples = list[Example](), dict[tasks.TaskName, list[Example]]()
     if "eval" in config.general.mode and config.evaluation.every_n_steps > 0:
         examples, task_examples = load_evaluation(config, tokenizer, ranks)
@@ -471,8 +474,8 @@ def launch_run(
             Saver(general.out_dir, saving.keep, saving.keep_every) as saver,
         ):
             signals.marker = general.out_dir / run_dir.STOPPED
-            objective = make_objective(config, ranks)
-            train(set_up(config, objective, ranks), signals, saver)  # the run is freed before the process group
+            # not a variable here, so that the run is freed before the process group
+            train(set_up(make_objective(config, ranks), ranks), signals, saver)
 
 
 def main() -> None:

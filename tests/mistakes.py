@@ -110,7 +110,7 @@ MISTAKES = [
     (26, "validation uses the eager model", "unit/test_train.py -k uses_the_compiled_model",
      [("train.py", "run.objective.validate(run.fast_model", "run.objective.validate(run.raw_model")]),
     (26, "the host reads the loss of every validation batch", "unit/test_compiled_step.py -k validation",
-     [("babygpt/evaluation/validation.py", "reduction=\"sum\"))", "reduction=\"sum\").cpu())\n            losses[-1].item()")]),
+     [("babygpt/evaluation/validation.py", "**kwargs))", "**kwargs).cpu())\n            losses[-1].item()")]),
     (26, "the optimizer waits for the device", "unit/test_compiled_step.py -k reads_nothing",
      [("babygpt/training/optim.py", "if self.found_inf is not None:", "if self.found_inf is not None and self.found_inf.item() < 2:")]),
     (27, "the compiled loss scatters into the logits", "unit/test_compiled_step.py -k scatter",

@@ -142,7 +142,7 @@ def replay(segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
         dataset = open_dataset(config.data.dataset)
         config = bind(resolve(config, ranks.world_size), dataset)
         with checkpoint.Saver(out, 0, 0) as saver:
-            run = set_up(config, Pretraining(config, dataset), ranks)
+            run = set_up(Pretraining(config, dataset), ranks)
             train(run, StopSignals(), saver, until=steps.stop)
     return out, len(run.examples)
 

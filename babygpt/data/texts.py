@@ -145,13 +145,29 @@ def _split(file: IO[bytes], separator: bytes) -> Iterator[bytes]:
     yield bytes(buffer)
 
 
+def read_objects(path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the value of each line of a jsonl file, or of each item of a json file."""
+    parse = _parse_jsonl if format_of(path) == "jsonl" else _parse_items
+    try:
+        with open_utf8(path, None) as file:
+            yield from parse(path, file)
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read and may be corrupted: {error}") from None
+
+
 def _read_jsonl(path: str, file: IO[bytes], task: Task) -> Iterator[tuple]:
-    offset, stop = task.range or (0, float("inf"))
+    for location, row in _parse_jsonl(path, file, task.range):
+        yield select_columns(row, task.columns, location)
+
+
+def _parse_jsonl(path: str, file: IO[bytes], limits: tuple[int, int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the value of each line that starts in the range `limits` of bytes."""
+    offset, stop = limits or (0, float("inf"))
     from_start = offset == 0  # of the file, so that line numbers are known
     if offset > 0:
         file.seek(offset - 1)
         offset += len(file.readline()) - 1  # a line that starts before the range belongs to the previous task
-    mark = file.tell() if from_start and task.range else 0  # bytes of a byte order mark, part of the first line
+    mark = file.tell() if from_start and limits else 0  # bytes of a byte order mark, part of the first line
     for number, line in enumerate(file, 1):  # a binary file splits at \n only, not at U+2028 in a text
         if offset >= stop:
             break
@@ -159,20 +175,24 @@ def _read_jsonl(path: str, file: IO[bytes], task: Task) -> Iterator[tuple]:
         offset, mark = offset + len(line) + mark, 0
         if not line.strip():
             continue
-        yield select_columns(_parse_json(line, location), task.columns, location)
+        yield location, _parse_json(line, location)
 
 
 def _read_json(path: str, file: IO[bytes], task: Task) -> Iterator[tuple]:
-    """Read an array of objects or strings, a single object, or lines as in a jsonl file."""
+    for location, row in _parse_items(path, file):
+        yield select_columns({task.columns[0]: row} if isinstance(row, str) else row, task.columns, location)
+
+
+def _parse_items(path: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the value of each item of an array, a single object, or lines as in a jsonl file."""
     data = file.read()
     first_line, _, rest = data.lstrip().partition(b"\n")
     if rest.lstrip().startswith(b"{") and first_line.rstrip().endswith(b"}"):
-        yield from _read_jsonl(path, io.BytesIO(data), task)
+        yield from _parse_jsonl(path, io.BytesIO(data))
         return
     rows = _parse_json(data, path)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        row = {task.columns[0]: row} if isinstance(row, str) else row
-        yield select_columns(row, task.columns, f"{path}, item {number}")
+        yield f"{path}, item {number}", row
 
 
 def _parse_json(data: bytes, location: str) -> Any:

@@ -77,8 +77,9 @@ def read_config(path: Path) -> dict[str, Any]:
         vocab_size, num_bigrams = values["vocab_size"], values.get("num_bigrams", 0)
         if not isinstance(vocab_size, int) or not isinstance(num_bigrams, int) or vocab_size < 1:
             raise UserError(f"{path} has an invalid vocab_size or num_bigrams. Copy it again.")
-        tables = num_bigrams // padded_vocab_size(vocab_size)
-        return {name: values[name] for name in MODERN_FIELDS} | {"bigram_tables": tables, "dropout": 0.0}
+        tables, rest = divmod(num_bigrams, padded_vocab_size(vocab_size))
+        bigrams = {"bigram_tables": tables + (rest > 0), "num_bigrams": num_bigrams if rest else 0}
+        return {name: values[name] for name in MODERN_FIELDS} | bigrams | {"dropout": 0.0}
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
         model_type = values.get("model_type") if isinstance(values, dict) else None
         raise UserError(f"{path} is not a GPT-2 configuration: its model_type is {model_type!r}.")

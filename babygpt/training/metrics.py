@@ -40,7 +40,8 @@ class Metrics:
     columns: tuple[str, ...] = ()  # of the log, for the values of a step's status
 
     def __post_init__(self) -> None:
-        self.log = Log(self.out / "log.csv", self.start, self.columns) if self.ranks.is_main else None
+        extra = (*self.columns, *(f"val_{name}" for name in self.columns))
+        self.log = Log(self.out / "log.csv", self.start, extra) if self.ranks.is_main else None
         self.samples = SampleLog(self.out / "samples.txt", self.start) if self.ranks.is_main else None
         self.scores = ScoreLog(self.out / "scores.csv", self.start) if self.ranks.is_main else None
         self.tracker = None
@@ -135,10 +136,12 @@ class Metrics:
         files = ("log.csv", "scores.csv", "samples.txt", "plot.png", "report.html")
         names = [name for name in files if (self.out / name).exists()]
         elapsed = duration(rows[-1]["elapsed_s"] or 0.0)
+        use = "chat" if run_dir.is_finetuning(self.out) else "sample"
+        command = f"To {use}: {shlex.join(['python', f'{use}.py', str(self.out)])}"
         return "\n  ".join([
             f"Finished {counted(self.max_steps, 'step')} in {elapsed}", *lines,
             f"{self.out}: {', '.join(map(str, [*names, *saved]))}",
-            *([f"To sample: {shlex.join(['python', 'sample.py', str(self.out)])}"] if saved else []),
+            *([command] if saved else []),
         ])  # fmt: skip
 
 

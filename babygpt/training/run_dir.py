@@ -81,7 +81,14 @@ def _lock_file(file: TextIO) -> None:
 
 def resume_command(out: Path) -> str:
     """Return the command that resumes the run in `out` on one process, with the settings of its config.json."""
+    if is_finetuning(out):
+        return shlex.join(["python", "finetune.py", "resume", str(out)])
     return shlex.join(["python", "train.py", "--out-dir", str(out), "--init-from", "resume"])
+
+
+def is_finetuning(out: Path) -> bool:
+    """Return whether a run directory is of finetune.py."""
+    return "chat" in read_config(out / "config.json")
 
 
 def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
@@ -165,7 +172,7 @@ def format_settings(config: dict[str, dict], defaults: dict[str, dict]) -> str:
     """Format the settings that differ from `defaults` for the console, one line per section."""
     lines = []
     for section, values in config.items():
-        changed = [name for name, value in values.items() if (name, value) not in defaults[section].items()]
+        changed = [name for name, value in values.items() if (name, value) not in defaults.get(section, {}).items()]
         if changed:
             lines.append(f"{section:>11}  " + "  ".join(f"{name}={_one_line(values[name])}" for name in changed))
     return "\n".join(lines)

@@ -91,10 +91,10 @@ def train_step(state, batch, *args, **kwargs):
     return original_train_step(state, batch, *args, **kwargs)
 
 
-def set_up(config, *args):
+def set_up(objective, *args):
     global out_dir
-    out_dir = Path(config.general.out_dir)
-    return original_set_up(config, *args)
+    out_dir = Path(objective.config.general.out_dir)
+    return original_set_up(objective, *args)
 
 
 train.train_step, train.set_up = train_step, set_up

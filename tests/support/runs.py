@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -77,14 +78,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def fork_ranks(world_size: int, *arguments: object, fault: str = "") -> None:
-    """Run train.py on several ranks, as `torchrun` does, in forks of this process.
+def fork_ranks(world_size: int, *arguments: object, fault: str = "", script: ModuleType = train) -> None:
+    """Run train.py or another script on several ranks, as `torchrun` does, in forks of this process.
 
     The forks have already imported everything, which saves seconds. With an accelerator this calls `torchrun`, since
     PyTorch does not support a backward pass in a forked process there.
     """
     if torch.accelerator.is_available():
-        torchrun(world_size, *arguments, fault=fault)
+        torchrun(world_size, *arguments, fault=fault, script=f"{script.__name__}.py")
         return
     group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RESTART_COUNT": 0, "FAULT": fault}
@@ -101,7 +102,7 @@ def fork_ranks(world_size: int, *arguments: object, fault: str = "") -> None:
                     }
                     if fault:
                         importlib.import_module("support.faulty_train")  # replaces train.train_step
-                    call(lambda: run(train.main), *arguments)
+                    call(lambda: run(script.main), *arguments)
                     os._exit(0)
                 except BaseException:
                     traceback.print_exc()

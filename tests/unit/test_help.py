@@ -14,6 +14,7 @@ COMMANDS = {
     "fineweb verify": "fineweb.py verify [-h] DIRECTORY",
     "train": "train.py [-h] [PRESET] [OPTIONS]",
     "train modern": "train.py [-h] [PRESET] [OPTIONS]",
+    "finetune": "finetune.py [-h] {sft,dpo,resume} MODEL [DATA] [OPTIONS]",
     "hellaswag": "hellaswag.py [-h] MODEL [OPTIONS]",
     "sample": "sample.py [-h] MODEL [OPTIONS]",
     "tools.plot": "python -m tools.plot [-h] RUN [RUN ...] [--out PATH] [--x {steps,tokens,hours}] [--smooth N]",

@@ -17,7 +17,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-TOP_LEVEL = ("arguments", "dataloader", "fineweb", "hellaswag", "launch", "model", "sample", "train", "train_config")
+TOP_LEVEL = (
+    "arguments",
+    "dataloader",
+    "finetune",
+    "fineweb",
+    "hellaswag",
+    "launch",
+    "model",
+    "sample",
+    "train",
+    "train_config",
+)
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for pattern in ("*.py", "babygpt/**/*.py", "tools/*.py")
@@ -64,9 +75,9 @@ def test_top_level_never_imports_tools_or_fineweb(name):
 
 
 def test_train_is_imported_by_commands_and_tests_only():
-    """Only the tools import train.py, not the other scripts or the package."""
+    """Only finetune.py and the tools import train.py, not the other scripts or the package."""
     importers = {name for name in FILES if "train" in packages(tree(name))}
-    assert {name.split(".")[0] for name in importers} <= {"tools"}
+    assert {name.split(".")[0] for name in importers} <= {"finetune", "tools"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("babygpt.")])

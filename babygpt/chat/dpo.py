@@ -1,0 +1,113 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+The loss of a pair is -log sigmoid(beta ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected)))),
+where the log-probability of an answer is summed over its tokens, including the end token, and ref is the initial model.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from babygpt import files
+from babygpt.chat.packing import PackedBatch, Sequences, best_fit_decreasing, collate
+from babygpt.training.device import autocast
+from babygpt.training.distributed import Ranks
+
+# means over the pairs, in this order after the loss; sft_loss is the mean over the tokens of the chosen answers
+COLUMNS = ("reward_chosen", "reward_rejected", "margin", "accuracy", "chosen_change", "sft_loss")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A micro-batch of P pairs on the host."""
+
+    batch: PackedBatch  # of 2 P sequences: chosen, rejected, chosen, ...
+    reference: torch.Tensor  # (P, 2) float32, log-probabilities of the initial model
+    pairs_per_token: float  # the number of pairs in the step, divided by that of tokens in their chosen answers
+
+
+def collate_pairs(
+    sequences: Sequences, pairs: Sequence[int], block_size: int, pad_id: int, pin: bool = False
+) -> PackedBatch:
+    """Pack the answers of pairs into as few rows of at most `block_size` tokens as possible, at least one."""
+    tokens = [sequences.get(2 * pair + answer, block_size) for pair in pairs for answer in (0, 1)]
+    lengths = [len(ids) - 1 for ids, _ in tokens]
+    row_tokens = min(block_size, -(-max(sum(lengths), 1) // 64) * 64)
+    # rows in the order of their sequences, since `collate` numbers them in the order of the rows
+    rows = best_fit_decreasing(lengths, row_tokens) or [[]]
+    batch = collate([[tokens[i] for i in row] for row in rows], row_tokens, pad_id)
+    numbers = torch.tensor([*(i for row in rows for i in row), len(tokens)])  # of each sequence in the order of rows
+    batch = PackedBatch(batch.idx, batch.targets, batch.positions, numbers[batch.sequences])
+    return PackedBatch(*(tensor.pin_memory() for tensor in vars(batch).values())) if pin else batch
+
+
+def log_probabilities(model: nn.Module, batch: PackedBatch, num_pairs: int) -> torch.Tensor:
+    """Return the log-probabilities of the chosen and the rejected answers, (num_pairs, 2) float32."""
+    losses = model(batch.idx, batch.targets, packed=batch.packed(), reduction="none")  # (B, T)
+    sums = torch.zeros(2 * num_pairs + 1, device=losses.device)  # the last one is of padding
+    sums = sums.index_add(0, batch.sequences.flatten(), losses.flatten())
+    return -sums[:-1].view(num_pairs, 2)
+
+
+def dpo_loss(log_probs: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each pair, (P,), and the rewards of its chosen and rejected answer, (P, 2).
+
+    The log-probabilities of model and reference are (P, 2).
+    """
+    rewards = beta * (log_probs - reference)
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
+
+
+def summed_losses(model: nn.Module, pairs: Pairs, device: torch.device, beta: float) -> torch.Tensor:
+    """Return the loss and the values of COLUMNS, summed over the pairs, (7,) float32."""
+    batch, reference = pairs.batch.to(device), pairs.reference.to(device, non_blocking=True)
+    log_probs = log_probabilities(model, batch, len(reference))
+    losses, rewards = dpo_loss(log_probs, reference, beta)
+    margins = rewards[:, 0] - rewards[:, 1]
+    values = [rewards[:, 0], rewards[:, 1], margins, (margins > 0).float(), log_probs[:, 0] - reference[:, 0]]
+    values.append(-log_probs[:, 0] * pairs.pairs_per_token)
+    return torch.stack([losses.sum(), *(value.sum().detach() for value in values)])
+
+
+def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return a hash of the names and values of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def reference_log_probs(
+    model: nn.Module, sequences: Sequences, path: Path, block_size: int, ranks: Ranks, dtype: str
+) -> np.ndarray:
+    """Return the log-probabilities of the answers under the initial model, (pairs, 2) float32.
+
+    They are computed once, by all ranks, and stored at `path`, whose name identifies model and data.
+    """
+    if ranks.sum([path.exists()])[0] == ranks.world_size:
+        return np.load(path)
+    num_pairs, model = len(sequences) // 2, model.to(ranks.device).eval()
+    values = torch.zeros(num_pairs, 2, dtype=torch.float64, device=ranks.device)
+    for pairs in batched(range(ranks.rank, num_pairs, ranks.world_size), 8):
+        batch = collate_pairs(sequences, pairs, block_size, pad_id=0).to(ranks.device)
+        with autocast(ranks.device, dtype):
+            values[pairs] = log_probabilities(model, batch, len(pairs)).double()
+    reference = ranks.all_reduce(values).cpu().numpy().astype(np.float32)
+    if ranks.is_main:
+        with files.create(path) as file:
+            np.save(file, reference)
+    ranks.barrier()
+    return reference
+
+
+def batched(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    for i in range(0, len(items), size):
+        yield list(items[i : i + size])

@@ -1,0 +1,473 @@
+"""Finetune a model on conversations (SFT) or on preferences (DPO).
+
+    python finetune.py sft out/gpt2 instructions.jsonl               # supervised finetuning: writes out/gpt2-sft
+    python finetune.py dpo out/gpt2-sft preferences.jsonl            # writes out/gpt2-sft-dpo
+    python finetune.py sft gpt2 HuggingFaceTB/smoltalk --config all --held-out 0.005
+    torchrun --standalone --nproc_per_node=8 finetune.py sft out/gpt2 instructions.jsonl
+    python finetune.py resume out/gpt2-sft                           # resume a stopped run
+
+SFT trains on the messages of the assistant, with conversations packed into rows of block_size tokens. DPO trains on
+pairs of answers, of which one is preferred. docs/chat.md describes the records. The held-out prompts of `val` are for
+validation, those of `test` are not read. The training loop, checkpoints and log are those of train.py.
+"""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import nn
+from tyro.conf import Positional
+
+from arguments import from_json, with_momentum_defaults
+from babygpt.chat import dpo
+from babygpt.chat.conversations import DataSource, Kind, prepare, read_manifest, read_split
+from babygpt.chat.packing import PackedBatch, Sequences, best_fit_decreasing, collate, tokenize
+from babygpt.chat.reply import reply
+from babygpt.chat.template import ChatTemplate, Conversation
+from babygpt.chat.vocabulary import with_chat_tokens
+from babygpt.console import counted
+from babygpt.constraints import (
+    Fraction,
+    ModelArgument,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Seed,
+    metavar,
+    parse_arguments,
+)
+from babygpt.data.tokenizer import Tokenizer, load_tokenizer
+from babygpt.errors import ConfigError
+from babygpt.errors import run as run_script
+from babygpt.evaluation.validation import mean_loss
+from babygpt.nn.generation import SamplingParams
+from babygpt.pretrained import HUB_MODELS, Pretrained, read_architecture, read_pretrained
+from babygpt.settings import variant
+from babygpt.training import checkpoint, run_dir
+from babygpt.training.device import autocast
+from babygpt.training.distributed import Ranks, process_group
+from babygpt.training.log import Row
+from babygpt.training.prefetch import Prefetcher
+from babygpt.training.seeds import permutation
+from babygpt.training.signals import StopRequested
+from dataloader import Batch, Position
+from model import GPT, build_model, config_from_dict
+from train import Stop, launch_run
+from train_config import Config, Training, preset
+
+DATA_DIRECTORY = Path("data/chat")  # of prepared data
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The settings of finetuning that train_config.py does not have."""
+
+    method: Literal["sft", "dpo"] = "sft"
+    config: str | None = None  # of a dataset on the hub
+    split: str = "train"  # of a dataset on the hub
+    held_out: float = 0.1
+    warmup_fraction: float = 0.05
+    per_step: int = 8  # rows (SFT) or pairs (DPO)
+    beta: float = 0.1
+    reference: str = ""  # hash of the initial model and the data of DPO
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Config):
+    """All settings of a run, as in its config.json. general.init_from is the initial model, data.dataset the data."""
+
+    chat: Chat = field(default_factory=Chat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArgs:
+    """The command line: each field is a flag, and its comment is the help."""
+
+    # sft: supervised finetuning; dpo: direct preference optimization; resume: resume a run
+    method: Annotated[Positional[Literal["sft", "dpo", "resume"]], metavar("{sft,dpo,resume}")]
+    model: ModelArgument  # initial model; with resume, the run directory
+    # jsonl or json file, dataset on the Hugging Face Hub, or prepared directory
+    data: Annotated[Positional[str | None], metavar("[DATA]")] = None
+    out_dir: Annotated[Path | None, metavar("PATH", "out/NAME-METHOD")] = None  # run directory
+    # configuration of a dataset on the hub
+    config: Annotated[str | None, metavar("NAME", "the only one")] = None
+    split: Annotated[str, metavar("NAME")] = "train"  # split of a dataset on the hub
+    # fraction of the prompts in val, and also in test
+    held_out: Annotated[float, Ge(0), Lt(0.5), metavar("FRACTION")] = 0.1
+    epochs: Annotated[float | None, Gt(0), Le(1000), metavar("N", "3 for sft, 1 for dpo")] = None  # number of epochs
+    max_steps: Annotated[Positive | None, metavar("N", "epochs")] = None  # number of steps; replaces epochs
+    rows: Annotated[Positive, metavar("N")] = 8  # with sft: rows of block_size tokens per step
+    pairs: Annotated[Positive, metavar("N")] = 16  # with dpo: pairs per step
+    block_size: Annotated[Positive | None, metavar("N", "that of the model")] = None  # context length, in tokens
+    max_lr: Annotated[PositiveFloat | None, metavar("RATE", "3e-4 for sft, 5e-6 for dpo")] = None  # peak learning rate
+    warmup: Fraction = 0.05  # fraction of the steps over which the rate rises, before it decays linearly to 0
+    # with dpo: strength of the penalty for leaving the initial model
+    beta: Annotated[PositiveFloat, metavar("BETA")] = 0.1
+    micro_batch_size: NonNegative = 0  # rows per forward pass; 0: automatic
+    validate_every: NonNegative = 50  # validate and sample every N steps, and at the end; 0: never
+    save_every: NonNegative = 200  # save a checkpoint every N steps, and at the end; 0: only when the run is stopped
+    keep: NonNegative = 2  # number of most recent checkpoints to keep; 0: all
+    seed: Seed = 1337  # seed of the order of the data
+    note: Annotated[str, metavar("TEXT")] = ""  # remark about the run, shown by `python -m tools.runs`
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
+    # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def new_config(args: FinetuneArgs) -> FinetuneConfig:
+    """Return the config of a new run. ConfigError if there is no model or no data."""
+    if args.data is None:
+        raise ConfigError(f"No data given. Use python finetune.py {args.method} {args.model} DATA.")
+    architecture = asdict(preset(args.model).model) if args.model in HUB_MODELS else read_architecture(args.model)
+    if architecture is None:
+        raise ConfigError(f"There is no model at {args.model}. Use a run directory (out/NAME), or another model.")
+    model = replace(config_from_dict(architecture), dropout=0.0)
+    model = replace(model, block_size=min(args.block_size or model.block_size, model.block_size))
+    is_dpo = args.method == "dpo"
+    per_step = args.pairs if is_dpo else args.rows
+    name = Path(args.model.rstrip("/"))
+    config = FinetuneConfig(
+        model=model,
+        chat=Chat("dpo" if is_dpo else "sft", args.config, args.split, args.held_out, args.warmup, per_step, args.beta),
+    )
+    return variant(
+        config,
+        general={
+            "mode": ("train", "val", "sample"), "init_from": args.model, "seed": args.seed, "device": args.device,
+            "note": args.note, "preset": args.method,
+            "out_dir": args.out_dir or Path("out") / f"{name.name.removesuffix('.pt')}-{args.method}",
+        },
+        data={"dataset": args.data},
+        training={
+            "epochs": None if args.max_steps else args.epochs or (1.0 if is_dpo else 3.0),
+            "max_steps": args.max_steps or Training.max_steps, "dtype": args.dtype, "compile": "off",
+            "batch_tokens": per_step * model.block_size * (2 if is_dpo else 1),  # at most, with dpo
+            "micro_batch_size": args.micro_batch_size,
+        },
+        optimizer={
+            "max_lr": args.max_lr or (5e-6 if is_dpo else 3e-4), "min_lr_ratio": 0.0, "weight_decay": 0.0,
+            "cooldown": 1.0 - args.warmup,
+        },
+        validation={"every_n_steps": args.validate_every},
+        evaluation={"every_n_steps": 0},
+        sampling={"every_n_steps": args.validate_every, "num_samples": 3, "max_new_tokens": 100, "temperature": 0.7},
+        saving={"every_n_steps": args.save_every, "keep": args.keep},
+    )  # fmt: skip
+
+
+def resumed_config(args: FinetuneArgs) -> FinetuneConfig:
+    """Return the config of the run directory `args.model`. ConfigError if it is not a run of this script."""
+    given = [f.name for f in fields(args) if f.name not in ("method", "model") and getattr(args, f.name) != f.default]
+    if given:
+        raise ConfigError(f"A run resumes with its own settings. Omit {', '.join(given)}.")
+    out = Path(args.model)
+    settings = run_dir.read_config(out / "config.json")
+    if "chat" not in settings:
+        raise ConfigError(f"{out} is not a run of finetune.py. Use the directory of one, such as out/gpt2-sft.")
+    config = cast(FinetuneConfig, from_json(settings, FinetuneConfig()))
+    initial = {} if checkpoint.list_checkpoints(out) else {"init_from": settings["general"]["init_from"]}
+    return variant(config, general={"out_dir": out, "init_from": "resume"} | initial)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what SFT and DPO have in common
+
+
+class Finetuning(ABC):
+    """An objective whose epoch is a list of examples: rows for SFT, pairs for DPO.
+
+    A step takes `per_step` of them, and the last step of an epoch takes the rest. Rank r of W ranks takes those with
+    index mod W = r. Each example is read once per epoch, in an order that depends on seed and epoch.
+    """
+
+    kind: Kind
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, config: FinetuneConfig, directory: Path, tokenizer: Tokenizer):
+        self.config, self.tokenizer, self.template = config, tokenizer, ChatTemplate(tokenizer)
+        self.directory, self.block_size = directory, config.model.block_size
+        self.train = tokenize(directory, "train", self.template, self.kind)
+        self.val = tokenize(directory, "val", self.template, self.kind)
+        self.lengths, self.targets = self.train.lengths(self.block_size), self.train.num_supervised(self.block_size)
+        self.kept = self.usable(self.train)
+        if not len(self.kept):
+            raise ConfigError(
+                f"No answer in {directory} begins within the first {self.block_size:,} tokens. Use shorter prompts, or "
+                "a model with a larger block_size."
+            )
+        self.epoch = lru_cache(maxsize=2)(self.examples_of_epoch)  # two: at the end of an epoch, the next one is needed
+        self.num_examples = len(self.epoch(0))  # the same for every epoch
+        epochs, steps = config.training.epochs, math.ceil(self.num_examples / config.chat.per_step)
+        max_steps = config.training.max_steps if epochs is None else max(1, round(epochs * steps))
+        self.config = variant(
+            config,
+            training={"max_steps": max_steps},
+            optimizer={"warmup_steps": round(config.chat.warmup_fraction * max_steps)},
+            validation={"every_n_steps": config.validation.every_n_steps if len(self.val) else 0},
+        )
+        data = {
+            "fingerprint": read_manifest(directory)["splits"]["train"]["sha256"], "method": config.chat.method,
+            "block_size": self.block_size, "seed": config.general.seed, "reference": config.chat.reference,
+        }  # fmt: skip
+        self.identity = {
+            "model": asdict(config.model), "data": data, "optimizer": {"name": config.optimizer.name},
+            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        }  # fmt: skip
+
+    def usable(self, sequences: Sequences) -> np.ndarray:
+        """Return which conversations have a supervised token after truncation, ascending indices, int64."""
+        return np.flatnonzero(sequences.num_supervised(self.block_size))
+
+    @abstractmethod
+    def examples_of_epoch(self, epoch: int) -> list[Any]:
+        """Return the examples of an epoch in order."""
+
+    @abstractmethod
+    def batch(self, start: Position, examples: list[Any], local: list[list[Any]], pin: bool) -> Batch:
+        """Return the batch of a step with these examples. `local` are those of each micro-batch of this rank."""
+
+    def batches(self, position: Position, ranks: Ranks) -> Prefetcher[Batch]:
+        return ExampleLoader(self, position, ranks)
+
+    def adapt(self, weights: Pretrained) -> Pretrained:
+        return with_chat_tokens(weights).adapt(asdict(self.config.model))
+
+    def steps_summary(self, unit: str) -> str:
+        per_step, max_steps = self.config.chat.per_step, self.config.training.max_steps
+        steps = math.ceil(self.num_examples / per_step)
+        return (
+            f"{counted(per_step, unit)} per step, {counted(steps, 'step')} per epoch, {max_steps / steps:.2f} epochs "
+            f"in {counted(max_steps, 'step')}"
+        )
+
+    def complete(self, model: GPT, params: SamplingParams, stop: Stop) -> list[str]:
+        """Return held-out prompts, each with the model's reply."""
+        texts = []
+        for messages in self.sample_prompts():
+            answer = "".join(reply(model, self.template, messages, params, stop))
+            texts.append("\n".join(f"{m['role']}: {m['content']}" for m in messages) + f"\nassistant: {answer}")
+        return texts
+
+    def sample_prompts(self) -> list[Conversation]:
+        """Return the first prompts of val that leave half of the context for the reply, otherwise a greeting."""
+        prompts: list[Conversation] = []
+        for record in read_split(self.directory, "val"):
+            messages = record.get("prompt") or record["messages"]
+            first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+            if first and len(self.template.prompt(messages[:first])) <= self.block_size // 2:
+                prompts.append(messages[:first])
+            if len(prompts) == self.config.sampling.num_samples:
+                break
+        return prompts or [[{"role": "user", "content": "Hello!"}]]
+
+
+class ExampleLoader(Prefetcher[Batch]):
+    """An endless iterator over the batches of one rank."""
+
+    def __init__(self, objective: Finetuning, position: Position, ranks: Ranks):
+        self.objective, self.ranks = objective, ranks
+        training = objective.config.training
+        self.per_step = objective.config.chat.per_step
+        rows = max(1, training.micro_batch_size)
+        self.micro_batch_size = max(1, rows // 2) if objective.kind == "preferences" else rows  # two rows per pair
+        super().__init__(position, ranks.device)
+
+    def read_batch(self, position: Position) -> Batch:
+        if position.n >= self.objective.num_examples:
+            position = Position(position.epoch + 1, 0)
+        rank, W, size = self.ranks.rank, self.ranks.world_size, self.micro_batch_size
+        examples = self.objective.epoch(position.epoch)[position.n : position.n + self.per_step]
+        local = [example for n, example in enumerate(examples, position.n) if n % W == rank]
+        # the same number of micro-batches on all ranks, of which the last may be empty
+        count = math.ceil(math.ceil(len(examples) / W) / size)
+        micro_batches = [local[i * size : (i + 1) * size] for i in range(count)]
+        return self.objective.batch(position, examples, micro_batches, self.cuda_device is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# supervised finetuning
+
+
+class SFT(Finetuning):
+    """The loss of the assistant's messages, a mean over all their tokens in a step."""
+
+    kind: Kind = "conversations"
+
+    def examples_of_epoch(self, epoch: int) -> list[list[int]]:
+        """Return the conversations of each row."""
+        seed, lengths = self.config.general.seed, self.lengths[self.kept].tolist()
+        rows = best_fit_decreasing(lengths, self.block_size, permutation(len(lengths), seed, epoch).tolist())
+        return [self.kept[rows[i]].tolist() for i in permutation(len(rows), seed, epoch)]
+
+    def batch(self, start: Position, examples: list[Any], local: list[list[Any]], pin: bool) -> Batch:
+        size = max(1, *map(len, local))  # all micro-batches have the same shape
+        micro_batches = [self.collate_rows([*rows, *([[]] * (size - len(rows)))], pin) for rows in local]
+        used = [i for row in examples for i in row]
+        return Batch(
+            start, Position(start.epoch, start.n + len(examples)), micro_batches, int(self.targets[used].sum()),
+            int(self.lengths[used].sum()),
+        )  # fmt: skip
+
+    def collate_rows(self, rows: list[list[int]], pin: bool) -> PackedBatch:
+        tokens = [[self.train.get(i, self.block_size) for i in row] for row in rows]
+        return collate(tokens, self.block_size, self.tokenizer.eot_id, pin)
+
+    def loss(self, model: nn.Module, micro_batch: PackedBatch, device: torch.device) -> torch.Tensor:
+        """Return the loss summed over the supervised tokens, (1,) float32."""
+        batch = micro_batch.to(device)
+        return model(batch.idx, batch.targets, packed=batch.packed(), reduction="sum")[None]
+
+    def validate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Row:
+        """Return the mean loss over the supervised tokens of the held-out conversations."""
+        rows = best_fit_decreasing(self.val.lengths(self.block_size).tolist(), self.block_size)[
+            ranks.rank :: ranks.world_size
+        ]
+        size = max(1, self.config.training.micro_batch_size)
+
+        def batches() -> Iterator[tuple]:
+            for i in range(0, len(rows), size):
+                tokens = [[self.val.get(j, self.block_size) for j in row] for row in rows[i : i + size]]
+                batch = collate(tokens, self.block_size, self.tokenizer.eot_id)
+                yield batch.idx, batch.targets, batch.to(ranks.device).packed()
+
+        token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
+        loss, bits_per_byte = mean_loss(model, batches(), token_bytes, ranks, self.config.training.dtype, stop)
+        return {"val_loss": loss, "val_bpb": bits_per_byte}
+
+    def summary(self, ranks: Ranks) -> str:
+        truncated = int((np.diff(self.train.starts) - 1 > self.block_size).sum())
+        used = self.lengths[self.kept].sum() / (self.num_examples * self.block_size)
+        return (
+            f"{len(self.kept):,} conversations with {self.targets.sum():,} supervised tokens in "
+            f"{counted(self.num_examples, 'row')} of {self.block_size:,} tokens ({used:.1%} used); {truncated:,} "
+            f"truncated, {len(self.train) - len(self.kept):,} skipped without a supervised token\n"
+            f"{self.steps_summary('row')}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# direct preference optimization
+
+
+class DPO(Finetuning):
+    """The DPO loss, a mean over the pairs of a step."""
+
+    kind: Kind = "preferences"
+    columns: tuple[str, ...] = dpo.COLUMNS
+
+    def __init__(self, config: FinetuneConfig, directory: Path, initial: Pretrained, ranks: Ranks):
+        """`initial` is the reference model, with the special tokens of the template."""
+        super().__init__(config, directory, initial.tokenizer)
+        self.reference = {}
+        for split, sequences in (("train", self.train), ("val", self.val)):
+            path = directory / f"{split}-reference-{config.chat.reference[:16]}.npy"
+            model = initial.build(lambda _: build_model(config.model))
+            self.reference[split] = dpo.reference_log_probs(
+                model, sequences, path, self.block_size, ranks, config.training.dtype
+            )
+
+    def usable(self, sequences: Sequences) -> np.ndarray:
+        """Return which pairs have a supervised token in both answers, ascending indices, int64."""
+        return np.flatnonzero(sequences.num_supervised(self.block_size).reshape(-1, 2).all(axis=1))
+
+    def examples_of_epoch(self, epoch: int) -> list[int]:
+        return self.kept[permutation(len(self.kept), self.config.general.seed, epoch)].tolist()
+
+    def batch(self, start: Position, examples: list[Any], local: list[list[Any]], pin: bool) -> Batch:
+        micro_batches = [self.pairs("train", pairs, examples, pin) for pairs in local]
+        num_tokens = int(self.lengths.reshape(-1, 2)[examples].sum())
+        return Batch(
+            start, Position(start.epoch, start.n + len(examples)), micro_batches, len(examples), num_tokens
+        )  # fmt: skip
+
+    def pairs(self, split: Literal["train", "val"], pairs: list[int], all_pairs: Any, pin: bool = False) -> dpo.Pairs:
+        """Return a micro-batch of pairs, which are among `all_pairs` of the step or the validation."""
+        sequences = self.train if split == "train" else self.val
+        chosen_tokens = sequences.num_supervised(self.block_size)[0::2][all_pairs].sum()
+        batch = dpo.collate_pairs(sequences, pairs, self.block_size, self.tokenizer.eot_id, pin)
+        reference = torch.from_numpy(self.reference[split][pairs].reshape(-1, 2))
+        return dpo.Pairs(batch, reference, len(all_pairs) / float(chosen_tokens))
+
+    def loss(self, model: nn.Module, micro_batch: dpo.Pairs, device: torch.device) -> torch.Tensor:
+        """Return the loss and the values of `columns`, summed over the pairs, (7,) float32."""
+        return dpo.summed_losses(model, micro_batch, device, self.config.chat.beta)
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Row:
+        """Return the means over the held-out pairs. If `stop()` is true on any rank, all raise StopRequested."""
+        all_pairs, was_training = self.usable(self.val), model.training
+        model.eval()
+        sums = torch.zeros(1 + len(self.columns), dtype=torch.float64)
+        for pairs in dpo.batched(all_pairs[ranks.rank :: ranks.world_size].tolist(), 8):
+            if stop():
+                break
+            with autocast(ranks.device, self.config.training.dtype):
+                losses = dpo.summed_losses(
+                    model, self.pairs("val", pairs, all_pairs), ranks.device, self.config.chat.beta
+                )
+            sums += losses.double().cpu()
+        model.train(was_training)
+        *totals, stops = ranks.sum([*sums.tolist(), float(stop())])
+        if stops:
+            raise StopRequested
+        names = ["val_loss", *(f"val_{name}" for name in self.columns)]
+        return dict(zip(names, (total / len(all_pairs) for total in totals), strict=True))
+
+    def summary(self, ranks: Ranks) -> str:
+        truncated = int((np.diff(self.train.starts) - 1 > self.block_size).sum())
+        skipped = len(self.train) // 2 - self.num_examples
+        return (
+            f"{counted(self.num_examples, 'pair')} of answers; {truncated:,} answers truncated, {skipped:,} pairs "
+            f"skipped without a supervised token\n{self.steps_summary('pair')}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the command
+
+
+def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
+    """Prepare the data, load the tokenizer of the model, and compute the reference of DPO."""
+    assert isinstance(config, FinetuneConfig), "new_config and resumed_config return this type"
+    chat, out = config.chat, config.general.out_dir
+    kind: Kind = "preferences" if chat.method == "dpo" else "conversations"
+    source = DataSource(config.data.dataset, chat.config, chat.split)
+    directory = ranks.main_process_first(lambda: prepare(source, kind, chat.held_out, DATA_DIRECTORY))
+    if config.general.init_from == "resume" and kind == "conversations":
+        return SFT(config, directory, load_tokenizer(out))  # the initial model is not needed
+
+    spec = config.general.init_from
+    if spec == "resume":
+        spec = run_dir.read_config(out / "config.json")["general"]["init_from"]
+    weights = with_chat_tokens(ranks.main_process_first(lambda: read_pretrained(spec)))
+    values = weights.config | {"block_size": config.model.block_size, "dropout": 0.0}
+    config = replace(config, model=config_from_dict(values))
+    if kind == "conversations":
+        return SFT(config, directory, weights.tokenizer)
+    initial = weights.adapt(values)
+    data = [split["sha256"] for split in read_manifest(directory)["splits"].values()]
+    settings = [dpo.weights_sha256(initial.tensors), initial.tokenizer.sha256, config.training.dtype, *data]
+    reference = hashlib.sha256(" ".join(map(str, [*settings, config.model.block_size])).encode()).hexdigest()
+    return DPO(variant(config, chat={"reference": reference}), directory, initial, ranks)
+
+
+def main() -> None:
+    args = parse_arguments(FinetuneArgs, "finetune.py", __doc__)
+    config = with_momentum_defaults(resumed_config(args) if args.method == "resume" else new_config(args))
+    group = process_group(config.general.device, config.general.timeout_minutes, config.general.deterministic)
+    launch_run(config, make_objective, group)
+
+
+if __name__ == "__main__":
+    run_script(main)
