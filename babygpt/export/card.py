@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from babygpt.chat.template import is_chat_tokenizer
 from babygpt.console import counted
 from babygpt.nn import huggingface
 from babygpt.pretrained import Pretrained
@@ -10,6 +11,11 @@ from babygpt.training import checkpoint
 from babygpt.training.log import read_scores
 from babygpt.training.plots import read_runs
 from babygpt.training.report import scores
+
+BASE_INPUTS = 'inputs = tokenizer("{eot}Once upon a time", return_tensors="pt")'
+CHAT_INPUTS = """messages = [{"role": "user", "content": "What is the capital of France?"}]
+options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+inputs = tokenizer.apply_chat_template(messages, **options)"""
 
 
 def model_card(model: Pretrained, num_params: int, name: str, license: str | None, run: Path | None) -> str:
@@ -20,7 +26,7 @@ def model_card(model: Pretrained, num_params: int, name: str, license: str | Non
         "tags": ["babygpt", "gpt2", *(["custom_code"] if is_modern else [])],
     }  # fmt: skip
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items() if value)
-    eot = model.tokenizer.decode([model.tokenizer.eot_id])
+    eot, is_chat = model.tokenizer.decode([model.tokenizer.eot_id]), is_chat_tokenizer(model.tokenizer)
     trust = ", trust_remote_code=True" if is_modern else ""
     heads = counted(config["n_head"], "head")
     if config["n_kv_head"] not in (None, config["n_head"]):
@@ -30,7 +36,12 @@ def model_card(model: Pretrained, num_params: int, name: str, license: str | Non
         f"# {name}",
         f"A {'modern ' * is_modern}GPT with {num_params:,} parameters: {counted(config['n_layer'], 'layer')} of width "
         f"{config['n_embd']} with {heads}, a context of {config['block_size']:,} tokens, and a vocabulary of "
-        f"{config['vocab_size']:,} tokens. It is a base model: it continues texts and does not follow instructions.",
+        f"{config['vocab_size']:,} tokens. "
+        + (
+            "It is a chat model."
+            if is_chat
+            else "It is a base model: it continues texts and does not follow instructions."
+        ),
         *([] if run is None else run_sections(model, run)),
         "## Use",
         f"""```python
@@ -39,11 +50,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "path/to/{name}"  # this directory, or USER/NAME on the Hugging Face Hub
 tokenizer = AutoTokenizer.from_pretrained(path{trust})
 model = AutoModelForCausalLM.from_pretrained(path{trust})
-inputs = tokenizer("{eot}Once upon a time", return_tensors="pt")
+{CHAT_INPUTS if is_chat else BASE_INPUTS.format(eot=eot)}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, top_k=50)[0]))
 ```""",
     ]
-    if run is not None:
+    if run is not None and not is_chat:
         sections.append(f"In training, every document began with `{eot}`, so a prompt should begin with it too.")
     return "\n\n".join(sections) + "\n"
 
@@ -55,9 +66,9 @@ def run_sections(model: Pretrained, run: Path) -> list[str]:
     settings, versions = launch["config"], launch["provenance"]
     facts = {
         "dataset": f"{Path(settings['data']['dataset']).name}, fingerprint `{state['data']['fingerprint']}`",
-        "tokens": f"{state['tokens']:,} ({state['step']:,} steps of {settings['training']['batch_tokens']:,} tokens)",
-        "recipe": f"preset `{settings['general']['preset'] or 'none'}`, optimizer {settings['optimizer']['name']}, "
-        f"seed {settings['general']['seed']}",
+        "tokens": f"{state['tokens']:,} in {counted(state['step'], 'step')}",
+        "recipe": f"{recipe_of(settings)}, optimizer {settings['optimizer']['name']}, seed "
+        f"{settings['general']['seed']}",
         "code and hardware": f"BabyGPT at commit {versions['commit'] or 'unknown'}, Python {versions['python']}, torch "
         f"{versions['torch']}, {versions['ranks']} x {versions['device']}",
     }
@@ -67,6 +78,13 @@ def run_sections(model: Pretrained, run: Path) -> list[str]:
     if (run / "plot.png").exists():
         sections.append("![Losses, HellaSwag, learning rate, gradient norm and throughput](plot.png)")
     return sections
+
+
+def recipe_of(settings: dict[str, dict]) -> str:
+    """Return the preset, or the method and the initial model of finetuning."""
+    if "chat" in settings:
+        return f"{settings['chat']['method'].upper()} of `{Path(settings['general']['init_from']).name}`"
+    return f"preset `{settings['general']['preset'] or 'none'}`"
 
 
 def score_rows(run: Path, step: int) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from babygpt import files
+from babygpt.chat.template import IM_END, JINJA, ChatTemplate, is_chat_tokenizer
 from babygpt.data.tokenizer import Tokenizer, to_json
 from babygpt.errors import UserError
 from babygpt.nn import huggingface
@@ -29,7 +30,8 @@ def write_model(model: Pretrained, out: Path) -> None:
         )
     is_modern = huggingface.is_modern(model.config)
     config, tensors = (export_modern if is_modern else export_classic)(model)
-    special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), model.tokenizer.eot_id)
+    eot, end = model.tokenizer.eot_id, end_of_reply(model.tokenizer)
+    special_ids = {"bos_token_id": eot, "eos_token_id": eot if end is None else end, "pad_token_id": eot}
     config |= special_ids | {"torch_dtype": "float32"}
     save_file(tensors, out / huggingface.WEIGHTS, {"format": "pt"})
     files.write_json(out / huggingface.CONFIG, config)
@@ -59,13 +61,20 @@ def export_modern(model: Pretrained) -> tuple[dict[str, Any], dict[str, torch.Te
     }, tensors  # fmt: skip
 
 
+def end_of_reply(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the token that ends a message of a chat model, or None if it is not a chat model."""
+    return ChatTemplate(tokenizer).im_end_id if is_chat_tokenizer(tokenizer) else None
+
+
 def write_tokenizer(tokenizer: Tokenizer, block_size: int, out: Path) -> None:
-    eot = tokenizer.decode([tokenizer.eot_id])
+    """Write the files of the tokenizer; that of a chat model has its template."""
+    eot, is_chat = tokenizer.decode([tokenizer.eot_id]), is_chat_tokenizer(tokenizer)
     settings = json.loads(to_json(tokenizer))
     settings["post_processor"] = None  # it could add tokens, which neither training nor sampling does
     files.write_json(out / "tokenizer.json", settings)
     files.write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "GPT2TokenizerFast" if tokenizer.name == "gpt2" else "PreTrainedTokenizerFast",
-        "bos_token": eot, "eos_token": eot, "unk_token": eot, "pad_token": eot, "add_prefix_space": False,
-        "model_max_length": block_size, "clean_up_tokenization_spaces": False,
+        "bos_token": eot, "eos_token": IM_END if is_chat else eot, "unk_token": eot, "pad_token": eot,
+        "add_prefix_space": False, "model_max_length": block_size, "clean_up_tokenization_spaces": False,
+        **({"chat_template": JINJA} if is_chat else {}),
     })  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from babygpt.chat.template import JINJA, ChatTemplate, is_chat_tokenizer
 from babygpt.console import console
 from babygpt.data.tokenizer import Tokenizer, create_byte_level_bpe, to_json
 from babygpt.errors import UserError
@@ -94,4 +95,7 @@ def _add_tokenizer(writer, tokenizer: Tokenizer) -> None:
     writer.add_token_types(list(types))
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.eot_id)
-    writer.add_eos_token_id(tokenizer.eot_id)
+    is_chat = is_chat_tokenizer(tokenizer)
+    writer.add_eos_token_id(ChatTemplate(tokenizer).im_end_id if is_chat else tokenizer.eot_id)
+    if is_chat:
+        writer.add_chat_template(JINJA.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
