@@ -10,7 +10,7 @@ of the answer with the lowest loss per character. lambada reports `acc`, the acc
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -18,6 +18,7 @@ from typing import Annotated, Literal, get_args
 from tyro.conf import Positional
 
 from babygpt import files
+from babygpt.chat.template import ChatTemplate
 from babygpt.console import console
 from babygpt.constraints import Positive, metavar, parse_arguments, required
 from babygpt.errors import ConfigError, UserError, run
@@ -52,6 +53,8 @@ class EvaluateArgs:
         "hellaswag", *get_args(TaskName)
     )  # fmt: skip
     limit: Annotated[Positive | None, metavar("N", "all examples")] = None  # evaluate only the first N examples of each
+    # score the answers as replies of a chat model to the question; not for blimp, which has no questions
+    chat_template: bool = False
     json: Annotated[Path | None, metavar("PATH", "no file")] = None  # also write the scores to this file
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
@@ -65,6 +68,16 @@ def load(task: EvaluatedTask, model: GPT, limit: int | None, ranks: Ranks) -> tu
     if task == "hellaswag":
         return ("acc", "acc_norm"), fetch_examples(None, "en", model.tokenizer, "lm-eval", limit, ranks)
     return tasks.TASKS[task].metrics, tasks.load_tasks((task,), model.tokenizer, limit, ranks)[task]
+
+
+def as_conversation(example: Example, template: ChatTemplate) -> Example:
+    """Return the example with its context as a message of the user, and its endings as replies of the assistant."""
+    tokenizer = template.tokenizer
+    if example.context == [tokenizer.eot_id]:  # there is no context
+        return example
+    context = template.prompt([{"role": "user", "content": tokenizer.decode(example.context)}])
+    endings = [tokenizer.encode(tokenizer.decode(ending).strip()) for ending in example.endings]
+    return replace(example, context=context, endings=endings)
 
 
 def format_table(scores: dict[str, list[TaskScore]], limit: int | None) -> str:
@@ -103,6 +116,9 @@ def main() -> None:
             scores[spec] = []
             for task in args.tasks:
                 metrics, examples = load(task, model, args.limit, ranks)
+                if args.chat_template:
+                    template = ChatTemplate(model.tokenizer)
+                    examples = [as_conversation(example, template) for example in examples]
                 found = tasks.evaluate(model, task, metrics, examples, ranks, args.dtype, args.batch_size)
                 scores[spec] += found
                 for score in found:

@@ -166,6 +166,20 @@ def prepare(source: DataSource, kind: Kind, held_out: float, root: Path) -> Path
     return directory
 
 
+def find_kind(source: DataSource) -> Kind:
+    """Return the kind of a prepared directory, or of the first record: if it has chosen and rejected, a preference."""
+    directory = Path(source.location)
+    if (directory / MANIFEST).is_file():
+        return read_manifest(directory)["kind"]
+    paths = sorted(glob(source.location))
+    records = _read_files(paths) if paths else _read_hub(source, _hub_revision(source))
+    for _, record in records:
+        return (
+            "preferences" if isinstance(record, dict) and {"chosen", "rejected"} <= record.keys() else "conversations"
+        )
+    return "conversations"
+
+
 def _hash_files(paths: list[str]) -> str:
     for path in paths:
         if format_of(path) not in ("jsonl", "json"):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from babygpt import files
-from babygpt.chat.packing import PackedBatch, Sequences, best_fit_decreasing, collate
+from babygpt.chat.packing import PackedBatch, Sequences, collate_packed
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
 
@@ -35,24 +35,16 @@ class Pairs:
 def collate_pairs(
     sequences: Sequences, pairs: Sequence[int], block_size: int, pad_id: int, pin: bool = False
 ) -> PackedBatch:
-    """Pack the answers of pairs into as few rows of at most `block_size` tokens as possible, at least one."""
+    """Pack the answers of pairs into few rows."""
     tokens = [sequences.get(2 * pair + answer, block_size) for pair in pairs for answer in (0, 1)]
-    lengths = [len(ids) - 1 for ids, _ in tokens]
-    row_tokens = min(block_size, -(-max(sum(lengths), 1) // 64) * 64)
-    # rows in the order of their sequences, since `collate` numbers them in the order of the rows
-    rows = best_fit_decreasing(lengths, row_tokens) or [[]]
-    batch = collate([[tokens[i] for i in row] for row in rows], row_tokens, pad_id)
-    numbers = torch.tensor([*(i for row in rows for i in row), len(tokens)])  # of each sequence in the order of rows
-    batch = PackedBatch(batch.idx, batch.targets, batch.positions, numbers[batch.sequences])
-    return PackedBatch(*(tensor.pin_memory() for tensor in vars(batch).values())) if pin else batch
+    return collate_packed(tokens, block_size, pad_id, pin)
 
 
-def log_probabilities(model: nn.Module, batch: PackedBatch, num_pairs: int) -> torch.Tensor:
-    """Return the log-probabilities of the chosen and the rejected answers, (num_pairs, 2) float32."""
+def log_probabilities(model: nn.Module, batch: PackedBatch, count: int) -> torch.Tensor:
+    """Return the log-probability of the supervised tokens of each of `count` conversations, (count,) float32."""
     losses = model(batch.idx, batch.targets, packed=batch.packed(), reduction="none")  # (B, T)
-    sums = torch.zeros(2 * num_pairs + 1, device=losses.device)  # the last one is of padding
-    sums = sums.index_add(0, batch.sequences.flatten(), losses.flatten())
-    return -sums[:-1].view(num_pairs, 2)
+    sums = torch.zeros(count + 1, device=losses.device)  # the last one is of padding
+    return -sums.index_add(0, batch.sequences.flatten(), losses.flatten())[:count]
 
 
 def dpo_loss(log_probs: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +59,7 @@ def dpo_loss(log_probs: torch.Tensor, reference: torch.Tensor, beta: float) -> t
 def summed_losses(model: nn.Module, pairs: Pairs, device: torch.device, beta: float) -> torch.Tensor:
     """Return the loss and the values of COLUMNS, summed over the pairs, (7,) float32."""
     batch, reference = pairs.batch.to(device), pairs.reference.to(device, non_blocking=True)
-    log_probs = log_probabilities(model, batch, len(reference))
+    log_probs = log_probabilities(model, batch, 2 * len(reference)).view(-1, 2)
     losses, rewards = dpo_loss(log_probs, reference, beta)
     margins = rewards[:, 0] - rewards[:, 1]
     values = [rewards[:, 0], rewards[:, 1], margins, (margins > 0).float(), log_probs[:, 0] - reference[:, 0]]
@@ -99,7 +91,7 @@ def reference_log_probs(
     for pairs in batched(range(ranks.rank, num_pairs, ranks.world_size), 8):
         batch = collate_pairs(sequences, pairs, block_size, pad_id=0).to(ranks.device)
         with autocast(ranks.device, dtype):
-            values[pairs] = log_probabilities(model, batch, len(pairs)).double()
+            values[pairs] = log_probabilities(model, batch, 2 * len(pairs)).view(-1, 2).double()
     reference = ranks.all_reduce(values).cpu().numpy().astype(np.float32)
     if ranks.is_main:
         with files.create(path) as file:

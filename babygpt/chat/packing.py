@@ -8,6 +8,7 @@ Attention stays inside a conversation, whose positions start at 0.
 """
 
 import io
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,3 +154,17 @@ def collate(rows: Sequence[Sequence[Tokens]], row_tokens: int, pad_id: int, pin:
         positions[start:] = np.arange(row_tokens - start)
     tensor = torch.from_numpy(arrays)
     return PackedBatch(*(tensor.pin_memory() if pin else tensor))
+
+
+def collate_packed(tokens: Sequence[Tokens], block_size: int, pad_id: int, pin: bool = False) -> PackedBatch:
+    """Collate conversations into as few rows of at most `block_size` tokens as possible, at least one.
+
+    `PackedBatch.sequences` has their indices in `tokens`.
+    """
+    lengths = [len(ids) - 1 for ids, _ in tokens]
+    row_tokens = min(block_size, math.ceil(max(sum(lengths), 1) / 64) * 64)
+    rows = best_fit_decreasing(lengths, row_tokens) or [[]]
+    batch = collate([[tokens[i] for i in row] for row in rows], row_tokens, pad_id)
+    indices = torch.tensor([*(i for row in rows for i in row), len(tokens)])  # in the order of the rows
+    batch = PackedBatch(batch.idx, batch.targets, batch.positions, indices[batch.sequences])
+    return PackedBatch(*(tensor.pin_memory() for tensor in vars(batch).values())) if pin else batch

@@ -16,7 +16,8 @@ from support.runs import assert_bitwise_equal, copy_killed_run
 
 import finetune
 import train
-from babygpt.chat import dpo
+from babygpt.chat import baselines, dpo
+from babygpt.chat.conversations import DataSource, prepare, read_split
 from babygpt.chat.template import ChatTemplate
 from babygpt.chat.vocabulary import with_chat_tokens
 from babygpt.errors import ConfigError, UserError
@@ -29,6 +30,7 @@ from babygpt.training.log import read_log
 from dataloader import Position
 from finetune import DPO, SFT, ExampleLoader, FinetuneArgs, make_objective, new_config
 from model import GPT, build_model, config_from_dict
+from tools import evaluate_chat
 from tools.train_tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
@@ -325,3 +327,37 @@ def test_train_script_does_not_resume_a_finetuning_run(base, instructions, tmp_p
     with pytest.raises(ConfigError, match="already contains a run"):
         call(finetune.main, "sft", base, instructions, "--out-dir", out, *FLAGS)
     assert asdict(GPT.from_pretrained(out).config)["vocab_size"] == 302
+
+
+# ---------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def test_evaluation_of_chat_models_uses_the_test_split(base, preferences, instructions, tmp_path, capsys, monkeypatch):
+    """The loss equals the logged one on val, and the accuracy is relative to the reference."""
+    monkeypatch.setattr(evaluate_chat, "DATA_DIRECTORY", tmp_path / "chat")
+    sft, out = tmp_path / "sft", tmp_path / "dpo"
+    call(finetune.main, "sft", base, instructions, "--out-dir", sft, "--max-steps", 2, *FLAGS)
+    call(finetune.main, "dpo", sft, preferences, "--out-dir", out, "--epochs", 5, "--max-lr", 2e-3, *FLAGS)
+    capsys.readouterr()
+    call(evaluate_chat.main, sft, instructions, "--split", "val", *FLAGS)
+    loss = read_log(sft / "log.csv")[-1]["val_loss"]
+    assert f"response loss {loss:.4f} (" in capsys.readouterr().out
+    for split in ("val", "test"):
+        call(evaluate_chat.main, out, preferences, "--reference", sft, "--split", split, *FLAGS)
+        printed = capsys.readouterr().out
+        count = len(read_split(prepare(DataSource(str(preferences)), "preferences", 0.1, tmp_path / "chat"), split))
+        assert f"({count} pairs), relative to {sft}" in printed
+        assert "baseline of n-grams: preference accuracy 1.0000" in printed, "the last character differs"
+        if split == "val":
+            last = read_log(out / "log.csv")[-1]
+            assert f"preference accuracy {last['val_accuracy']:.4f}" in printed
+            assert f"response loss {last['val_sft_loss']:.4f}" in printed
+
+
+def test_baselines_score_pairs():
+    pairs = [{"chosen": "a good answer", "rejected": "bad"}, {"chosen": "good", "rejected": "a bad answer indeed"}]
+    assert baselines.accuracy(len, pairs) == 0.5
+    assert baselines.accuracy(lambda answer: 0.0, pairs) == 0.5, "ties count half"
+    assert baselines.accuracy(baselines.ngram_score(pairs), pairs) == 1.0
+    assert baselines.accuracy(baselines.length_score(pairs[1:]), pairs[1:]) == 1.0, "shorter ones are preferred"

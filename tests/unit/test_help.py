@@ -20,6 +20,7 @@ COMMANDS = {
     "tools.plot": "python -m tools.plot [-h] RUN [RUN ...] [--out PATH] [--x {steps,tokens,hours}] [--smooth N]",
     "tools.runs": "python -m tools.runs [-h] [PATH ...] [OPTIONS]",
     "tools.evaluate": "python -m tools.evaluate [-h] MODEL [MODEL ...] [OPTIONS]",
+    "tools.evaluate_chat": "python -m tools.evaluate_chat [-h] MODEL DATA [OPTIONS]",
     "tools.export": "python -m tools.export [-h] MODEL OUT [--license NAME] [--gguf float32|float16]",
     "tools.replay": "python -m tools.replay [-h] RUN [--segments N] [--seed SEED] [--device {auto,cuda,cpu}]",
     "tools.inspect_step": "python -m tools.inspect_step [-h] RUN --step STEP [--ranks N] [--chars CHARACTERS]",

@@ -18,6 +18,7 @@ from support.tasks import ROWS
 import hellaswag
 import train
 from babygpt import files, hub
+from babygpt.chat.template import ChatTemplate, chat_tokenizer
 from babygpt.data.tokenizer import character_tokenizer, load_tokenizer
 from babygpt.errors import UserError
 from babygpt.evaluation import tasks
@@ -243,3 +244,18 @@ def test_training_writes_scores_that_a_resume_continues(dataset, directory, tmp_
 def test_tasks_need_a_tokenizer_of_all_characters(directory):
     with pytest.raises(UserError, match="The tokenizer is character-level"):
         tasks.load_tasks(("piqa",), character_tokenizer(["abc"]), None, ALONE)
+
+
+def test_chat_template_makes_conversations_of_examples(dataset):
+    """The context is the user's message and an ending the reply; an example without a context stays as it is."""
+    template = ChatTemplate(chat_tokenizer(load_tokenizer(dataset)))
+    tokenizer = template.tokenizer
+    example = make_example("the model reads", ["small data", "a shard"], 1, tokenizer)
+    found = evaluate.as_conversation(example, template)
+    assert tokenizer.decode(found.context) == (
+        "<|endoftext|><|im_start|>user\nthe model reads<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [tokenizer.decode(ending) for ending in found.endings] == ["small data", "a shard"]
+    assert (found.label, found.lengths) == (example.label, example.lengths)
+    alone = make_example("", ["small data"], 0, tokenizer)
+    assert evaluate.as_conversation(alone, template) is alone

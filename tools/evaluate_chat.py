@@ -1,0 +1,108 @@
+"""Evaluate a chat model on held-out records: the loss of the answers, and the accuracy at preferring the chosen ones.
+
+    python -m tools.evaluate_chat out/gpt2-sft instructions.jsonl
+    python -m tools.evaluate_chat out/gpt2-sft-dpo preferences.jsonl --reference out/gpt2-sft
+
+The records are those of the split `test`, which finetune.py does not read. The loss is a mean over all tokens of the
+assistant's messages; for preferences, of the chosen answers. The accuracy is the fraction of pairs of which the chosen
+answer has the higher log-probability, relative to that under the reference model if one is given. Two baselines without
+a model learn from the split `train`: one prefers longer or shorter answers, the other is a naive Bayes classifier of
+words and pairs of words.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge, Lt
+from tyro.conf import Positional
+
+from babygpt.chat import baselines
+from babygpt.chat.conversations import DataSource, Kind, find_kind, prepare, read_split
+from babygpt.chat.dpo import log_probabilities
+from babygpt.chat.packing import Sequences, collate_packed, tokenize
+from babygpt.chat.template import ChatTemplate
+from babygpt.constraints import ModelArgument, metavar, parse_arguments
+from babygpt.errors import UserError, run
+from babygpt.training.device import autocast
+from babygpt.training.distributed import Ranks, process_group
+from finetune import DATA_DIRECTORY
+from model import GPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateChatArgs:
+    """The command line: each field is a flag, and its comment is the help."""
+
+    model: ModelArgument  # model that finetune.py trained
+    # jsonl or json file, dataset on the Hugging Face Hub, or prepared directory
+    data: Annotated[Positional[str], metavar("DATA")]
+    reference: Annotated[str | None, metavar("MODEL", "none")] = None  # initial model of DPO
+    split: Literal["val", "test"] = "test"  # held-out records to use
+    held_out: Annotated[float, Ge(0), Lt(0.5), metavar("FRACTION")] = 0.1  # as for finetune.py
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
+    # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a model on the answers of a split."""
+
+    log_probs: np.ndarray  # (count,) float64; those of preferences alternate: chosen, rejected
+    tokens: np.ndarray  # (count,) int64, of the answers
+    loss: float  # of the conversations or the chosen answers, in nats per token
+    count: int  # of these
+
+
+@torch.no_grad()
+def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks: Ranks) -> Scores:
+    """Return the scores of a model. UserError if no answer fits into its context."""
+    model = GPT.from_pretrained(spec, ranks.device)
+    sequences: Sequences = tokenize(directory, args.split, ChatTemplate(model.tokenizer), kind)
+    block_size, values = model.config.block_size, []
+    for i in range(0, len(sequences), 16):
+        tokens = [sequences.get(j, block_size) for j in range(i, min(i + 16, len(sequences)))]
+        batch = collate_packed(tokens, block_size, model.tokenizer.eot_id).to(ranks.device)
+        with autocast(ranks.device, args.dtype):
+            values += log_probabilities(model, batch, len(tokens)).double().tolist()
+    log_probs, counts = np.array(values), sequences.num_supervised(block_size)
+    step = 2 if kind == "preferences" else 1
+    if not counts[::step].sum():
+        raise UserError(f"The split {args.split} of {directory} has no answers within {block_size:,} tokens.")
+    return Scores(
+        log_probs, counts, -log_probs[::step].sum() / counts[::step].sum(), len(counts) // step
+    )  # fmt: skip
+
+
+def describe_accuracy(correct: float, count: int) -> str:
+    error = math.sqrt(correct * (1 - correct) / max(1, count - 1))
+    return f"{correct:.4f} +-{error:.4f} ({count:,} pairs)"
+
+
+def main() -> None:
+    args = parse_arguments(EvaluateChatArgs, "python -m tools.evaluate_chat", __doc__)
+    source = DataSource(args.data)
+    kind = find_kind(source)
+    with process_group(args.device) as ranks:
+        directory = prepare(source, kind, args.held_out, DATA_DIRECTORY)
+        reference = None if args.reference is None else score(args.reference, directory, kind, args, ranks).log_probs
+        scores = score(args.model, directory, kind, args, ranks)
+        print(f"response loss {scores.loss:.4f} ({scores.count:,} records of {args.split})")
+        if kind == "preferences":
+            ratios = scores.log_probs if reference is None else scores.log_probs - reference
+            chosen, rejected = ratios.reshape(-1, 2).T
+            method = "without a reference" if reference is None else f"relative to {args.reference}"
+            accuracy = describe_accuracy(float((chosen > rejected).mean()), len(chosen))
+            print(f"preference accuracy {accuracy}, {method}")
+            train, held_out = read_split(directory, "train"), read_split(directory, args.split)
+            for name, baseline in (("length", baselines.length_score), ("n-grams", baselines.ngram_score)):
+                accuracy = describe_accuracy(baselines.accuracy(baseline(train), held_out), len(held_out))
+                print(f"baseline of {name}: preference accuracy {accuracy}")
+
+
+if __name__ == "__main__":
+    run(main)
