@@ -36,10 +36,11 @@ def run_data(run: Curves) -> dict[str, Any]:
     """Return what the page shows about a run, in the format that report.html describes."""
     axes: list[dict[str, list]] = []
     columns: dict[str, dict[str, Any]] = {}
-    for name in COLUMNS[1:]:
+    for name in list(run.rows[0] if run.rows else COLUMNS)[1:]:  # finetuning may have more columns
         steps, values = column(run.rows, name)
         if values:
-            axis, columns[name] = bin_values(steps, values, name in NOISY)
+            is_noisy = name in NOISY or (name not in COLUMNS and not name.startswith("val_"))
+            axis, columns[name] = bin_values(steps, values, is_noisy)
             if axis not in axes:
                 axes.append(axis)
             columns[name]["axis"] = axes.index(axis)
