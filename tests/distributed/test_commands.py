@@ -5,6 +5,7 @@ flags make training small. NOT_RUN lists the commands that need something that t
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -27,7 +28,7 @@ DOCUMENTS = [
     "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md",
     *(f"docs/{name}.md" for name in (
         "data", "data_order", "recipes", "modern", "performance", "reliability", "troubleshooting", "export",
-        "evaluation",
+        "evaluation", "chat",
     )),
 ]  # fmt: skip
 NOT_RUN = {
@@ -80,6 +81,9 @@ NOT_RUN = {
     "a checkpoint of nanoGPT": [
         "python sample.py nanogpt/ckpt.pt",
         "python train.py finetune-shakespeare --init-from nanogpt/ckpt.pt",
+    ],
+    "a client": [
+        "python chat.py out/gpt2-sft-dpo --serve 8000",
     ],
     "minutes to hours, or files that the reader chooses": [
         "bash results/fineweb-10m/run.sh 'PATH/*.parquet'",
@@ -140,6 +144,12 @@ def shrink(command: str) -> str:
         added = ["--evaluation.file", "hellaswag.jsonl", *([] if "--general.mode" in command else SMALL)]
     elif command.startswith("python hellaswag.py"):
         added = ["--file", "hellaswag.jsonl", "--device", "cpu"]
+    elif command.startswith(("python finetune.py sft", "python finetune.py dpo")):
+        added = ["--max-steps", "2", "--held-out", "0.3", "--device", "cpu"]
+    elif command.startswith("python chat.py"):
+        added = ["--device", "cpu"]
+    elif command.startswith("python -m tools.evaluate_chat"):
+        added = ["--held-out", "0.3", "--device", "cpu"]
     elif command.startswith("python sample.py"):
         added = ["--max-new-tokens", "4", "--device", "cpu"]
     if not added:
@@ -158,6 +168,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = [text[i : i + 4000] for i in range(0, 8_000_000, 4000)]
     save_jsonl(tmp_path / "pages" / "a.jsonl.gz", texts)
     save_hellaswag(tmp_path / "hellaswag.jsonl", 8)
+    records = [
+        {"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30)
+    ]  # short: the models have a context
+    for name in ("instructions", "preferences"):  # of 32 tokens
+        save(tmp_path / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
     for name, part in {"wikipedia-pl/a": texts[:30], "textbooks": texts[30:50], "pages": texts[50:100]}.items():
         save_jsonl(tmp_path / f"{name}.jsonl", part)
     save(tmp_path / "notes" / "a.txt", "\n\n".join(texts[:20]).encode())
