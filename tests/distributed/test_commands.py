@@ -69,6 +69,7 @@ NOT_RUN = {
     ],
     "the package index": [
         "python -m tools.evaluate out/gpt2",
+        "python -m tools.evaluate out/gpt2-sft --tasks piqa --chat-template",
         "pip install pre-commit",
         "pip install ray",
         "pip install s3fs",
@@ -168,10 +169,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = [text[i : i + 4000] for i in range(0, 8_000_000, 4000)]
     save_jsonl(tmp_path / "pages" / "a.jsonl.gz", texts)
     save_hellaswag(tmp_path / "hellaswag.jsonl", 8)
-    records = [
-        {"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30)
-    ]  # short: the models have a context
-    for name in ("instructions", "preferences"):  # of 32 tokens
+    records = [{"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30)]  # fit into 32 tokens
+    for name in ("instructions", "preferences"):
         save(tmp_path / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
     for name, part in {"wikipedia-pl/a": texts[:30], "textbooks": texts[30:50], "pages": texts[50:100]}.items():
         save_jsonl(tmp_path / f"{name}.jsonl", part)
