@@ -6,7 +6,7 @@ sample.py and chat.py say what happens with a line of text (`enter`) and add the
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from babygpt.constraints import violations
 from babygpt.nn.generation import SamplingParams
@@ -21,7 +21,7 @@ class TerminalSession:
     """Read lines from the terminal until Ctrl-D."""
 
     GREETING, PROMPT = "Enter a prompt, or /help.", "\nprompt> "
-    COMMANDS = ("new", "help")  # in addition to SETTINGS
+    COMMANDS: ClassVar[tuple[str, ...]] = ("new", "help")  # in addition to SETTINGS
     SETTINGS_HELP = (
         "These commands print or change a setting:\n"
         "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1. The value off disables top-k or top-p."
