@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-TOP_LEVEL = ("arguments", "dataloader", "fineweb", "hellaswag", "model", "sample", "train", "train_config")
+TOP_LEVEL = ("arguments", "chat", "dataloader", "fineweb", "hellaswag", "model", "sample", "train", "train_config")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for pattern in ("*.py", "babygpt/**/*.py", "tools/*.py")
@@ -46,7 +46,7 @@ def packages(module: ast.Module) -> set[str]:
     return {name.split(".")[0] for name in imports(module)}
 
 
-def test_top_level_has_the_seven_scripts_and_no_other_file():
+def test_top_level_has_the_scripts_and_no_other_file():
     """The files that users run, read and edit are at the top level; all others are in packages."""
     assert sorted(name for name in FILES if "." not in name) == sorted(TOP_LEVEL)
 
