@@ -137,13 +137,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def chat_server(
-    template: ChatTemplate, model: FakeModel, limits: Limits | None = None, system: str | None = None
-) -> Iterator[Client]:
-    """Serve a fake model with a context of 64 tokens. At the end, all threads of the server must end."""
+def chat_server(template: ChatTemplate, model: FakeModel, limits: Limits | None = None, **fields) -> Iterator[Client]:
+    """Serve a fake model; `fields` are those of ChatModel. At the end, all threads of the server must end."""
     before = set(threading.enumerate())
-    params = SamplingParams(max_new_tokens=20, temperature=0.8)
-    server = ChatServer(ChatModel("fake", template, 64, params, model.generate, system), 0, limits)
+    defaults = {"name": "fake", "block_size": 64, "params": SamplingParams(max_new_tokens=20, temperature=0.8)}
+    server = ChatServer(ChatModel(template=template, generate=model.generate, **defaults | fields), 0, limits)
     bugs = []
     server.handle_error = lambda *_: bugs.append(traceback_of_bug())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
