@@ -135,10 +135,11 @@ def parse_request(body: bytes, model: ChatModel, seed: int) -> CompletionRequest
 def before_stop(text: str, start: int, stops: Sequence[str]) -> tuple[int, bool]:
     """Return the end of the text that is certainly before a stop string, and whether a stop string was found.
 
-    The characters before `start` belong to no stop string. The end of the text may be the beginning of one.
+    The characters before `start` belong to no stop string. The end of the text may be the beginning of one. If several
+    were found, the one that was complete first counts, so the result does not depend on how the text is divided.
     """
-    if found := [index for stop in stops if (index := text.find(stop, start)) >= 0]:
-        return min(found), True
+    if found := [(index + len(stop), index) for stop in stops if (index := text.find(stop, start)) >= 0]:
+        return min(found)[1], True
     for index in range(start, len(text)):
         if any(stop.startswith(text[index:]) for stop in stops):
             return index, False

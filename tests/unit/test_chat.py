@@ -236,6 +236,7 @@ def test_save_appends_conversations_as_lines(converse, tmp_path):
         "the ü \udcff", f"/save {path}", "/system a shard", "the", "a", f"/save {path}", f"/save {tmp_path}"
     )
     lines = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert "ü" in path.read_text(encoding="utf-8"), "the file is readable"
     assert lines[0] == []
     assert [[m["role"] for m in check_conversation(line)] for line in lines[1:]] == [
         ["user", "assistant"], ["system", "user", "assistant", "user", "assistant"],
