@@ -30,7 +30,7 @@ from arguments import from_json, with_momentum_defaults
 from babygpt.chat import dpo
 from babygpt.chat.conversations import DataSource, Kind, prepare, read_manifest, read_split
 from babygpt.chat.packing import PackedBatch, Sequences, best_fit_decreasing, collate, tokenize
-from babygpt.chat.reply import reply
+from babygpt.chat.reply import limit_to_context, reply
 from babygpt.chat.template import ChatTemplate, Conversation
 from babygpt.chat.vocabulary import with_chat_tokens
 from babygpt.console import counted
@@ -255,7 +255,8 @@ class Finetuning(ABC):
         """Return held-out prompts, each with the model's reply."""
         texts = []
         for messages in self.sample_prompts():
-            answer = "".join(reply(model, self.template, messages, params, stop))
+            limited = limit_to_context(params, len(self.template.prompt(messages)), self.block_size)
+            answer = "".join(reply(model, self.template, messages, limited, stop))
             texts.append("\n".join(f"{m['role']}: {m['content']}" for m in messages) + f"\nassistant: {answer}")
         return texts
 

@@ -9,13 +9,14 @@ The prompt is preceded by an end-of-text token, as every document in the trainin
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
+import torch
 import tyro
 
-from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments, violations
+from babygpt.chat.session import TerminalSession
+from babygpt.constraints import ModelArgument, Positive, metavar, parse_arguments
 from babygpt.data.tokenizer import Tokenizer, stream_decode
 from babygpt.errors import UserError, run
 from babygpt.nn.generation import SamplingParams, generate
@@ -50,31 +51,40 @@ def sample(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleArgs(SamplingParams):
-    """The command line: each field is a flag, and its comment is the help."""
+class ModelArgs(SamplingParams):
+    """The flags that sample.py and chat.py share."""
 
     # run directory (out/NAME), checkpoint directory, Hugging Face GPT-2 directory, or a model on the Hugging Face Hub:
     # gpt2, gpt2-medium, gpt2-large or gpt2-xl
     model: ModelArgument
-    # prompt; can be repeated
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, metavar("TEXT", "start an interactive session")] = ()
-    num_samples: Positive = 1  # number of samples per prompt; all samples are generated as one batch
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def load_model(self, device: torch.device) -> GPT:
+        if self.compile and device.type != "cuda":
+            raise UserError(f"--compile is supported on CUDA only, not on {device.type}. Omit it.")
+        return GPT.from_pretrained(self.model, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs(ModelArgs):
+    """The command line: each field is a flag, and its comment is the help."""
+
+    # prompt; can be repeated
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, metavar("TEXT", "start an interactive session")] = ()
+    num_samples: Positive = 1  # number of samples per prompt; all samples are generated as one batch
 
 
 def main() -> None:
     args = parse_arguments(SampleArgs, "sample.py", __doc__)
     with process_group(args.device) as ranks:
-        if args.compile and ranks.device.type != "cuda":
-            raise UserError(f"--compile is supported on CUDA only, not on {ranks.device.type}. Omit it.")
-        model = GPT.from_pretrained(args.model, ranks.device)
+        model = args.load_model(ranks.device)
         with autocast(ranks.device, args.dtype):
             if args.prompt:
                 print_samples(model, [p for p in args.prompt for _ in range(args.num_samples)], args)
             else:
-                Session(model, args).run()
+                Session(model, args, args.num_samples).run()
 
 
 def print_samples(model: GPT, prompts: list[str], params: SamplingParams) -> None:
@@ -90,13 +100,7 @@ def print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-SETTINGS: dict[str, tuple[str, type]] = {  # command of a session -> field of SamplingParams and its type
-    "temperature": ("temperature", float), "tokens": ("max_new_tokens", int), "top-k": ("top_k", int),
-    "top-p": ("top_p", float), "seed": ("seed", int),
-}  # fmt: skip
-
-
-class Session:
+class Session(TerminalSession):
     """Read prompts from the terminal and print their continuations.
 
     A prompt continues the text so far on a new line. With several samples per prompt, each prompt starts a new text,
@@ -105,42 +109,26 @@ class Session:
 
     HELP = (
         "A prompt continues the text so far. An empty line continues the text without adding to it.\n"
-        "/new starts a new text. /help prints this help. These commands print or change a setting:\n"
-        "/temperature 0.8, /tokens 100, /top-k 50, /top-p 0.9, /seed 1. The value off disables top-k or top-p.\n"
+        f"/new starts a new text. /help prints this help. {TerminalSession.SETTINGS_HELP}\n"
         "To start a prompt with a slash, type two slashes. Press Ctrl-C to stop generating, and Ctrl-D to exit."
     )
 
-    def __init__(self, model: GPT, args: SampleArgs):
-        self.model, self.args, self.text = model, args, ""
+    def __init__(self, model: GPT, params: SamplingParams, num_samples: int = 1):
+        super().__init__(params)
+        self.model, self.num_samples, self.text = model, num_samples, ""
         self.separator = "\n"  # between the text and a prompt that continues it
         try:
             model.tokenizer.encode(self.separator)
         except UserError:  # the tokens are characters, and the training data has no line breaks
             self.separator = ""
 
-    def run(self) -> None:
-        with suppress(ImportError):
-            import readline  # noqa: F401, it gives input() line editing and a history
-
-        print("Enter a prompt, or /help.")
-        while True:
-            try:
-                line = input("\nprompt> ")
-            except EOFError:
-                return print()
-            except KeyboardInterrupt:
-                print("\nPress Ctrl-D to exit.")
-                continue
-            if line.startswith("/") and not line.startswith("//"):
-                self.command(*line[1:].split(maxsplit=1))
-            elif line or self.text:
-                self.generate(line.removeprefix("/"))
-
-    def generate(self, prompt: str) -> None:
+    def enter(self, text: str) -> None:
         """Print the continuation of the text and the prompt, and increment the seed for the next one."""
-        args, pieces = self.args, list[str]()
+        prompt, pieces = text, list[str]()
         text = prompt or self.text
-        if self.text and prompt and args.num_samples == 1:
+        if not text:
+            return
+        if self.text and prompt and self.num_samples == 1:
             text = f"{self.text}{self.separator}{prompt}"
 
         def show(piece: str) -> None:
@@ -148,7 +136,7 @@ class Session:
             print_piece(piece)
 
         try:
-            texts = sample(self.model, self.model.tokenizer, [text] * args.num_samples, args, show)
+            texts = sample(self.model, self.model.tokenizer, [text] * self.num_samples, self.params, show)
             print()
             for other in texts[1:]:
                 print(f"\n---\n\n{other}")
@@ -157,32 +145,13 @@ class Session:
         except UserError as error:  # a character without a token
             return print(error)
         self.text = text + "".join(pieces)
-        self.args = replace(args, seed=args.seed + 1)
+        self.advance_seed()
 
     def command(self, name: str = "", value: str = "") -> None:
-        """Run /name value: start a new text, or print or change a setting."""
-        value = value.strip()
-        if name == "new" and not value:
+        if name == "new" and not value.strip():
             self.text = ""
-        elif name in SETTINGS:
-            field, convert = SETTINGS[name]
-            if value:
-                is_off = value == "off" and name in ("top-k", "top-p")
-                try:
-                    change: dict[str, Any] = {field: None if is_off else convert(value)}
-                    changed = replace(self.args, **change)
-                    problems = violations(changed, format_name=lambda _: f"/{name}")
-                except ValueError:
-                    problems = [f"/{name} {value} is invalid. Use {'an integer' if convert is int else 'a number'}."]
-                if problems:
-                    return print(*problems, sep="\n")
-                self.args = changed
-            current = getattr(self.args, field)
-            print(f"{name}: {'off' if current is None else current}")
-        elif name == "help":
-            print(self.HELP)
         else:
-            print(f"/{name} is not a command. Use /new, /help, {', '.join(f'/{name}' for name in SETTINGS)}.")
+            super().command(name, value)
 
 
 if __name__ == "__main__":

@@ -304,16 +304,20 @@ def load_model_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of each id as soon as it is known. A character is yielded with its last byte."""
+    """Yield the text of each id as soon as it is known, so one text per id. A character is yielded with its last byte.
+
+    If the last id does not complete a character, one more text follows: U+FFFD for the bytes of that character.
+    """
     decoded: list[int] = []
     num_yielded = 0  # characters
     for i in ids:
         decoded.append(i)
         text = tokenizer.decode(decoded)
-        if not text.endswith("\ufffd"):
-            yield text[num_yielded:]
-            num_yielded = len(text)
-    yield tokenizer.decode(decoded)[num_yielded:]
+        num_complete = num_yielded if text.endswith("\ufffd") else len(text)
+        yield text[num_yielded:num_complete]
+        num_yielded = num_complete
+    if rest := tokenizer.decode(decoded)[num_yielded:]:
+        yield rest
 
 
 def character_tokenizer(texts: Iterable[str]) -> FileTokenizer:

@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "finetune.py [-h] {sft,dpo,resume} MODEL [DATA] [OPTIONS]",
     "hellaswag": "hellaswag.py [-h] MODEL [OPTIONS]",
     "sample": "sample.py [-h] MODEL [OPTIONS]",
+    "chat": "chat.py [-h] MODEL [OPTIONS]",
     "tools.plot": "python -m tools.plot [-h] RUN [RUN ...] [--out PATH] [--x {steps,tokens,hours}] [--smooth N]",
     "tools.runs": "python -m tools.runs [-h] [PATH ...] [OPTIONS]",
     "tools.evaluate": "python -m tools.evaluate [-h] MODEL [MODEL ...] [OPTIONS]",

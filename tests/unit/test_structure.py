@@ -18,17 +18,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = (
-    "arguments",
-    "dataloader",
-    "finetune",
-    "fineweb",
-    "hellaswag",
-    "launch",
-    "model",
-    "sample",
-    "train",
+    "arguments", "chat", "dataloader", "finetune", "fineweb", "hellaswag", "launch", "model", "sample", "train",
     "train_config",
-)
+)  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for pattern in ("*.py", "babygpt/**/*.py", "tools/*.py")
@@ -57,7 +49,7 @@ def packages(module: ast.Module) -> set[str]:
     return {name.split(".")[0] for name in imports(module)}
 
 
-def test_top_level_has_the_listed_scripts_and_no_other_file():
+def test_top_level_has_the_scripts_and_no_other_file():
     """The files that users run, read and edit are at the top level; all others are in packages."""
     assert sorted(name for name in FILES if "." not in name) == sorted(TOP_LEVEL)
 
