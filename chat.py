@@ -97,7 +97,7 @@ class Session(TerminalSession):
             return print(error)
         if num_dropped > self.num_dropped:
             newly_dropped = counted(num_dropped - self.num_dropped, "message")
-            print(f"(The context is full. The model no longer sees the oldest {newly_dropped}.)")
+            print(f"(The context is full. Dropped from the prompt: the oldest {newly_dropped}.)")
         params = limit_to_context(self.params, len(model.template.prompt(kept)), model.block_size)
         pieces, is_interrupted = list[str](), False
         print("\nassistant> ", end="", flush=True)

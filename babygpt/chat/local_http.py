@@ -68,9 +68,8 @@ class LocalServer(ThreadingHTTPServer):
                 self.connections.add(request)
         if is_accepted:
             return super().process_request(request, client_address)
-        body = json.dumps(
-            RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections are open. Try again later.").body()
-        ).encode()
+        message = f"{self.limits.connections} connections are open, which is the maximum. Try again later."
+        body = json.dumps(RequestError(HTTPStatus.SERVICE_UNAVAILABLE, message).body()).encode()
         head = (
             f"HTTP/1.1 503 Service Unavailable\r\nRetry-After: {RETRY_SECONDS}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -97,7 +96,7 @@ class LocalServer(ThreadingHTTPServer):
             self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the traceback of a bug. If the client has gone, print nothing."""
+        """Print the traceback of a bug, and nothing if the client has disconnected."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -186,13 +185,14 @@ class LocalHandler(BaseHTTPRequestHandler):
     def body_length(self) -> int | None:
         """Return the length of the body, or None if the headers do not say. RequestError if they are ambiguous."""
         if self.headers.defects or self.headers.get_payload():
-            raise RequestError(HTTPStatus.BAD_REQUEST, "A line of the headers is not NAME: VALUE.")
+            raise RequestError(HTTPStatus.BAD_REQUEST, "A header line is invalid. Use NAME: VALUE.")
         if "Transfer-Encoding" in self.headers:
             message = "Transfer-Encoding is not supported. Send the length of the body as Content-Length."
             raise RequestError(HTTPStatus.NOT_IMPLEMENTED, message)
         lengths = self.headers.get_all("Content-Length", [])
         if len(set(lengths)) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            raise RequestError(HTTPStatus.BAD_REQUEST, f"Content-Length {', '.join(lengths)!r:.50} is invalid.")
+            message = f"Content-Length {', '.join(lengths)!r:.50} is invalid. Use the number of bytes of the body."
+            raise RequestError(HTTPStatus.BAD_REQUEST, message)
         self.has_unread_body = bool(lengths) and int(lengths[0]) > 0
         return int(lengths[0]) if lengths else None
 

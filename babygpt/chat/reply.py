@@ -21,9 +21,9 @@ def fit_context(
     room = block_size - min(max_new_tokens, block_size // 2)
     num_tokens = [len(template.encode([message])[0]) - 1 for message in messages]  # of each message, without EOT
     start = 1 if messages and messages[0]["role"] == "system" else 0
-    of_frame = len(template.prompt(messages[:start]))  # the system message and the beginning of the reply
+    num_fixed = len(template.prompt(messages[:start]))  # the system message and the beginning of the reply
     for first in [start, *(i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user")]:
-        total = of_frame + sum(num_tokens[first:])
+        total = num_fixed + sum(num_tokens[first:])
         if total <= room:
             return [*messages[:start], *messages[first:]], first - start
     raise UserError(
@@ -35,7 +35,7 @@ def fit_context(
 def limit_to_context(params: SamplingParams, num_prompt_tokens: int, block_size: int) -> SamplingParams:
     """Return the parameters with as many new tokens at most as the context has left after the prompt.
 
-    Beyond the context, generation would forget the start of the prompt.
+    With more, generation would drop the start of the prompt.
     """
     return replace(params, max_new_tokens=min(params.max_new_tokens, block_size - num_prompt_tokens))
 

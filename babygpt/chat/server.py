@@ -6,7 +6,7 @@
     POST /v1/chat/completions    an answer, streamed with "stream": true
 
 One thread computes one answer at a time and never waits for a client. The thread of each connection sends the text that
-is there, and stops the computation if the client closes the connection.
+is available, and stops the computation if the client closes the connection.
 """
 
 import base64
@@ -79,7 +79,10 @@ class ChatHandler(LocalHandler):
             request = parse_request(body, self.server.model, self.server.next_seed())
         job = Job(request)
         if not self.server.worker.submit(job):
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests are waiting. Try again later.")
+            raise RequestError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"{self.server.limits.waiting} requests are waiting, which is the maximum. Try again later.",
+            )
         try:
             texts = self.texts(job)
             first = next(texts, "")  # if there is no text, an error can still be sent as a status

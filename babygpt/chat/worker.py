@@ -93,9 +93,9 @@ class Worker:
             except BaseException as error:  # also a panic of the tokenizers library
                 traceback.print_exc()
                 reason = f"{type(error).__name__}: {error!s:.200}"
-                job.error = f"The answer cannot be computed ({reason}). The terminal of the server shows more."
+                job.error = f"The answer cannot be computed ({reason}). See the terminal of the server."
             self.finish(job)
-        for job in list(self.jobs):
+        for job in list(self.jobs):  # those that wait when the worker is closed
             self.finish(job)
 
     def next_job(self) -> Job | None:

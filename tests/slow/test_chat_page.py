@@ -340,7 +340,7 @@ def test_dropped_turns_are_reported_once(page, model):
         expect(answers(page).nth(i)).to_have_text("ok")
     assert len(model.calls[1][0]) == 1
     notes = page.locator("#log .note").all_inner_texts()
-    assert notes == ["The context is full. The model no longer sees the oldest 2 messages."]
+    assert notes == ["The context is full. Dropped from the prompt: the oldest 2 messages."]
 
 
 @pytest.mark.parametrize("size", [(360, 640), (1280, 800)])

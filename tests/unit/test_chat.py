@@ -256,7 +256,7 @@ def test_dropped_messages_are_reported_once_per_drop(converse, template, tmp_pat
     assert is_reported == [i > 0 and num_dropped[i] > num_dropped[i - 1] for i in range(9)]
     assert any(is_reported)
     assert not all(is_reported[is_reported.index(True) :])
-    assert "The model no longer sees the oldest 2 messages.)" in printed[is_reported.index(True)]
+    assert "Dropped from the prompt: the oldest 2 messages.)" in printed[is_reported.index(True)]
     for messages, params in calls:
         assert messages[0] == {"role": "system", "content": "a"}
         assert messages[1]["role"] == "user"

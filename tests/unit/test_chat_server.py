@@ -220,6 +220,7 @@ INVALID = [
     ({"messages": [{"role": "user", "content": []}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "file"}]}]}, "messages"),
     ({"messages": [{"role": ["user"], "content": "Hi"}]}, "messages"),
     ({"temperature": -0.1}, "temperature"), ({"temperature": 2.1}, "temperature"),
     ({"temperature": "1"}, "temperature"), ({"temperature": True}, "temperature"),
@@ -411,7 +412,9 @@ def test_head_has_the_headers_of_get_without_body(client):
         get, head = client.request("GET", path), client.request("HEAD", path)
         names = ("Content-Length", "Content-Type", "Content-Security-Policy")
         assert [head.getheader(name) for name in names] == [get.getheader(name) for name in names]
-        assert (head.status, head.data) == (200, b"")
+        assert head.status == 200
+        received = client.exchange(b"HEAD %s HTTP/1.0\r\nHost: localhost:%d\r\n\r\n" % (path.encode(), client.port))
+        assert received.partition(b"\r\n\r\n")[2] == b""
 
 
 def test_connection_serves_several_requests(client):
@@ -429,6 +432,11 @@ def test_body_of_a_refused_request_is_not_a_request(client, model):
         request = b"%s HTTP/1.1\r\nHost: localhost:%d\r\nContent-Length: %d\r\n\r\n" % (head, client.port, len(hidden))
         assert len(parse_responses(client.exchange(request + hidden))) == 1
     assert not model.calls
+
+
+def test_client_that_sends_a_large_body_gets_the_answer(client):
+    """The server discards the body, although it has refused the request; otherwise, sending would fail."""
+    assert client.request("POST", PATH, b"x" * 20_000_000).status == 413
 
 
 def test_body_is_requested_after_the_checks(client):
@@ -619,12 +627,12 @@ def test_clients_that_vanish_leave_the_queue(template, model):
 
 
 def test_closing_the_server_ends_waiting_requests(template, model):
-    """A client whose answer is not complete does not receive it as a complete one."""
+    """A client whose answer is not complete does not receive it as a complete one. One has sent its next request."""
     model.gate = threading.Event()
     with chat_server(template, model) as client:
         connections = [client.connect() for _ in range(3)]
         for i, connection in enumerate(connections):
-            connection.sendall(client.post_bytes(stream=i == 0))
+            connection.sendall(client.post_bytes(stream=i == 0) * (2 if i == 2 else 1))
         wait_until(lambda: len(client.server.worker.jobs) == 3)
         wait_until(model.is_started.is_set)
     for connection in connections:
