@@ -41,6 +41,7 @@ from babygpt.constraints import (
     Positive,
     PositiveFloat,
     Seed,
+    flag,
     metavar,
     parse_arguments,
 )
@@ -52,7 +53,7 @@ from babygpt.nn.generation import SamplingParams
 from babygpt.pretrained import HUB_MODELS, Pretrained, read_architecture, read_pretrained
 from babygpt.settings import variant
 from babygpt.training import checkpoint, run_dir
-from babygpt.training.device import autocast
+from babygpt.training.device import autocast, uses_bfloat16
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import Row
 from babygpt.training.prefetch import Prefetcher
@@ -133,10 +134,17 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
     if architecture is None:
         raise ConfigError(f"There is no model at {args.model}. Use a run directory (out/NAME), or another model.")
     model = replace(config_from_dict(architecture), dropout=0.0)
-    model = replace(model, block_size=min(args.block_size or model.block_size, model.block_size))
+    if args.block_size and args.block_size > model.block_size:
+        raise ConfigError(
+            f"--block-size {args.block_size:,} is more than that of the model. Use at most {model.block_size:,}."
+        )
+    model = replace(model, block_size=args.block_size or model.block_size)
     is_dpo = args.method == "dpo"
     per_step = args.pairs if is_dpo else args.rows
     name = Path(args.model.rstrip("/"))
+    initial = (
+        f"./{args.model}" if args.model in ("scratch", "resume") else args.model
+    )  # these are not paths for train.py
     config = FinetuneConfig(
         model=model,
         chat=Chat("dpo" if is_dpo else "sft", args.config, args.split, args.held_out, args.warmup, per_step, args.beta),
@@ -144,7 +152,7 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
     return variant(
         config,
         general={
-            "mode": ("train", "val", "sample"), "init_from": args.model, "seed": args.seed, "device": args.device,
+            "mode": ("train", "val", "sample"), "init_from": initial, "seed": args.seed, "device": args.device,
             "note": args.note, "preset": args.method,
             "out_dir": args.out_dir or Path("out") / f"{name.name.removesuffix('.pt')}-{args.method}",
         },
@@ -170,7 +178,7 @@ def resumed_config(args: FinetuneArgs) -> FinetuneConfig:
     """Return the config of the run directory `args.model`. ConfigError if it is not a run of this script."""
     given = [f.name for f in fields(args) if f.name not in ("method", "model") and getattr(args, f.name) != f.default]
     if given:
-        raise ConfigError(f"A run resumes with its own settings. Omit {', '.join(given)}.")
+        raise ConfigError(f"A run resumes with its own settings. Omit {', '.join(map(flag, given))}.")
     out = Path(args.model)
     settings = run_dir.read_config(out / "config.json")
     if "chat" not in settings:
@@ -200,6 +208,7 @@ class Finetuning(ABC):
         self.train = tokenize(directory, "train", self.template, self.kind)
         self.val = tokenize(directory, "val", self.template, self.kind)
         self.lengths, self.targets = self.train.lengths(self.block_size), self.train.num_supervised(self.block_size)
+        self.val_targets = self.val.num_supervised(self.block_size)
         self.kept = self.usable(self.train)
         if not len(self.kept):
             raise ConfigError(
@@ -214,7 +223,7 @@ class Finetuning(ABC):
             config,
             training={"max_steps": max_steps},
             optimizer={"warmup_steps": round(config.chat.warmup_fraction * max_steps)},
-            validation={"every_n_steps": config.validation.every_n_steps if len(self.val) else 0},
+            validation={"every_n_steps": config.validation.every_n_steps if len(self.usable(self.val)) else 0},
         )
         data = {
             "fingerprint": read_manifest(directory)["splits"]["train"]["sha256"], "method": config.chat.method,
@@ -226,7 +235,7 @@ class Finetuning(ABC):
         }  # fmt: skip
 
     def usable(self, sequences: Sequences) -> np.ndarray:
-        """Return which conversations have a supervised token after truncation, ascending indices, int64."""
+        """Return the indices of the conversations with a supervised token after truncation, ascending, int64."""
         return np.flatnonzero(sequences.num_supervised(self.block_size))
 
     @abstractmethod
@@ -312,8 +321,7 @@ class SFT(Finetuning):
         return [self.kept[rows[i]].tolist() for i in permutation(len(rows), seed, epoch)]
 
     def batch(self, start: Position, examples: list[Any], local: list[list[Any]], pin: bool) -> Batch:
-        size = max(1, *map(len, local))  # all micro-batches have the same shape
-        micro_batches = [self.collate_rows([*rows, *([[]] * (size - len(rows)))], pin) for rows in local]
+        micro_batches = [self.collate_rows(rows or [[]], pin) for rows in local]
         used = [i for row in examples for i in row]
         return Batch(
             start, Position(start.epoch, start.n + len(examples)), micro_batches, int(self.targets[used].sum()),
@@ -367,20 +375,24 @@ class DPO(Finetuning):
     kind: Kind = "preferences"
     columns: tuple[str, ...] = dpo.COLUMNS
 
-    def __init__(self, config: FinetuneConfig, directory: Path, initial: Pretrained, ranks: Ranks):
-        """`initial` is the reference model, with the special tokens of the template."""
-        super().__init__(config, directory, initial.tokenizer)
-        self.reference = {}
+    def __init__(
+        self, config: FinetuneConfig, directory: Path, tokenizer: Tokenizer, initial: Pretrained | None, ranks: Ranks
+    ):  # fmt: skip
+        """`initial` is the reference model, with the special tokens of the template; None if its results are stored."""
+        super().__init__(config, directory, tokenizer)
+        self.reference: dict[str, np.ndarray] = {}
+        model = None if initial is None else initial.build(lambda _: build_model(config.model))
         for split, sequences in (("train", self.train), ("val", self.val)):
-            path = directory / f"{split}-reference-{config.chat.reference[:16]}.npy"
-            model = initial.build(lambda _: build_model(config.model))
+            path = reference_path(directory, split, config)
             self.reference[split] = dpo.reference_log_probs(
                 model, sequences, path, self.block_size, ranks, config.training.dtype
             )
 
     def usable(self, sequences: Sequences) -> np.ndarray:
-        """Return which pairs have a supervised token in both answers, ascending indices, int64."""
-        return np.flatnonzero(sequences.num_supervised(self.block_size).reshape(-1, 2).all(axis=1))
+        """Return the indices of the pairs whose answers differ and have a supervised token each, ascending, int64."""
+        pairs = np.flatnonzero(sequences.num_supervised(self.block_size).reshape(-1, 2).all(axis=1))
+        differ = [not sequences.are_equal(2 * pair, 2 * pair + 1, self.block_size) for pair in pairs.tolist()]
+        return pairs[np.array(differ, bool)]
 
     def examples_of_epoch(self, epoch: int) -> list[int]:
         return self.kept[permutation(len(self.kept), self.config.general.seed, epoch)].tolist()
@@ -394,8 +406,8 @@ class DPO(Finetuning):
 
     def pairs(self, split: Literal["train", "val"], pairs: list[int], all_pairs: Any, pin: bool = False) -> dpo.Pairs:
         """Return a micro-batch of pairs, which are among `all_pairs` of the step or the validation."""
-        sequences = self.train if split == "train" else self.val
-        chosen_tokens = sequences.num_supervised(self.block_size)[0::2][all_pairs].sum()
+        sequences, targets = (self.train, self.targets) if split == "train" else (self.val, self.val_targets)
+        chosen_tokens = targets[0::2][all_pairs].sum()
         batch = dpo.collate_pairs(sequences, pairs, self.block_size, self.tokenizer.eot_id, pin)
         reference = torch.from_numpy(self.reference[split][pairs].reshape(-1, 2))
         return dpo.Pairs(batch, reference, len(all_pairs) / float(chosen_tokens))
@@ -438,6 +450,11 @@ class DPO(Finetuning):
 # the command
 
 
+def reference_path(directory: Path, split: str, config: FinetuneConfig) -> Path:
+    """Return the file of the log-probabilities of the initial model of DPO."""
+    return directory / f"{split}-reference-{config.chat.reference[:16]}.npy"
+
+
 def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
     """Prepare the data, load the tokenizer of the model, and compute the reference of DPO."""
     assert isinstance(config, FinetuneConfig), "new_config and resumed_config return this type"
@@ -445,22 +462,29 @@ def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
     kind: Kind = "preferences" if chat.method == "dpo" else "conversations"
     source = DataSource(config.data.dataset, chat.config, chat.split)
     directory = ranks.main_process_first(lambda: prepare(source, kind, chat.held_out, DATA_DIRECTORY))
-    if config.general.init_from == "resume" and kind == "conversations":
-        return SFT(config, directory, load_tokenizer(out))  # the initial model is not needed
+    config = variant(config, data={"dataset": str(directory)})  # a resume needs only the prepared data
+    if config.general.init_from == "resume":  # and not the initial model, unless its log-probabilities are missing
+        tokenizer = load_tokenizer(out)
+        if kind == "conversations":
+            return SFT(config, directory, tokenizer)
+        if all(reference_path(directory, split, config).exists() for split in ("train", "val")):
+            return DPO(config, directory, tokenizer, None, ranks)
 
     spec = config.general.init_from
     if spec == "resume":
         spec = run_dir.read_config(out / "config.json")["general"]["init_from"]
     weights = with_chat_tokens(ranks.main_process_first(lambda: read_pretrained(spec)))
     values = weights.config | {"block_size": config.model.block_size, "dropout": 0.0}
-    config = replace(config, model=config_from_dict(values))
+    config, template = replace(config, model=config_from_dict(values)), ChatTemplate(weights.tokenizer)
+    ranks.main_process_first(lambda: [tokenize(directory, split, template, kind) for split in ("train", "val")])
     if kind == "conversations":
         return SFT(config, directory, weights.tokenizer)
     initial = weights.adapt(values)
     data = [split["sha256"] for split in read_manifest(directory)["splits"].values()]
-    settings = [dpo.weights_sha256(initial.tensors), initial.tokenizer.sha256, config.training.dtype, *data]
+    is_bfloat16 = uses_bfloat16(ranks.device, config.training.dtype)
+    settings = [dpo.weights_sha256(initial.tensors), initial.tokenizer.sha256, is_bfloat16, *data]
     reference = hashlib.sha256(" ".join(map(str, [*settings, config.model.block_size])).encode()).hexdigest()
-    return DPO(variant(config, chat={"reference": reference}), directory, initial, ranks)
+    return DPO(variant(config, chat={"reference": reference}), directory, initial.tokenizer, initial, ranks)
 
 
 def main() -> None:

@@ -473,9 +473,9 @@ def launch_run(
             run_dir.lock_run_dir(general.out_dir, ranks),
             Saver(general.out_dir, saving.keep, saving.keep_every) as saver,
         ):
+            objective = make_objective(config, ranks)
             signals.marker = general.out_dir / run_dir.STOPPED
-            # not a variable here, so that the run is freed before the process group
-            train(set_up(make_objective(config, ranks), ranks), signals, saver)
+            train(set_up(objective, ranks), signals, saver)  # the run is freed before the process group
 
 
 def main() -> None:

@@ -4,10 +4,10 @@
     python -m tools.evaluate_chat out/gpt2-sft-dpo preferences.jsonl --reference out/gpt2-sft
 
 The records are those of the split `test`, which finetune.py does not read. The loss is a mean over all tokens of the
-assistant's messages; for preferences, of the chosen answers. The accuracy is the fraction of pairs of which the chosen
-answer has the higher log-probability, relative to that under the reference model if one is given. Two baselines without
-a model learn from the split `train`: one prefers longer or shorter answers, the other is a naive Bayes classifier of
-words and pairs of words.
+assistant messages; for preferences, of the chosen answers. The accuracy is the fraction of pairs of which the chosen
+answer has the higher log-probability, relative to that under the reference model if one is given; a tie counts half.
+Two baselines without a model learn from the split `train`: one prefers longer or shorter answers, the other is a naive
+Bayes classifier of words and pairs of words.
 """
 
 import math
@@ -26,9 +26,10 @@ from babygpt.chat.dpo import log_probabilities
 from babygpt.chat.packing import Sequences, collate_packed, tokenize
 from babygpt.chat.template import ChatTemplate
 from babygpt.constraints import ModelArgument, metavar, parse_arguments
-from babygpt.errors import UserError, run
+from babygpt.errors import ConfigError, UserError, run
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks, process_group
+from babygpt.training.run_dir import read_config
 from finetune import DATA_DIRECTORY
 from model import GPT
 
@@ -42,7 +43,8 @@ class EvaluateChatArgs:
     data: Annotated[Positional[str], metavar("DATA")]
     reference: Annotated[str | None, metavar("MODEL", "none")] = None  # initial model of DPO
     split: Literal["val", "test"] = "test"  # held-out records to use
-    held_out: Annotated[float, Ge(0), Lt(0.5), metavar("FRACTION")] = 0.1  # as for finetune.py
+    # fraction of the prompts in test
+    held_out: Annotated[float | None, Ge(0), Lt(0.5), metavar("FRACTION", "that of the run, or 0.1")] = None
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -53,7 +55,6 @@ class Scores:
     """The scores of a model on the answers of a split."""
 
     log_probs: np.ndarray  # (count,) float64; those of preferences alternate: chosen, rejected
-    tokens: np.ndarray  # (count,) int64, of the answers
     loss: float  # of the conversations or the chosen answers, in nats per token
     count: int  # of these
 
@@ -71,11 +72,24 @@ def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks:
             values += log_probabilities(model, batch, len(tokens)).double().tolist()
     log_probs, counts = np.array(values), sequences.num_supervised(block_size)
     step = 2 if kind == "preferences" else 1
+    used = np.repeat(counts.reshape(-1, step).all(axis=1), step)  # not those without a token after truncation
+    log_probs, counts = log_probs[used], counts[used]
     if not counts[::step].sum():
         raise UserError(f"The split {args.split} of {directory} has no answers within {block_size:,} tokens.")
     return Scores(
-        log_probs, counts, -log_probs[::step].sum() / counts[::step].sum(), len(counts) // step
+        log_probs, -log_probs[::step].sum() / counts[::step].sum(), len(counts) // step
     )  # fmt: skip
+
+
+def fraction_held_out(args: EvaluateChatArgs) -> float:
+    """Return the fraction of the run of the model. ConfigError if another one is given: test would contain train."""
+    used = read_config(Path(args.model) / "config.json").get("chat", {}).get("held_out")
+    if used is not None and args.held_out not in (None, used):
+        raise ConfigError(
+            f"--held-out {args.held_out} is not that of {args.model}, {used}, so the model may have been trained on "
+            "the test records. Omit it."
+        )
+    return used if used is not None else 0.1 if args.held_out is None else args.held_out
 
 
 def describe_accuracy(correct: float, count: int) -> str:
@@ -88,7 +102,8 @@ def main() -> None:
     source = DataSource(args.data)
     kind = find_kind(source)
     with process_group(args.device) as ranks:
-        directory = prepare(source, kind, args.held_out, DATA_DIRECTORY)
+        held_out = fraction_held_out(args)
+        directory = ranks.main_process_first(lambda: prepare(source, kind, held_out, DATA_DIRECTORY))
         reference = None if args.reference is None else score(args.reference, directory, kind, args, ranks).log_probs
         scores = score(args.model, directory, kind, args, ranks)
         print(f"response loss {scores.loss:.4f} ({scores.count:,} records of {args.split})")
@@ -96,11 +111,11 @@ def main() -> None:
             ratios = scores.log_probs if reference is None else scores.log_probs - reference
             chosen, rejected = ratios.reshape(-1, 2).T
             method = "without a reference" if reference is None else f"relative to {args.reference}"
-            accuracy = describe_accuracy(float((chosen > rejected).mean()), len(chosen))
+            accuracy = describe_accuracy(float((np.sign(chosen - rejected) + 1).mean() / 2), len(chosen))
             print(f"preference accuracy {accuracy}, {method}")
-            train, held_out = read_split(directory, "train"), read_split(directory, args.split)
+            train, records = read_split(directory, "train"), read_split(directory, args.split)
             for name, baseline in (("length", baselines.length_score), ("n-grams", baselines.ngram_score)):
-                accuracy = describe_accuracy(baselines.accuracy(baseline(train), held_out), len(held_out))
+                accuracy = describe_accuracy(baselines.accuracy(baseline(train), records), len(records))
                 print(f"baseline of {name}: preference accuracy {accuracy}")
 
 

@@ -10,11 +10,14 @@ Records are the lines of a jsonl file, the items of a json file, or the rows of 
 >>> directory = prepare(DataSource("data/instructions.jsonl"), "conversations", held_out=0.1, root=Path("data/chat"))
 >>> conversations = read_split(directory, "val")
 
-The split of a record depends on its prompt alone, so equal prompts are in the same split, also of several datasets.
+The split of a record depends on its prompt alone, so equal prompts are in the same split, even across datasets with the
+same `held_out`.
 """
 
 import hashlib
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +65,7 @@ def to_conversation(record: Any) -> dict[str, Any]:
     else:
         raise ValueError(f"it needs messages, or instruction and output, but has {', '.join(map(str, record)):.100}")
     if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("it has no message of the assistant")
+        raise ValueError("it has no assistant message")
     return {"messages": messages}
 
 
@@ -83,7 +86,7 @@ def to_preference(record: Any) -> dict[str, Any]:
         prompts.append(messages[:-1] or prompt_of(record))
         answers.append(messages[-1]["content"])
     if prompts[0] != prompts[1]:
-        raise ValueError("chosen and rejected must follow the same prompt")
+        raise ValueError("chosen and rejected must have the same prompt")
     return {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1]}
 
 
@@ -128,13 +131,14 @@ def prepare(source: DataSource, kind: Kind, held_out: float, root: Path) -> Path
     if (given / MANIFEST).is_file():
         check_prepared(given, kind)
         return given
-    paths = sorted(glob(source.location))
+    paths = find_files(source.location)
     revision = _hash_files(paths) if paths else _hub_revision(source)
     settings: dict[str, Any] = {"format": FORMAT, "kind": kind, "held_out": held_out, "revision": revision}
     if not paths:
         settings |= {"config": source.config, "split": source.split}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    directory = root / f"{given.name.split('.')[0] or 'data'}-{kind}-{key}"
+    name = re.sub(r"\W+", "-", given.name.split(".")[0])[:60].strip("-") or "data"
+    directory = root / f"{name}-{kind}-{key}"
     if (directory / MANIFEST).exists():
         check_prepared(directory, kind)
         return directory
@@ -153,9 +157,7 @@ def prepare(source: DataSource, kind: Kind, held_out: float, root: Path) -> Path
             continue
         lines[split_of(converted, held_out)].append(json.dumps(converted, ensure_ascii=False) + "\n")
     if not lines["train"]:
-        raise UserError(
-            f"{source.location} has no records for training. Use more data, or a smaller held-out fraction."
-        )
+        raise UserError(f"{source.location} has no records for training. Use more data, or a smaller --held-out.")
     directory.mkdir(parents=True, exist_ok=True)
     described: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -171,13 +173,18 @@ def find_kind(source: DataSource) -> Kind:
     directory = Path(source.location)
     if (directory / MANIFEST).is_file():
         return read_manifest(directory)["kind"]
-    paths = sorted(glob(source.location))
+    paths = find_files(source.location)
     records = _read_files(paths) if paths else _read_hub(source, _hub_revision(source))
     for _, record in records:
         return (
             "preferences" if isinstance(record, dict) and {"chosen", "rejected"} <= record.keys() else "conversations"
         )
     return "conversations"
+
+
+def find_files(location: str) -> list[str]:
+    """Return the path of a file, or the paths that match a pattern."""
+    return [location] if os.path.isfile(location) else sorted(glob(location))
 
 
 def _hash_files(paths: list[str]) -> str:
@@ -188,7 +195,8 @@ def _hash_files(paths: list[str]) -> str:
 
 
 def _hub_revision(source: DataSource) -> str:
-    if source.location.count("/") != 1 or source.location.startswith((".", "/")):
+    is_name = source.location.count("/") == 1 and not source.location.startswith((".", "/"))
+    if not is_name or format_of(source.location) or os.path.isdir(os.path.dirname(source.location)):
         raise ConfigError(
             f"There is no file at {source.location}. Use a jsonl or json file, or the name of a dataset on the Hugging "
             "Face Hub, such as HuggingFaceTB/smoltalk."

@@ -19,7 +19,8 @@ from babygpt.chat.packing import PackedBatch, Sequences, collate_packed
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
 
-# means over the pairs, in this order after the loss; sft_loss is the mean over the tokens of the chosen answers
+# means over the pairs, in this order after the loss; a tie counts half for the accuracy, and sft_loss is the mean over
+# the tokens of the chosen answers
 COLUMNS = ("reward_chosen", "reward_rejected", "margin", "accuracy", "chosen_change", "sft_loss")
 
 
@@ -62,7 +63,7 @@ def summed_losses(model: nn.Module, pairs: Pairs, device: torch.device, beta: fl
     log_probs = log_probabilities(model, batch, 2 * len(reference)).view(-1, 2)
     losses, rewards = dpo_loss(log_probs, reference, beta)
     margins = rewards[:, 0] - rewards[:, 1]
-    values = [rewards[:, 0], rewards[:, 1], margins, (margins > 0).float(), log_probs[:, 0] - reference[:, 0]]
+    values = [rewards[:, 0], rewards[:, 1], margins, (margins.sign() + 1) / 2, log_probs[:, 0] - reference[:, 0]]
     values.append(-log_probs[:, 0] * pairs.pairs_per_token)
     return torch.stack([losses.sum(), *(value.sum().detach() for value in values)])
 
@@ -78,14 +79,16 @@ def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 @torch.no_grad()
 def reference_log_probs(
-    model: nn.Module, sequences: Sequences, path: Path, block_size: int, ranks: Ranks, dtype: str
+    model: nn.Module | None, sequences: Sequences, path: Path, block_size: int, ranks: Ranks, dtype: str
 ) -> np.ndarray:
     """Return the log-probabilities of the answers under the initial model, (pairs, 2) float32.
 
-    They are computed once, by all ranks, and stored at `path`, whose name identifies model and data.
+    They are computed once, by all ranks, and stored at `path`, whose name identifies model and data. Without a model,
+    they must be stored already.
     """
     if ranks.sum([path.exists()])[0] == ranks.world_size:
         return np.load(path)
+    assert model is not None, "the caller has checked that all ranks have the file"
     num_pairs, model = len(sequences) // 2, model.to(ranks.device).eval()
     values = torch.zeros(num_pairs, 2, dtype=torch.float64, device=ranks.device)
     for pairs in batched(range(ranks.rank, num_pairs, ranks.world_size), 8):

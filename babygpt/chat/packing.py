@@ -47,6 +47,10 @@ class Sequences:
         stop = min(self.starts[i + 1], start + block_size + 1)
         return self.ids[start:stop], self.supervised[start:stop]
 
+    def are_equal(self, i: int, j: int, block_size: int) -> bool:
+        """Return whether two conversations are equal after truncation."""
+        return np.array_equal(self.get(i, block_size)[0], self.get(j, block_size)[0])
+
     def num_supervised(self, block_size: int) -> np.ndarray:
         """Return the number of supervised tokens of each conversation after truncation, (count,) int64."""
         before = np.concatenate([[0], np.cumsum(self.supervised)])

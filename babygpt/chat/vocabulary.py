@@ -18,7 +18,7 @@ def with_chat_tokens(weights: Pretrained) -> Pretrained:
     tokenizer, old_size = chat_tokenizer(weights.tokenizer), weights.tokenizer.vocab_size
     new_size = tokenizer.vocab_size
     if new_size == old_size:
-        return weights
+        return Pretrained(weights.config, weights.tensors, tokenizer, weights.source, weights.step)
     config, tensors = weights.config | {"vocab_size": new_size}, dict(weights.tensors)
     for name, table in weights.tensors.items():
         if is_table(name):

@@ -43,4 +43,4 @@ def mean_loss(
     nats, count, text_bytes, stops = ranks.sum([nats, count, text_bytes, stop()])
     if stops:
         raise StopRequested
-    return nats / count, nats / math.log(2) / text_bytes
+    return nats / count, nats / math.log(2) / text_bytes if text_bytes else math.nan

@@ -72,6 +72,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}). Copy or download it again.") from None
     if isinstance(values, dict) and values.get("model_type") == MODERN:
+        values = {"exact_gelu": False} | values  # earlier exports lack it
         if missing := [name for name in MODERN_FIELDS if name not in values]:
             raise UserError(f"{path} lacks {', '.join(missing)}. Copy it again.")
         vocab_size, num_bigrams = values["vocab_size"], values.get("num_bigrams", 0)

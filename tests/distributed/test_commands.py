@@ -147,10 +147,8 @@ def shrink(command: str) -> str:
         added = ["--file", "hellaswag.jsonl", "--device", "cpu"]
     elif command.startswith(("python finetune.py sft", "python finetune.py dpo")):
         added = ["--max-steps", "2", "--held-out", "0.3", "--device", "cpu"]
-    elif command.startswith("python chat.py"):
+    elif command.startswith(("python chat.py", "python -m tools.evaluate_chat")):
         added = ["--device", "cpu"]
-    elif command.startswith("python -m tools.evaluate_chat"):
-        added = ["--held-out", "0.3", "--device", "cpu"]
     elif command.startswith("python sample.py"):
         added = ["--max-new-tokens", "4", "--device", "cpu"]
     if not added:

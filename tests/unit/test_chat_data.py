@@ -58,11 +58,11 @@ def test_records_become_preferences(record):
     ("record", "reason"),
     [
         ("text", "not an object"), ({"text": "x"}, "it needs messages"), ({"messages": []}, "non-empty list"),
-        ({"messages": [USER]}, "no message of the assistant"), ({"instruction": 1, "output": "A"}, "must be strings"),
+        ({"messages": [USER]}, "no assistant message"), ({"instruction": 1, "output": "A"}, "must be strings"),
         ({"instruction": "Q", "output": None}, "must have a role and a content"),
         ({"prompt": None, "chosen": "A", "rejected": "B"}, "non-empty list"),
         ({"prompt": "Q", "chosen": [USER], "rejected": "B"}, "must end with a message of the assistant"),
-        ({"prompt": "Q", "chosen": [ANSWER, USER, ANSWER], "rejected": "B"}, "must follow the same prompt"),
+        ({"prompt": "Q", "chosen": [ANSWER, USER, ANSWER], "rejected": "B"}, "must have the same prompt"),
     ],
 )  # fmt: skip
 def test_invalid_records_are_reported_by_line(record, reason, tmp_path):

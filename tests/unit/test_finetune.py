@@ -1,4 +1,4 @@
-"""finetune.py: SFT and DPO train on every example once, resume exactly, and log what they say."""
+"""finetune.py: SFT and DPO train on every example once, resume exactly, and log their losses and rewards."""
 
 import json
 import math
@@ -198,7 +198,7 @@ def test_long_conversations_are_truncated_and_counted(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_killed_run_resumes_bitwise(method, base, instructions, preferences, tmp_path):
-    """Across the end of an epoch, and without the initial model for SFT."""
+    """Across the end of an epoch, and without the initial model and the source of the data."""
     model = tmp_path / "base"
     shutil.copytree(base, model)
     data = instructions if method == "sft" else preferences
@@ -207,8 +207,8 @@ def test_killed_run_resumes_bitwise(method, base, instructions, preferences, tmp
     call(finetune.main, method, model, data, "--out-dir", whole, "--validate-every", 3, *flags, *FLAGS)
     assert read_log(whole / "log.csv")[-2]["epoch"] > 0
     out = copy_killed_run(whole, 2, tmp_path / "resumed")
-    if method == "sft":
-        shutil.rmtree(model)
+    shutil.rmtree(model)
+    data.unlink()
     call(finetune.main, "resume", out)
     newest = max(map(checkpoint.step_of, checkpoint.list_checkpoints(out)))
     assert newest == 8
@@ -227,6 +227,7 @@ def test_dpo_raises_the_margin_and_logs_the_rewards(base, preferences, tmp_path)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["val_margin"] == first["val_chosen_change"] == 0
+    assert first["val_accuracy"] == 0.5, "ties count half"
     assert last["val_accuracy"] == 1.0
     assert last["val_margin"] > 1
     for row in rows[:-1]:
@@ -309,7 +310,7 @@ def test_micro_batches_of_dpo_do_not_change_the_loss(base, preferences, tmp_path
         (["sft", "BASE", "typo.jsonl"], "There is no file at typo.jsonl"),
         (["dpo", "BASE", "DATA"], "line 1 cannot be used for preferences"),
         (["resume", "BASE"], "is not a run of finetune.py"),
-        (["resume", "BASE", "--max-lr", "1"], "A run resumes with its own settings. Omit max_lr."),
+        (["resume", "BASE", "--max-lr", "1"], "A run resumes with its own settings. Omit --max-lr."),
         (["sft", "BASE", "DATA", "--max-lr", "-1"], "--max-lr -1.0 is out of range"),
     ],
 )  # fmt: skip
