@@ -110,7 +110,7 @@ class LocalServer(ThreadingHTTPServer):
 
 
 class RequestReader(io.RawIOBase):
-    """Reads from a socket, up to a deadline and a number of bytes."""
+    """Reads from a socket, up to a deadline and about a number of bytes: the last read may exceed it."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
@@ -129,7 +129,7 @@ class RequestReader(io.RawIOBase):
         if self.num_bytes <= 0:
             raise http.client.HTTPException("the request is too long")
         self.connection.settimeout(remaining)
-        count = self.connection.recv_into(memoryview(buffer)[: self.num_bytes])
+        count = self.connection.recv_into(buffer)
         self.num_bytes -= count
         return count
 
