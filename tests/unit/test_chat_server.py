@@ -632,8 +632,9 @@ def test_closing_the_server_ends_waiting_requests(template, model):
     with chat_server(template, model) as client:
         connections = [client.connect() for _ in range(3)]
         for i, connection in enumerate(connections):
-            connection.sendall(client.post_bytes(stream=i == 0) * (2 if i == 2 else 1))
+            connection.sendall(client.post_bytes(stream=i == 0))
         wait_until(lambda: len(client.server.worker.jobs) == 3)
+        connections[2].sendall(client.post_bytes())
         wait_until(model.is_started.is_set)
     for connection in connections:
         received = receive_all(connection)
