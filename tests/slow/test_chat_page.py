@@ -356,6 +356,7 @@ def test_page_fits_the_window(page, model, size, scheme):
     scrolled = "(e => [e.scrollWidth, e.scrollHeight])(document.documentElement)"
     assert page.evaluate(scrolled) == [width, height]
     assert page.evaluate("log.scrollWidth <= log.clientWidth && log.scrollHeight > 2 * log.clientHeight")
+    assert page.evaluate("Math.abs(log.getBoundingClientRect().width - innerWidth) < 1")
     assert page.evaluate("log.scrollTop + log.clientHeight > log.scrollHeight - 5")
     for name in ("New chat", "Settings", "Send"):
         box = page.get_by_role("button", name=name).bounding_box()

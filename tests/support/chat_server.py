@@ -4,8 +4,10 @@ import http.client
 import io
 import json
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -16,7 +18,9 @@ from babygpt.chat.template import ChatTemplate, Conversation
 from babygpt.nn.generation import SamplingParams
 
 TIMEOUT = 10  # seconds after which a test fails instead of hanging
-MESSAGES = [{"role": "user", "content": "Hi"}]
+PATH = "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+MESSAGES = [USER]
 
 
 class FakeModel:
@@ -61,13 +65,13 @@ class Client:
     def complete(self, messages: object = MESSAGES, **fields: object) -> tuple[int, dict]:
         """Return status and JSON of a completion."""
         body = json.dumps({"messages": messages, **fields}).encode()
-        response = self.request("POST", "/v1/chat/completions", body)
+        response = self.request("POST", PATH, body)
         return response.status, json.loads(response.data)
 
     def stream(self, **fields: object) -> list[dict | str]:
         """Return the events of a streamed completion."""
         body = json.dumps({"messages": MESSAGES, "stream": True, **fields}).encode()
-        response = self.request("POST", "/v1/chat/completions", body)
+        response = self.request("POST", PATH, body)
         assert response.status == 200
         assert response.getheader("Content-Type") == "text/event-stream; charset=utf-8"
         return parse_events(response.data)
@@ -97,6 +101,13 @@ def receive_all(connection: socket.socket) -> bytes:
         while part := connection.recv(65_536):
             received += part
     return received
+
+
+def error_of(content: dict) -> dict:
+    assert set(content) == {"error"}
+    assert set(content["error"]) == {"message", "type", "param", "code"}
+    assert content["error"]["message"]
+    return content["error"]
 
 
 def parse_events(data: bytes) -> list[dict | str]:
@@ -159,8 +170,5 @@ def chat_server(template: ChatTemplate, model: FakeModel, limits: Limits | None 
 
 def traceback_of_bug() -> str | None:
     """Return the traceback of the current exception, unless it means that the client has gone."""
-    import sys
-    import traceback
-
     is_bug = not isinstance(sys.exception(), ConnectionError | TimeoutError)
     return traceback.format_exc() if is_bug else None
