@@ -50,8 +50,8 @@ def restore_or_initialize(
         init_from = run_dir.read_config(out / "config.json").get("general", {}).get("init_from", new)
     elif (out / run_dir.FINISHED).exists() or checkpoint.list_checkpoints(out):
         raise ConfigError(
-            f"{out} already contains a run. Resume it with --general.init-from resume, or start another run with "
-            "--general.out-dir out/NAME."
+            f"{out} already contains a run. Resume it with `{run_dir.resume_command(out)}`, or start another run "
+            "with a different --out-dir."
         )
     manual_seed(config.general.seed)  # the same initial weights on all ranks
     if path:

@@ -46,7 +46,7 @@ class ChatModel:
     name: str
     template: ChatTemplate
     block_size: int
-    params: SamplingParams  # how tokens are sampled unless a request says otherwise
+    params: SamplingParams  # how tokens are sampled unless a request sets it
     # yields the text of each token of the assistant's next message, until `stop()`; see `reply`
     generate: Callable[[Conversation, SamplingParams, Callable[[], bool]], Iterator[str]]
     system: str | None = None  # system message of conversations that have none

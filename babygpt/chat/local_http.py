@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -134,7 +135,7 @@ class RequestReader(io.RawIOBase):
         return count
 
 
-class LocalHandler(BaseHTTPRequestHandler):
+class LocalHandler(BaseHTTPRequestHandler, ABC):
     """Checks the requests of one connection. A subclass answers valid ones (`answer`)."""
 
     PATHS: ClassVar[dict[str, tuple[str, ...]]]  # path -> methods
@@ -142,8 +143,9 @@ class LocalHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # of requests without a valid version; the default, 0.9, has no headers
 
+    @abstractmethod
     def answer(self, path: str, body: bytes) -> None:
-        raise NotImplementedError
+        """Send the response to a valid request."""
 
     def setup(self) -> None:
         super().setup()
@@ -152,7 +154,7 @@ class LocalHandler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.reader)
 
     def handle_one_request(self) -> None:
-        self.has_unread_body = True  # until the headers say otherwise
+        self.has_unread_body = True  # until the headers are read
         self.requestline, self.request_version, self.command = "", self.default_request_version, ""
         self.reader.allow(self.server.limits.head_bytes, self.server.limits.receive_seconds)
         try:

@@ -1,8 +1,9 @@
 """A session in the terminal: lines of text, and commands that start with a slash.
 
-sample.py and chat.py say what happens with a line of text (`enter`) and add their own commands.
+sample.py and chat.py define what happens to a line of text (`enter`), and add their own commands.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {  # command -> field of
 }  # fmt: skip
 
 
-class TerminalSession:
+class TerminalSession(ABC):
     """Read lines from the terminal until Ctrl-D."""
 
     GREETING, PROMPT = "Enter a prompt, or /help.", "\nprompt> "
@@ -31,9 +32,9 @@ class TerminalSession:
     def __init__(self, params: SamplingParams):
         self.params = params
 
+    @abstractmethod
     def enter(self, text: str) -> None:
         """Process a line that is not a command."""
-        raise NotImplementedError
 
     def run(self) -> None:
         with suppress(ImportError):

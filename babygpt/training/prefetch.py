@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 BatchType = TypeVar("BatchType")
 
 
-class Prefetcher(Generic[BatchType]):
+class Prefetcher(ABC, Generic[BatchType]):
     """An endless iterator over batches, from `position` on. A background thread reads up to two batches ahead.
 
     A subclass implements `read_batch`. The next batch starts at the `end` of the one before.
@@ -24,9 +25,9 @@ class Prefetcher(Generic[BatchType]):
         self.thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True, name="dataloader")
         self.thread.start()
 
+    @abstractmethod
     def read_batch(self, position: Any) -> BatchType:
         """Return the first batch at or after `position`."""
-        raise NotImplementedError
 
     def __iter__(self) -> "Prefetcher[BatchType]":
         return self

@@ -4,7 +4,6 @@ It uses the Chromium of the system, or that of `playwright install chromium`.
 """
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from support.chat_server import MESSAGES, TIMEOUT, FakeModel, chat_server
 
 from babygpt.chat.template import ChatTemplate, chat_tokenizer
@@ -129,15 +128,6 @@ def test_script_serves_a_model_until_ctrl_c(template, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------
 # the page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ It uses the Chromium of the system, or that of `playwright install chromium`.
 import json
 import math
 import re
-import shutil
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 from support.report import make_run
 
 from babygpt.training import report
@@ -17,15 +16,6 @@ from babygpt.training.plots import read_runs
 from babygpt.training.report import write_report
 
 TEXTS = ("The first sample", "The <b>second</b> sample")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

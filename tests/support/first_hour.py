@@ -30,7 +30,7 @@ MISTAKES = [
     ("python train.py --max-steps 5 tiny", "A preset comes first"),
     ("python train.py tiny --dataset novel.txt", "python fineweb.py files --input novel.txt --out-dir data/novel"),
     ("python train.py tiny --dataset pages", "python fineweb.py files --input pages --out-dir data/pages"),
-    (f"{TRAIN} --out-dir out/finished", "already contains a run. Resume it with --general.init-from resume"),
+    (f"{TRAIN} --out-dir out/finished", "already contains a run. Resume it with"),
     (f"{TRAIN} --max_step 5", "There is no flag --max_step. Did you mean '--max-steps'?"),
     (f"{TRAIN} --max-steps ten", "invalid literal for int()"),
     (f"{TRAIN} --max-steps 0", "--training.max-steps 0 is out of range. Use at least 1."),

@@ -197,7 +197,7 @@ QUICK = Limits(receive_seconds=0.3, send_seconds=0.3, linger_seconds=0.1)
 
 
 def test_requests_beyond_the_queue_get_a_503(template, model):
-    """They are told to retry, and all others are answered."""
+    """They get a 503 with Retry-After, and all others are answered."""
     model.gate = threading.Event()
     with chat_server(template, model, Limits(waiting=2)) as client, ThreadPoolExecutor(8) as pool:
         first = pool.submit(client.complete)

@@ -156,7 +156,7 @@ def test_answer_ends_before_a_stop_string(client, stop):
 @example(pieces=["abba"], stops=["bba", "bb"])
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_stop_strings_are_found_across_pieces(pieces, stops):
-    """No part of a stop string is sent, and nothing else is held back."""
+    """No part of a stop string is sent, and nothing else is delayed."""
     text = "".join(pieces)
     found = [(i + len(stop), i) for stop in stops if (i := text.find(stop)) >= 0]
     job = Job(CompletionRequest("fake", MESSAGES, SamplingParams(100), tuple(stops)))
@@ -166,7 +166,7 @@ def test_stop_strings_are_found_across_pieces(pieces, stops):
 
 
 def test_character_of_a_stop_string_is_sent_at_once():
-    """Only an end that may begin a stop string is held back."""
+    """Only an end that may begin a stop string is delayed."""
     sent = []
     job = Job(CompletionRequest("fake", MESSAGES, SamplingParams(100), ("abc",)))
 

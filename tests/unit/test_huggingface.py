@@ -111,7 +111,7 @@ def test_unsupported_hugging_face_config_is_rejected(name, value, tmp_path):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
 def test_activation_of_hugging_face_gpt2_is_kept(activation, tmp_path):
-    """GELU is computed exactly or with the tanh approximation, and the export says which."""
+    """GELU is computed exactly or with the tanh approximation, and the export records which."""
     reference = make_reference_model(activation_function=activation, initializer_range=0.3)
     reference.save_pretrained(tmp_path)
     config, state = read(tmp_path)

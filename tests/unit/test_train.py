@@ -281,7 +281,7 @@ def test_zero_gradient_norm_is_an_error(clip, dataset, tmp_path, monkeypatch):
 
 def test_existing_run_is_not_overwritten(uninterrupted_run, dataset):
     before = (uninterrupted_run / "log.csv").read_bytes()
-    with pytest.raises(ConfigError, match=r"already contains a run.*--general.init-from resume.*--general.out-dir"):
+    with pytest.raises(ConfigError, match=r"already contains a run.*--init-from resume`.*--out-dir"):
         call(train.main, *flags(dataset, uninterrupted_run))
     assert (uninterrupted_run / "log.csv").read_bytes() == before
 
