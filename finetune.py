@@ -6,9 +6,9 @@
     torchrun --standalone --nproc_per_node=8 finetune.py sft out/gpt2 instructions.jsonl
     python finetune.py resume out/gpt2-sft                           # resume a stopped run
 
-SFT trains on the messages of the assistant, with conversations packed into rows of block_size tokens. DPO trains on
-pairs of answers, of which one is preferred. docs/chat.md describes the records. The held-out prompts of `val` are for
-validation, those of `test` are not read. The training loop, checkpoints and log are those of train.py.
+SFT trains on the assistant messages, with conversations packed into rows of block_size tokens. DPO trains on pairs of
+answers, of which one is preferred. docs/chat.md describes the records. The prompts in `val` are used for validation;
+those in `test` are never read. The training loop, checkpoints and log are those of train.py.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ class FinetuneArgs:
     # configuration of a dataset on the hub
     config: Annotated[str | None, metavar("NAME", "the only one")] = None
     split: Annotated[str, metavar("NAME")] = "train"  # split of a dataset on the hub
-    # fraction of the prompts in val, and also in test
+    # fraction of the prompts to hold out in val, and again in test
     held_out: Annotated[float, Ge(0), Lt(0.5), metavar("FRACTION")] = 0.1
     epochs: Annotated[float | None, Gt(0), Le(1000), metavar("N", "3 for sft, 1 for dpo")] = None  # number of epochs
     max_steps: Annotated[Positive | None, metavar("N", "epochs")] = None  # number of steps; replaces epochs
@@ -112,7 +112,7 @@ class FinetuneArgs:
     pairs: Annotated[Positive, metavar("N")] = 16  # with dpo: pairs per step
     block_size: Annotated[Positive | None, metavar("N", "that of the model")] = None  # context length, in tokens
     max_lr: Annotated[PositiveFloat | None, metavar("RATE", "3e-4 for sft, 5e-6 for dpo")] = None  # peak learning rate
-    warmup: Fraction = 0.05  # fraction of the steps over which the rate rises, before it decays linearly to 0
+    warmup: Fraction = 0.05  # fraction of the steps for warmup; then the learning rate decays linearly to 0
     # with dpo: strength of the penalty for leaving the initial model
     beta: Annotated[PositiveFloat, metavar("BETA")] = 0.1
     micro_batch_size: NonNegative = 0  # rows per forward pass; 0: automatic
@@ -142,9 +142,8 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
     is_dpo = args.method == "dpo"
     per_step = args.pairs if is_dpo else args.rows
     name = Path(args.model.rstrip("/"))
-    initial = (
-        f"./{args.model}" if args.model in ("scratch", "resume") else args.model
-    )  # these are not paths for train.py
+    # general.init_from gives these two names another meaning
+    initial = f"./{args.model}" if args.model in ("scratch", "resume") else args.model
     config = FinetuneConfig(
         model=model,
         chat=Chat("dpo" if is_dpo else "sft", args.config, args.split, args.held_out, args.warmup, per_step, args.beta),
@@ -213,7 +212,7 @@ class Finetuning(ABC):
         if not len(self.kept):
             raise ConfigError(
                 f"No answer in {directory} begins within the first {self.block_size:,} tokens. Use shorter prompts, or "
-                "a model with a larger block_size."
+                "a larger block_size."
             )
         self.epoch = lru_cache(maxsize=2)(self.examples_of_epoch)  # two: at the end of an epoch, the next one is needed
         self.num_examples = len(self.epoch(0))  # the same for every epoch
@@ -270,7 +269,7 @@ class Finetuning(ABC):
         return texts
 
     def sample_prompts(self) -> list[Conversation]:
-        """Return the first prompts of val that leave half of the context for the reply, otherwise a greeting."""
+        """Return the first prompts of val that leave half of the context for the reply, or a greeting without any."""
         prompts: list[Conversation] = []
         for record in read_split(self.directory, "val"):
             messages = record.get("prompt") or record["messages"]
@@ -310,7 +309,7 @@ class ExampleLoader(Prefetcher[Batch]):
 
 
 class SFT(Finetuning):
-    """The loss of the assistant's messages, a mean over all their tokens in a step."""
+    """The loss of the assistant messages, a mean over all their tokens in a step."""
 
     kind: Kind = "conversations"
 

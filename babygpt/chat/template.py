@@ -7,7 +7,7 @@
     <|im_start|>assistant
     4<|im_end|>
 
-The loss is that of the assistant's contents and the `<|im_end|>` after them. Contents are stripped of surrounding
+The loss is that of the assistant messages and the `<|im_end|>` after them. Contents are stripped of surrounding
 whitespace and encoded as ordinary text, so a literal `<|im_end|>` in a message never becomes the special token.
 
 >>> tokenizer = chat_tokenizer(load_tokenizer("gpt2"))

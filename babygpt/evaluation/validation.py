@@ -20,9 +20,8 @@ def mean_loss(
     """Return the mean loss over the targets of all ranks, in nats per token and in bits per byte of their text.
 
     `batches` are this rank's inputs and targets, (B, T) int64 each, and, if the rows are packed, their PackedRows on
-    the device; `token_bytes`, (V,) int64, is the length of each
-    token's text in UTF-8 bytes. The model takes `reduction="sum"`; its training mode is restored. If `stop()` is true
-    on any rank, all raise StopRequested.
+    the device; `token_bytes`, (V,) int64, is the length of each token's text in UTF-8 bytes. The model takes
+    `reduction="sum"`; its training mode is restored. If `stop()` is true on any rank, all raise StopRequested.
     """
     was_training = model.training
     model.eval()
