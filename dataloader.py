@@ -11,12 +11,14 @@ N training tokens, T = block_size, S = num_streams, R = rows per step (batch_tok
 3. Streams. The shuffled data is divided into S equal pieces of K rows of T tokens.
 
        shuffled  |----stream 0----|----stream 1----|----stream 2----| remainder, not read in this epoch
-4. Rows. Row n of the epoch is row n // S of stream n mod S: T tokens and their T targets, shifted by one token.
-   A step takes the next R rows, and rank r reads those with n mod W = r.
+4. Rows. The streams are put into a seeded order, since neighbors often contain the same long document. Row n of the
+   epoch is row n // S of stream n mod S in this order: T tokens and their T targets, shifted by one token. A step takes
+   the next R rows, and rank r reads those with n mod W = r.
 
 An epoch reads every token once, except for fewer than (R + S) T at its end. The rows of a step depend on the data, the
-seed and (T, S, chunk_tokens), but not on the number of ranks, the micro-batch size, or where a run was resumed. The
-position in the data is (epoch, n). `python -m tools.inspect_step` prints the documents that a step of a run reads.
+seed and (T, S, chunk_tokens, version of the order), but not on the number of ranks, the micro-batch size, or where a
+run was resumed. The position in the data is (epoch, n). `python -m tools.inspect_step` prints the documents that a step
+of a run reads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,13 +46,13 @@ VAL_TOKENS = 20 * 524_288  # read by each validation, as in build-nanogpt: 20 st
 
 
 def default_num_streams(num_tokens: int, block_size: int) -> int:
-    """Return the largest power of two that leaves each stream at least 64 rows, at most 1,024.
+    """Return the largest power of two that leaves each stream at least 32 rows, at most 1,024.
 
     The rows of a stream follow each other in the data, so a step of many streams mixes more documents. With 64 streams
     instead of 1,024, a short run ended 0.12 nats higher (results/shuffle/streams.md).
     """
-    rows_per_64 = num_tokens // block_size // 64
-    return 1 << min(10, max(1, rows_per_64).bit_length() - 1)
+    most = num_tokens // block_size // 32
+    return 1 << min(10, max(1, most).bit_length() - 1)
 
 
 def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> int:
@@ -114,8 +116,12 @@ class Epoch:
 
     chunks: np.ndarray  # (chunks, 2) int64: start and stop of each chunk in the data, in shuffled order
     offsets: np.ndarray  # (chunks + 1,) int64: start of each chunk in the shuffled data, then its length
+    streams: np.ndarray  # (S,) int64: the streams, in the order in which rows are taken from them
     block_size: int
-    num_streams: int
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.streams)
 
     @property
     def rows_per_stream(self) -> int:
@@ -128,7 +134,7 @@ class Epoch:
 
     def row_start(self, n: int | np.ndarray) -> int | np.ndarray:
         """Return the start of row n in the shuffled data; for an array of rows, (rows,) int64."""
-        return (n % self.num_streams * self.rows_per_stream + n // self.num_streams) * self.block_size
+        return (self.streams[n % self.num_streams] * self.rows_per_stream + n // self.num_streams) * self.block_size
 
     def row(self, n: int) -> list[tuple[int, int]]:
         """Return the token ranges [start, stop) of the data that form row n, in order, with T + 1 tokens in total.
@@ -165,10 +171,11 @@ class Order:
 
     def __init__(
         self, tokens: Tokens, eot_id: int, block_size: int, num_streams: int | None, seed: int,
-        chunk_tokens: int | None = None, shuffle: bool = True,
+        chunk_tokens: int | None = None, shuffle: bool = True, version: int = 2,
     ):  # fmt: skip
+        """Version 1, the order of earlier runs, takes rows from stream 0, 1, 2, ..."""
         self.tokens, self.block_size = tokens, block_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.version = seed, shuffle, version
         self.num_streams = num_streams or default_num_streams(len(tokens), block_size)
         self.chunk_tokens = chunk_tokens or default_chunk_tokens(len(tokens), self.num_streams, block_size)
         self.chunk_starts, self.chunks_without_eot = np.zeros(1, np.int64), 0
@@ -181,7 +188,10 @@ class Order:
         if self.shuffle:
             chunks = chunks[permutation(len(chunks), self.seed, epoch)]
         offsets = np.concatenate([[0], np.cumsum(chunks[:, 1] - chunks[:, 0])])
-        return Epoch(chunks, offsets, self.block_size, self.num_streams)
+        streams = np.arange(self.num_streams)
+        if self.shuffle and self.version > 1:
+            streams = permutation(self.num_streams, self.seed, epoch, 0)  # 0: other numbers than those of the chunks
+        return Epoch(chunks, offsets, streams, self.block_size)
 
     @property
     def rows_per_epoch(self) -> int:

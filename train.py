@@ -154,7 +154,7 @@ class Pretraining:
         dataset.check_tokenizer(self.tokenizer, dataset.tokenizer)
         self.order = Order(
             dataset.train, dataset.eot_id, config.model.block_size, config.data.num_streams, config.general.seed,
-            config.data.chunk_tokens,
+            config.data.chunk_tokens, version=config.data.order,
         )  # fmt: skip
         self.rows_per_step = config.training.batch_tokens // config.model.block_size
         self.order.check(self.rows_per_step)

@@ -181,9 +181,15 @@ def train(checkout: Checkout, preset: str, dtype: str = "float32", world_size: i
         checkout.python(
             *(torchrun if world_size > 1 else ()), "train.py", preset, *TRAIN_FLAGS, *PRESETS[preset],
             "--general.out-dir", out, "--data.dataset", prepare(checkout, "trained"), "--training.dtype", dtype,
-            "--evaluation.file", checkout.inputs / "hellaswag.jsonl",
+            "--evaluation.file", checkout.inputs / "hellaswag.jsonl", *order_flags(checkout),
         )  # fmt: skip
     return out
+
+
+def order_flags(checkout: Checkout) -> tuple[object, ...]:
+    """Return the flags for version 1 of the data order, the only one that all checkouts have."""
+    settings = (checkout.path / "train_config.py").read_text(encoding="utf-8")
+    return ("--data.order", 1) if re.search(r"^    order: Literal", settings, re.MULTILINE) else ()
 
 
 def hellaswag(checkout: Checkout, preset: str, style: str) -> Path:

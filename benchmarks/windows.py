@@ -4,13 +4,14 @@
 
 nanoGPT starts each row at a random token, independently of all others, so some tokens are read several times and
 others never. This benchmark trains a preset (changed by FLAGS of train.py) on such windows, and on the data order with
-several numbers of streams. All runs have the same model, number of tokens and validation tokens. Runs are written to
-the directory --runs, and finished runs are not repeated. Use a new directory if the code or the dataset has changed.
-If --jobs is greater than 1, each run uses one thread.
+several numbers of streams; `1024:1` is version 1 of the order with 1,024 streams. All runs have the same model, number
+of tokens and validation tokens. Runs are written to the directory --runs, and finished runs are not repeated. Use a new
+directory if the code or the dataset has changed. If --jobs is greater than 1, each run uses one thread.
 """
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,10 +44,13 @@ class IndependentWindows(Order):
 
 def train_run(options: argparse.Namespace, order: str, seed: int) -> float:
     """Train a run unless it has finished, and return its final validation loss."""
-    directory = Path(options.runs) / f"{options.preset}-{Path(options.dataset).name}-{order}-{seed}"
+    name = f"{options.preset}-{Path(options.dataset).name}-{order.replace(':', '-order')}-{seed}"
+    directory = Path(options.runs) / name
     log = directory / "log.csv"
     if not (directory / "finished").exists():
-        streams = [] if order == "windows" else ["--num-streams", order]
+        shutil.rmtree(directory, ignore_errors=True)  # of an interrupted benchmark
+        number, _, version = order.partition(":")
+        streams = [] if order == "windows" else ["--num-streams", number, "--order", version or "2"]
         command = [
             sys.executable, __file__, "--train", order, options.preset, "--dataset", options.dataset, "--out-dir",
             str(directory), "--seed", str(seed), "--mode", "train", "val", "--validation.every-n-steps", "1000000",
@@ -72,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", metavar="PRESET", help="preset of train_config.py")
     parser.add_argument("--dataset", help="directory of the prepared dataset (default: that of the preset)")
-    parser.add_argument("--streams", type=int, nargs="+", default=[12, 64, 1024], help="numbers of streams to compare")
+    parser.add_argument("--streams", nargs="+", default=["12", "64", "1024"], help="numbers of streams to compare")
     parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: %(default)s)")
     parser.add_argument("--runs", default="out/windows", help="directory of the runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -82,7 +86,7 @@ def main() -> None:
     options.dataset = os.path.abspath(config.data.dataset)
     num_tokens, block_size = len(open_dataset(options.dataset).train), config.model.block_size
     default = default_num_streams(num_tokens, block_size)
-    orders = ["windows", *map(str, sorted({*options.streams, default}))]
+    orders = ["windows", *sorted({*options.streams, str(default)}, key=lambda order: int(order.split(":")[0]))]
     jobs = [(order, seed) for seed in SEEDS for order in orders]
     losses = dict(zip(jobs, map_jobs(lambda job: train_run(options, *job), jobs, options.jobs), strict=True))
     tokens = config.training.max_steps * config.training.batch_tokens
@@ -99,9 +103,11 @@ def main() -> None:
     for order in orders:
         values = [losses[order, seed] for seed in SEEDS]
         differences = [losses[order, seed] - losses["windows", seed] for seed in SEEDS]
-        name, chunk = ("independent windows", "") if order == "windows" else (
-            f"{int(order):,} streams", f"{default_chunk_tokens(num_tokens, int(order), block_size):,}"
-        )  # fmt: skip
+        name, chunk = "independent windows", ""
+        if order != "windows":
+            number, _, version = order.partition(":")
+            name = f"{int(number):,} streams" + (f", version {version}" if version else "")
+            chunk = f"{default_chunk_tokens(num_tokens, int(number), block_size):,}"
         by_seed = ", ".join(f"{difference:+.4f}" for difference in differences)
         lines.append(
             f"| {name} | {chunk} | {statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f}) | "

@@ -52,6 +52,8 @@ MISTAKES = [
     (7, "the last partial validation batch is dropped", "unit/test_dataloader.py -k validation",
      [("dataloader.py", "for i in range(0, len(rows), micro_batch_size):\n        idx = torch.zeros",
        "for i in range(0, len(rows) - micro_batch_size + 1, micro_batch_size):\n        idx = torch.zeros")]),
+    (8, "streams are read in their order in the data", "unit/test_dataloader.py -k seeded_order",
+     [("dataloader.py", "permutation(self.num_streams, self.seed, epoch, 0)", "np.arange(self.num_streams)")]),
     (8, "chunks are not shuffled", "unit/test_dataloader.py -k two_epochs",
      [("dataloader.py", "        if self.shuffle:\n            chunks = chunks", "        if False:\n            chunks = chunks")]),
     (9, "duplicates are kept, so a document is in both splits", "unit/test_fineweb.py",

@@ -72,8 +72,9 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
     rows = [(after - before) // block_size for before, after in pairwise(tokens)]
     rows += [training["batch_tokens"] // block_size] * (step + 1 - len(rows))
     order = Order(
-        dataset.train, dataset.eot_id, block_size, data["num_streams"], config["general"]["seed"], data["chunk_tokens"]
-    )
+        dataset.train, dataset.eot_id, block_size, data["num_streams"], config["general"]["seed"], data["chunk_tokens"],
+        version=data.get("order", 1),
+    )  # fmt: skip
     order.check(rows[step])
     return dataset, order, rows
 
@@ -89,6 +90,7 @@ def describe_rows(
     width = max(map(len, shard_names))
     yield f"{'row':>9} {'rank':>4} {'stream':>6}  {'shard':<{width}} {'token':>11} {'tokens':>6} {'document':>8}  text"
     for n in rows:
+        stream = order.epoch(epoch).streams[n % order.num_streams]
         for start, stop in order.epoch(epoch).row(n):
             for i, first, end in order.tokens.ranges(start, stop):
                 shard = np.asarray(order.tokens.shards[i])
@@ -97,7 +99,7 @@ def describe_rows(
                 document = np.searchsorted(document_starts[i], first, side="right")
                 text = "".join(c if c.isprintable() else " " for c in tokenizer.decode(shard[first:end].tolist()))
                 yield (
-                    f"{n:>9} {n % num_ranks:>4} {n % order.num_streams:>6}  {shard_names[i]:<{width}} {first:>11} "
+                    f"{n:>9} {n % num_ranks:>4} {stream:>6}  {shard_names[i]:<{width}} {first:>11} "
                     f"{end - first:>6} {document:>8}  {text[:max_chars]}"
                 )
 

@@ -34,18 +34,18 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
         if not ranks.is_main:
             return None
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"--general.out-dir {out} is a file. Use the path to a directory.")
+            raise ConfigError(f"--out-dir {out} is a file. Use the path to a directory.")
         is_new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
             file = open(out / LOCK, "w")  # noqa: SIM115, open during the run
         except OSError as error:
-            raise ConfigError(f"--general.out-dir {out} cannot be written to ({error}). Use a different one.") from None
+            raise ConfigError(f"--out-dir {out} cannot be written to ({error}). Use a different one.") from None
         try:
             _lock_file(file)
         except BlockingIOError:
             file.close()
-            raise ConfigError(f"Another process is training in {out}. Use a different --general.out-dir.") from None
+            raise ConfigError(f"Another process is training in {out}. Use a different --out-dir.") from None
         except OSError:  # the file system does not support locks
             pass
         if not (out / LOCK).exists():  # a failed launch has just deleted it
@@ -107,7 +107,7 @@ def latest_checkpoint(out: Path, ranks: Ranks) -> Path | None:
     if path is None and (paths := checkpoint.list_checkpoints(out)):
         raise ConfigError(
             f"None of the {len(paths)} checkpoints of {out} is intact. Restore one of them, or start again with "
-            "a different --general.out-dir."
+            "a different --out-dir."
         )
     return path
 
@@ -118,7 +118,7 @@ def identity_of(config: Any, dataset: Any, order: Any, tokenizer: Any) -> dict[s
         "model": asdict(config.model),
         "data": {
             "fingerprint": dataset.fingerprint, "block_size": order.block_size, "num_streams": order.num_streams,
-            "chunk_tokens": order.chunk_tokens, "seed": order.seed,
+            "chunk_tokens": order.chunk_tokens, "seed": order.seed, "order": order.version,
         },
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         "optimizer": {"name": config.optimizer.name},
@@ -127,11 +127,12 @@ def identity_of(config: Any, dataset: Any, order: Any, tokenizer: Any) -> dict[s
 
 def check_identity(path: Path, state: dict, identity: dict[str, dict]) -> None:
     """Raise a ConfigError if the `identity` of a run differs from that of the checkpoint from which it resumes."""
-    differing = differences({section: state[section] for section in identity}, identity)
+    earlier = {section: state[section] for section in identity}
+    differing = differences(with_order(earlier) if "order" in identity["data"] else earlier, identity)
     if lines := [f"  {name}: {earlier} before, {value} now\n" for name, earlier, value in differing]:
         raise ConfigError(
             f"{path} cannot be resumed with a different model, optimizer or data order:\n{''.join(lines)}Use the "
-            "earlier values, or start again with a different --general.out-dir."
+            "earlier values, or start again with a different --out-dir."
         )
 
 
@@ -142,6 +143,11 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
         return {name: section for name, section in sections.items() if isinstance(section, dict)}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def with_order(sections: dict[str, dict]) -> dict[str, dict]:
+    """Return sections of settings with a version of the data order, which earlier versions of BabyGPT did not store."""
+    return {name: ({"order": 1} if name == "data" else {}) | section for name, section in sections.items()}
 
 
 def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
@@ -163,7 +169,7 @@ def changed_settings(path: Path, config: dict) -> list[str]:
     """Return one line for each setting, except in `general`, that differs from the config.json at `path`."""
     return [
         f"  {name} was {earlier}, is now {value}"
-        for name, earlier, value in differences(read_config(path), config)
+        for name, earlier, value in differences(with_order(read_config(path)), config)
         if not name.startswith("general.")
     ]
 

@@ -11,7 +11,8 @@ def derive_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of 0 ... count - 1, (count,) int64, that is the same on all machines and versions."""
-    keys = [hashlib.blake2b(f"{seed} {epoch} {i}".encode(), digest_size=16).digest() for i in range(count)]
+def permutation(count: int, *numbers: int) -> np.ndarray:
+    """Return a permutation of 0 ... count - 1, (count,) int64: a hash of `numbers`, the same on all machines."""
+    prefix = " ".join(map(str, numbers))
+    keys = [hashlib.blake2b(f"{prefix} {i}".encode(), digest_size=16).digest() for i in range(count)]
     return np.array(sorted(range(count), key=keys.__getitem__), np.int64)

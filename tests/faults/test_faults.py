@@ -460,10 +460,10 @@ def test_out_of_memory_message_suggests_settings(dataset, tmp_path):
     done = torchrun(2, *flags(dataset, tmp_path / "run", **NO_TASKS), fault="out_of_memory 1 2", check=False)
     message = "error (rank 1): Out of memory during step 2 (CUDA out of memory. Tried to allocate 2.00 GiB.). Use"
     assert message in done.stderr
-    assert "--training.micro-batch-size 2: " in done.stderr
+    assert "--micro-batch-size 2: " in done.stderr
     assert has_no_traceback(done.stderr)
     losses = []
-    for flag in (["--training.micro-batch-size", 2], ["--training.activation-checkpointing"]):
+    for flag in (["--micro-batch-size", 2], ["--activation-checkpointing"]):
         run = tmp_path / flag[0]
         call(train.main, *flags(dataset, run, training__max_steps=3, model__dropout=0.0, **NO_TASKS), *flag)
         losses.append([row["loss"] for row in read_log(run / "log.csv")[:3]])

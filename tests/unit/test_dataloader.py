@@ -1,5 +1,6 @@
 """The data order: every token once per epoch, the same rows on any machine, no row skipped or repeated on resume."""
 
+import hashlib
 import itertools
 import threading
 from collections import Counter
@@ -122,7 +123,7 @@ def test_rank_reads_its_streams_from_start_to_end():
     shuffled = np.concatenate([np.arange(a, b) for a, b in order.epoch(0).chunks])
     for step in range(3):
         rows = torch.cat(next(loader).micro_batches)
-        for row, stream in zip(rows, (1, 5), strict=True):
+        for row, stream in zip(rows, order.epoch(0).streams[[1, 5]], strict=True):
             start = (stream * K + step) * 16
             ids = [int(order.tokens.read(i, i + 1)[0]) for i in shuffled[start : start + 17]]
             assert row.tolist() == ids
@@ -141,10 +142,33 @@ def test_two_epochs_have_different_orders():
     )
 
 
+def test_streams_are_taken_in_a_seeded_order():
+    """Neighboring streams often contain the same long document, so a step should not take its rows from neighbors."""
+    order = Order(make_tokens(20_000, 60, np.random.default_rng(1)), EOT, 16, 64, seed=3)
+    first, second = (order.epoch(epoch).streams.tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert first != second
+    assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(first)) < 8
+    starts = order.epoch(0).row_start(np.arange(64))
+    assert starts.tolist() == [stream * order.epoch(0).rows_per_stream * 16 for stream in first]
+
+
+@pytest.mark.parametrize(("version", "expected"), [(1, "0e7cb1428b5cd0b4"), (2, "7cffbce513d3c44d")])
+def test_rows_equal_recorded_values(version, expected):
+    """If this fails, no run of an earlier version can be resumed or replayed."""
+    positions = np.arange(20_000)
+    tokens = Tokens([np.where(positions % 37 == 0, 0, positions % 251 + 1).astype(np.uint16)])
+    order = Order(tokens, 0, 16, 8, seed=3, version=version)
+    rows = np.zeros((order.rows_per_epoch, 17), np.int64)
+    order.read_rows(1, range(len(rows)), rows)
+    assert rows.shape == (1248, 17)
+    assert hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16] == expected
+
+
 def test_permutation_equals_recorded_values():
     """If this fails, no run of an earlier version can be resumed or replayed."""
-    assert permutation(10, seed=1337, epoch=0).tolist() == [6, 8, 4, 5, 7, 0, 9, 3, 2, 1]
-    assert permutation(10, seed=1337, epoch=1).tolist() == [5, 3, 6, 8, 4, 1, 2, 0, 7, 9]
+    assert permutation(10, 1337, 0).tolist() == [6, 8, 4, 5, 7, 0, 9, 3, 2, 1]
+    assert permutation(10, 1337, 1).tolist() == [5, 3, 6, 8, 4, 1, 2, 0, 7, 9]
 
 
 def test_chunks_start_at_the_eot_nearest_to_each_cursor():
@@ -230,12 +254,12 @@ def test_targets_are_the_inputs_shifted_by_one():
 
 @pytest.mark.parametrize(
     ("num_tokens", "block_size", "expected"),
-    [(10**10, 1024, 1024), (50_000_000, 256, 1024), (1_000_000, 64, 128), (300_000, 256, 16), (1000, 256, 1)],
+    [(10**10, 1024, 1024), (50_000_000, 256, 1024), (1_000_000, 64, 256), (300_000, 256, 32), (1000, 256, 1)],
 )
-def test_default_streams_have_at_least_64_rows(num_tokens, block_size, expected):
-    """A power of two, at most 1,024; a dataset of less than 128 rows has one stream."""
+def test_default_streams_have_at_least_32_rows(num_tokens, block_size, expected):
+    """A power of two, at most 1,024; a dataset of less than 64 rows has one stream."""
     assert default_num_streams(num_tokens, block_size) == expected
-    assert expected == 1 or num_tokens // block_size // expected >= 64
+    assert expected == 1 or num_tokens // block_size // expected >= 32
     tokens = make_tokens(3000, 20, np.random.default_rng(0))
     assert Order(tokens, EOT, 8, None, seed=0).num_streams == default_num_streams(len(tokens), 8)
 
@@ -307,7 +331,7 @@ def test_close_stops_the_reader_thread():
 
 
 def test_row_outside_the_epoch_is_rejected():
-    epoch = Epoch(np.array([[0, 100]]), np.array([0, 100]), block_size=10, num_streams=3)
+    epoch = Epoch(np.array([[0, 100]]), np.array([0, 100]), streams=np.arange(3), block_size=10)
     assert epoch.num_rows == 9
     with pytest.raises(IndexError):
         epoch.row(9)

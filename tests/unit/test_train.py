@@ -357,7 +357,7 @@ def test_warnings_have_one_prefix(dataset, tmp_path, monkeypatch, capsys):
 
 
 def test_resume_beyond_max_steps_is_rejected(uninterrupted_run, dataset):
-    with pytest.raises(ConfigError, match=r"step_00000014 is past --training.max-steps 5"):
+    with pytest.raises(ConfigError, match=r"step_00000014 is past --max-steps 5"):
         call(train.main, *flags(dataset, uninterrupted_run, general__init_from="resume", training__max_steps=5))
 
 

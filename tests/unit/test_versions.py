@@ -1,5 +1,6 @@
 """Checkpoints that other versions of BabyGPT wrote: rejected with a message, or adapted."""
 
+import json
 import math
 
 import pytest
@@ -7,8 +8,9 @@ from support.helpers import call
 from support.runs import copy_killed_run, flags
 
 import train
-from babygpt.errors import UserError
+from babygpt.errors import ConfigError, UserError
 from babygpt.training import checkpoint
+from babygpt.training.log import column, read_log
 from model import GPT
 
 
@@ -52,3 +54,22 @@ def test_modern_checkpoint_of_an_earlier_version_resumes(scale, dataset, tmp_pat
     assert GPT.from_pretrained(tmp_path).config.attention_score_factor == factor
     changes |= {"general__init_from": "resume", "training__max_steps": 2}
     call(train.main, *flags(dataset, tmp_path, "modern", **changes))
+
+
+def test_run_with_the_first_version_of_the_order_resumes(dataset, tmp_path, capsys):
+    """Its config.json and its checkpoints do not name the version. With a preset, the mismatch is an error."""
+    whole, out = tmp_path / "whole", tmp_path / "earlier"
+    call(train.main, *flags(dataset, whole, data__order=1, training__max_steps=6))
+    copy_killed_run(whole, 3, out)
+    loaded = checkpoint.load(checkpoint.latest(out))
+    del loaded.state["data"]["order"], loaded.state["launches"][0]["config"]["data"]["order"]
+    checkpoint.save(out, 3, loaded.model, loaded.optimizer, loaded.state, keep=0)
+    settings = json.loads((out / "config.json").read_text())
+    del settings["data"]["order"]
+    (out / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"data\.order: 1 before, 2 now"):
+        call(train.main, *flags(dataset, out, general__init_from="resume", training__max_steps=6))
+    capsys.readouterr()
+    call(train.main, "--out-dir", out, "--init-from", "resume")
+    assert "Settings that differ from those of the last launch" not in capsys.readouterr().out
+    assert column(read_log(out / "log.csv"), "loss") == column(read_log(whole / "log.csv"), "loss")
