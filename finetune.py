@@ -11,48 +11,35 @@ answers, of which one is preferred. docs/chat.md describes the records. The prom
 those in `test` are never read. The training loop, checkpoints and log are those of train.py.
 """
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
-from tyro.conf import Positional
 
-from arguments import from_json, with_momentum_defaults
+from arguments import with_momentum_defaults
 from babygpt.chat import dpo
-from babygpt.chat.conversations import DataSource, Kind, prepare, read_manifest, read_split
+from babygpt.chat.conversations import DataSource, Kind, first_prompt, prepare, read_manifest, read_split
 from babygpt.chat.packing import PackedBatch, Sequences, best_fit_decreasing, collate, tokenize
 from babygpt.chat.reply import limit_to_context, reply
 from babygpt.chat.template import ChatTemplate, Conversation
 from babygpt.chat.vocabulary import with_chat_tokens
 from babygpt.console import counted
-from babygpt.constraints import (
-    Fraction,
-    ModelArgument,
-    NonNegative,
-    Positive,
-    PositiveFloat,
-    Seed,
-    flag,
-    metavar,
-    parse_arguments,
-)
+from babygpt.constraints import parse_arguments
 from babygpt.data.tokenizer import Tokenizer, load_tokenizer
 from babygpt.errors import ConfigError
 from babygpt.errors import run as run_script
 from babygpt.evaluation.validation import mean_loss
 from babygpt.nn.generation import SamplingParams
-from babygpt.pretrained import HUB_MODELS, Pretrained, read_architecture, read_pretrained
+from babygpt.pretrained import Pretrained, read_pretrained
 from babygpt.settings import variant
-from babygpt.training import checkpoint, run_dir
+from babygpt.training import run_dir
 from babygpt.training.device import autocast, uses_bfloat16
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import Row
@@ -60,132 +47,12 @@ from babygpt.training.prefetch import Prefetcher
 from babygpt.training.seeds import permutation
 from babygpt.training.signals import StopRequested
 from dataloader import Batch, Position
+from finetune_config import FinetuneArgs, FinetuneConfig, new_config, resumed_config
 from model import GPT, build_model, config_from_dict
 from train import Stop, launch_run
-from train_config import Config, Training, preset
+from train_config import Config
 
 DATA_DIRECTORY = Path("data/chat")  # of prepared data
-
-# ---------------------------------------------------------------------------------------------------------
-# settings
-
-
-@dataclass(frozen=True)
-class Chat:
-    """The settings of finetuning that train_config.py does not have."""
-
-    method: Literal["sft", "dpo"] = "sft"
-    config: str | None = None  # of a dataset on the hub
-    split: str = "train"  # of a dataset on the hub
-    held_out: float = 0.1
-    warmup_fraction: float = 0.05
-    per_step: int = 8  # rows (SFT) or pairs (DPO)
-    beta: float = 0.1
-    reference: str = ""  # hash of the initial model and the data of DPO
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(Config):
-    """All settings of a run, as in its config.json. general.init_from is the initial model, data.dataset the data."""
-
-    chat: Chat = field(default_factory=Chat)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneArgs:
-    """The command line: each field is a flag, and its comment is the help."""
-
-    # sft: supervised finetuning; dpo: direct preference optimization; resume: resume a run
-    method: Annotated[Positional[Literal["sft", "dpo", "resume"]], metavar("{sft,dpo,resume}")]
-    model: ModelArgument  # initial model; with resume, the run directory
-    # jsonl or json file, dataset on the Hugging Face Hub, or prepared directory
-    data: Annotated[Positional[str | None], metavar("[DATA]")] = None
-    out_dir: Annotated[Path | None, metavar("PATH", "out/NAME-METHOD")] = None  # run directory
-    # configuration of a dataset on the hub
-    config: Annotated[str | None, metavar("NAME", "the only one")] = None
-    split: Annotated[str, metavar("NAME")] = "train"  # split of a dataset on the hub
-    # fraction of the prompts to hold out in val, and again in test
-    held_out: Annotated[float, Ge(0), Lt(0.5), metavar("FRACTION")] = 0.1
-    epochs: Annotated[float | None, Gt(0), Le(1000), metavar("N", "3 for sft, 1 for dpo")] = None  # number of epochs
-    max_steps: Annotated[Positive | None, metavar("N", "epochs")] = None  # number of steps; replaces epochs
-    rows: Annotated[Positive, metavar("N")] = 8  # with sft: rows of block_size tokens per step
-    pairs: Annotated[Positive, metavar("N")] = 16  # with dpo: pairs per step
-    block_size: Annotated[Positive | None, metavar("N", "that of the model")] = None  # context length, in tokens
-    max_lr: Annotated[PositiveFloat | None, metavar("RATE", "3e-4 for sft, 5e-6 for dpo")] = None  # peak learning rate
-    warmup: Fraction = 0.05  # fraction of the steps for warmup; then the learning rate decays linearly to 0
-    # with dpo: strength of the penalty for leaving the initial model
-    beta: Annotated[PositiveFloat, metavar("BETA")] = 0.1
-    micro_batch_size: NonNegative = 0  # rows per forward pass; 0: automatic
-    validate_every: NonNegative = 50  # validate and sample every N steps, and at the end; 0: never
-    save_every: NonNegative = 200  # save a checkpoint every N steps, and at the end; 0: only when the run is stopped
-    keep: NonNegative = 2  # number of most recent checkpoints to keep; 0: all
-    seed: Seed = 1337  # seed of the order of the data
-    note: Annotated[str, metavar("TEXT")] = ""  # remark about the run, shown by `python -m tools.runs`
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
-    # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-def new_config(args: FinetuneArgs) -> FinetuneConfig:
-    """Return the config of a new run. ConfigError if there is no model or no data."""
-    if args.data is None:
-        raise ConfigError(f"No data given. Use python finetune.py {args.method} {args.model} DATA.")
-    architecture = asdict(preset(args.model).model) if args.model in HUB_MODELS else read_architecture(args.model)
-    if architecture is None:
-        raise ConfigError(f"There is no model at {args.model}. Use a run directory (out/NAME), or another model.")
-    model = replace(config_from_dict(architecture), dropout=0.0)
-    if args.block_size and args.block_size > model.block_size:
-        raise ConfigError(
-            f"--block-size {args.block_size:,} is more than that of the model. Use at most {model.block_size:,}."
-        )
-    model = replace(model, block_size=args.block_size or model.block_size)
-    is_dpo = args.method == "dpo"
-    per_step = args.pairs if is_dpo else args.rows
-    name = Path(args.model.rstrip("/"))
-    # general.init_from gives these two names another meaning
-    initial = f"./{args.model}" if args.model in ("scratch", "resume") else args.model
-    config = FinetuneConfig(
-        model=model,
-        chat=Chat("dpo" if is_dpo else "sft", args.config, args.split, args.held_out, args.warmup, per_step, args.beta),
-    )
-    return variant(
-        config,
-        general={
-            "mode": ("train", "val", "sample"), "init_from": initial, "seed": args.seed, "device": args.device,
-            "note": args.note, "preset": args.method,
-            "out_dir": args.out_dir or Path("out") / f"{name.name.removesuffix('.pt')}-{args.method}",
-        },
-        data={"dataset": args.data},
-        training={
-            "epochs": None if args.max_steps else args.epochs or (1.0 if is_dpo else 3.0),
-            "max_steps": args.max_steps or Training.max_steps, "dtype": args.dtype, "compile": "off",
-            "batch_tokens": per_step * model.block_size * (2 if is_dpo else 1),  # at most, with dpo
-            "micro_batch_size": args.micro_batch_size,
-        },
-        optimizer={
-            "max_lr": args.max_lr or (5e-6 if is_dpo else 3e-4), "min_lr_ratio": 0.0, "weight_decay": 0.0,
-            "cooldown": 1.0 - args.warmup,
-        },
-        validation={"every_n_steps": args.validate_every},
-        evaluation={"every_n_steps": 0},
-        sampling={"every_n_steps": args.validate_every, "num_samples": 3, "max_new_tokens": 100, "temperature": 0.7},
-        saving={"every_n_steps": args.save_every, "keep": args.keep},
-    )  # fmt: skip
-
-
-def resumed_config(args: FinetuneArgs) -> FinetuneConfig:
-    """Return the config of the run directory `args.model`. ConfigError if it is not a run of this script."""
-    given = [f.name for f in fields(args) if f.name not in ("method", "model") and getattr(args, f.name) != f.default]
-    if given:
-        raise ConfigError(f"A run resumes with its own settings. Omit {', '.join(map(flag, given))}.")
-    out = Path(args.model)
-    settings = run_dir.read_config(out / "config.json")
-    if "chat" not in settings:
-        raise ConfigError(f"{out} is not a run of finetune.py. Use the directory of one, such as out/gpt2-sft.")
-    config = cast(FinetuneConfig, from_json(settings, FinetuneConfig()))
-    initial = {} if checkpoint.list_checkpoints(out) else {"init_from": settings["general"]["init_from"]}
-    return variant(config, general={"out_dir": out, "init_from": "resume"} | initial)
-
 
 # ---------------------------------------------------------------------------------------------------------
 # what SFT and DPO have in common
@@ -233,6 +100,16 @@ class Finetuning(ABC):
             "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
         }  # fmt: skip
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples per forward pass of one rank. A pair counts as two rows."""
+        rows = self.config.training.micro_batch_size
+        return max(1, rows // 2 if self.kind == "preferences" else rows)
+
+    @property
+    def num_truncated(self) -> int:
+        return int((np.diff(self.train.starts) - 1 > self.block_size).sum())
+
     def usable(self, sequences: Sequences) -> np.ndarray:
         """Return the indices of the conversations with a supervised token after truncation, ascending, int64."""
         return np.flatnonzero(sequences.num_supervised(self.block_size))
@@ -272,10 +149,9 @@ class Finetuning(ABC):
         """Return the first prompts of val that leave half of the context for the reply, or a greeting without any."""
         prompts: list[Conversation] = []
         for record in read_split(self.directory, "val"):
-            messages = record.get("prompt") or record["messages"]
-            first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-            if first and len(self.template.prompt(messages[:first])) <= self.block_size // 2:
-                prompts.append(messages[:first])
+            prompt = first_prompt(record)
+            if prompt and len(self.template.prompt(prompt)) <= self.block_size // 2:
+                prompts.append(prompt)
             if len(prompts) == self.config.sampling.num_samples:
                 break
         return prompts or [[{"role": "user", "content": "Hello!"}]]
@@ -286,16 +162,13 @@ class ExampleLoader(Prefetcher[Batch]):
 
     def __init__(self, objective: Finetuning, position: Position, ranks: Ranks):
         self.objective, self.ranks = objective, ranks
-        training = objective.config.training
         self.per_step = objective.config.chat.per_step
-        rows = max(1, training.micro_batch_size)
-        self.micro_batch_size = max(1, rows // 2) if objective.kind == "preferences" else rows  # two rows per pair
         super().__init__(position, ranks.device)
 
     def read_batch(self, position: Position) -> Batch:
         if position.n >= self.objective.num_examples:
             position = Position(position.epoch + 1, 0)
-        rank, W, size = self.ranks.rank, self.ranks.world_size, self.micro_batch_size
+        rank, W, size = self.ranks.rank, self.ranks.world_size, self.objective.micro_batch_size
         examples = self.objective.epoch(position.epoch)[position.n : position.n + self.per_step]
         local = [example for n, example in enumerate(examples, position.n) if n % W == rank]
         # the same number of micro-batches on all ranks, of which the last may be empty
@@ -341,7 +214,7 @@ class SFT(Finetuning):
         rows = best_fit_decreasing(self.val.lengths(self.block_size).tolist(), self.block_size)[
             ranks.rank :: ranks.world_size
         ]
-        size = max(1, self.config.training.micro_batch_size)
+        size = self.micro_batch_size
 
         def batches() -> Iterator[tuple]:
             for i in range(0, len(rows), size):
@@ -354,13 +227,12 @@ class SFT(Finetuning):
         return {"val_loss": loss, "val_bpb": bits_per_byte}
 
     def summary(self, ranks: Ranks) -> str:
-        truncated = int((np.diff(self.train.starts) - 1 > self.block_size).sum())
         used = self.lengths[self.kept].sum() / (self.num_examples * self.block_size)
         return (
             f"{len(self.kept):,} conversations with {self.targets.sum():,} supervised tokens in "
-            f"{counted(self.num_examples, 'row')} of {self.block_size:,} tokens ({used:.1%} used); {truncated:,} "
-            f"truncated, {len(self.train) - len(self.kept):,} skipped without a supervised token\n"
-            f"{self.steps_summary('row')}"
+            f"{counted(self.num_examples, 'row')} of {self.block_size:,} tokens ({used:.1%} used); "
+            f"{self.num_truncated:,} truncated, {len(self.train) - len(self.kept):,} skipped without a supervised "
+            f"token\n{self.steps_summary('row')}"
         )
 
 
@@ -421,7 +293,7 @@ class DPO(Finetuning):
         all_pairs, was_training = self.usable(self.val), model.training
         model.eval()
         sums = torch.zeros(1 + len(self.columns), dtype=torch.float64)
-        for pairs in dpo.batched(all_pairs[ranks.rank :: ranks.world_size].tolist(), 8):
+        for pairs in dpo.batched(all_pairs[ranks.rank :: ranks.world_size].tolist(), self.micro_batch_size):
             if stop():
                 break
             with autocast(ranks.device, self.config.training.dtype):
@@ -437,11 +309,10 @@ class DPO(Finetuning):
         return dict(zip(names, (total / len(all_pairs) for total in totals), strict=True))
 
     def summary(self, ranks: Ranks) -> str:
-        truncated = int((np.diff(self.train.starts) - 1 > self.block_size).sum())
         skipped = len(self.train) // 2 - self.num_examples
         return (
-            f"{counted(self.num_examples, 'pair')} of answers; {truncated:,} answers truncated, {skipped:,} pairs "
-            f"skipped without a supervised token\n{self.steps_summary('pair')}"
+            f"{counted(self.num_examples, 'pair')} of answers; {self.num_truncated:,} answers truncated, "
+            f"{skipped:,} pairs skipped without a supervised token\n{self.steps_summary('pair')}"
         )
 
 
@@ -480,9 +351,8 @@ def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
         return SFT(config, directory, weights.tokenizer)
     initial = weights.adapt(values)
     data = [split["sha256"] for split in read_manifest(directory)["splits"].values()]
-    is_bfloat16 = uses_bfloat16(ranks.device, config.training.dtype)
-    settings = [dpo.weights_sha256(initial.tensors), initial.tokenizer.sha256, is_bfloat16, *data]
-    reference = hashlib.sha256(" ".join(map(str, [*settings, config.model.block_size])).encode()).hexdigest()
+    settings = [initial.tokenizer.sha256, uses_bfloat16(ranks.device, config.training.dtype), *data]
+    reference = dpo.reference_id(initial.tensors, [*settings, config.model.block_size])
     return DPO(variant(config, chat={"reference": reference}), directory, initial.tokenizer, initial, ranks)
 
 

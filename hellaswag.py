@@ -17,7 +17,6 @@ Both styles report `acc` and `acc_norm`, but compute them differently:
 
 import hashlib
 import json
-import math
 import re
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from babygpt.errors import ConfigError, UserError, run
 from babygpt.evaluation.packing import Example, make_example
 from babygpt.evaluation.scoring import score_endings
 from babygpt.training.distributed import Ranks, process_group
+from babygpt.training.log import standard_error
 from babygpt.training.signals import StopRequested
 from model import GPT
 
@@ -214,10 +214,10 @@ class Score:
         return self.correct / self.total
 
     def __str__(self) -> str:
-        standard_error = math.sqrt(self.value * (1 - self.value) / max(1, self.total - 1))
+        error = standard_error(self.value, self.total)
         endings = "1 ending" if self.truncated == 1 else f"{self.truncated:,} endings"
         note = f" ({endings} truncated to the block size)" if self.truncated else ""
-        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{standard_error:.4f}{note}"
+        return f"hellaswag {self.name} {self.correct}/{self.total}={self.value:.4f} +-{error:.4f}{note}"
 
 
 def evaluate(

@@ -77,8 +77,8 @@ def restore(path: Path, init_from: str, config: Config, identity: dict[str, dict
         ) from None
     if step > config.training.max_steps:
         raise ConfigError(
-            f"{path} is past --training.max-steps {config.training.max_steps:,}. Increase --training.max-steps, or use "
-            "a different --general.out-dir."
+            f"{path} is past --max-steps {config.training.max_steps:,}. Increase --max-steps, or use a different "
+            "--out-dir."
         )
     console.info(f"Resuming from {path}")
     model = build_model(config.model)

@@ -1,44 +1,46 @@
 """Evaluate a chat model on held-out records: the loss of the answers, and the accuracy at preferring the chosen ones.
 
+    python -m tools.evaluate_chat out/gpt2 instructions.jsonl        # before finetuning
     python -m tools.evaluate_chat out/gpt2-sft instructions.jsonl
     python -m tools.evaluate_chat out/gpt2-sft-dpo preferences.jsonl --reference out/gpt2-sft
 
-The records are those of the split `test`, which finetune.py does not read. The loss is a mean over all tokens of the
+The records are those of the split `test`, which finetune.py does not read. A base model gets the special tokens of the
+chat template as at the start of finetuning. The loss is a mean over all tokens of the
 assistant messages; for preferences, of the chosen answers. The accuracy is the fraction of pairs of which the chosen
 answer has the higher log-probability, relative to that under the reference model if one is given; a tie counts half.
 Two baselines without a model learn from the split `train`: one prefers longer or shorter answers, the other is a naive
 Bayes classifier of words and pairs of words.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from annotated_types import Ge, Lt
 from tyro.conf import Positional
 
 from babygpt.chat import baselines
 from babygpt.chat.conversations import DataSource, Kind, find_kind, prepare, read_split
-from babygpt.chat.dpo import log_probabilities
-from babygpt.chat.packing import Sequences, collate_packed, tokenize
+from babygpt.chat.dpo import score_sequences
+from babygpt.chat.packing import tokenize
 from babygpt.chat.template import ChatTemplate
+from babygpt.chat.vocabulary import with_chat_tokens
 from babygpt.constraints import ModelArgument, metavar, parse_arguments
 from babygpt.errors import ConfigError, UserError, run
-from babygpt.training.device import autocast
+from babygpt.pretrained import read_pretrained
 from babygpt.training.distributed import Ranks, process_group
+from babygpt.training.log import standard_error
 from babygpt.training.run_dir import read_config
 from finetune import DATA_DIRECTORY
-from model import GPT
+from model import build_model, config_from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateChatArgs:
     """The command line: each field is a flag, and its comment is the help."""
 
-    model: ModelArgument  # model that finetune.py trained
+    model: ModelArgument  # model that finetune.py trained, or a base model
     # jsonl or json file, dataset on the Hugging Face Hub, or prepared directory
     data: Annotated[Positional[str], metavar("DATA")]
     reference: Annotated[str | None, metavar("MODEL", "none")] = None  # initial model of DPO
@@ -59,18 +61,14 @@ class Scores:
     count: int  # of these
 
 
-@torch.no_grad()
 def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks: Ranks) -> Scores:
     """Return the scores of a model. UserError if no answer fits into its context."""
-    model = GPT.from_pretrained(spec, ranks.device)
-    sequences: Sequences = tokenize(directory, args.split, ChatTemplate(model.tokenizer), kind)
-    block_size, values = model.config.block_size, []
-    for i in range(0, len(sequences), 16):
-        tokens = [sequences.get(j, block_size) for j in range(i, min(i + 16, len(sequences)))]
-        batch = collate_packed(tokens, block_size, model.tokenizer.eot_id).to(ranks.device)
-        with autocast(ranks.device, args.dtype):
-            values += log_probabilities(model, batch, len(tokens)).double().tolist()
-    log_probs, counts = np.array(values), sequences.num_supervised(block_size)
+    weights = with_chat_tokens(read_pretrained(spec))
+    model = weights.build(lambda values: build_model(config_from_dict(values))).to(ranks.device).eval()
+    sequences = tokenize(directory, args.split, ChatTemplate(weights.tokenizer), kind)
+    block_size = model.config.block_size
+    log_probs = score_sequences(model, sequences, block_size, ranks, args.dtype)
+    counts = sequences.num_supervised(block_size)
     step = 2 if kind == "preferences" else 1
     used = np.repeat(counts.reshape(-1, step).all(axis=1), step)  # not those without a token after truncation
     log_probs, counts = log_probs[used], counts[used]
@@ -93,8 +91,7 @@ def fraction_held_out(args: EvaluateChatArgs) -> float:
 
 
 def describe_accuracy(correct: float, count: int) -> str:
-    error = math.sqrt(correct * (1 - correct) / max(1, count - 1))
-    return f"{correct:.4f} +-{error:.4f} ({count:,} pairs)"
+    return f"{correct:.4f} +-{standard_error(correct, count):.4f} ({count:,} pairs)"
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,14 +109,18 @@ def user_message(record: dict[str, Any]) -> Message:
 def split_of(record: dict[str, Any], held_out: float) -> Split:
     """Return the split of a record: a fraction `held_out` of all prompts is in val, and the same fraction in test.
 
-    The prompt consists of the messages before the first answer, without differences of case and whitespace.
+    The prompt is `first_prompt`, without differences of case and whitespace.
     """
-    messages = record["prompt"] if "prompt" in record else record["messages"]
-    before = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-    text = "\n".join(" ".join(message["content"].split()).casefold() for message in messages[:before])
+    text = "\n".join(" ".join(message["content"].split()).casefold() for message in first_prompt(record))
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
     position = int.from_bytes(digest, "little") / 2**64
     return "test" if position < held_out else "val" if position < 2 * held_out else "train"
+
+
+def first_prompt(record: dict[str, Any]) -> Conversation:
+    """Return the messages of a conversation or a preference before the first answer."""
+    messages = record["prompt"] if "prompt" in record else record["messages"]
+    return list(takewhile(lambda message: message["role"] != "assistant", messages))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ where the log-probability of an answer is summed over its tokens, including the 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from babygpt.training.distributed import Ranks
 # means over the pairs, in this order after the loss; a tie counts half for the accuracy, and sft_loss is the mean over
 # the tokens of the chosen answers
 COLUMNS = ("reward_chosen", "reward_rejected", "margin", "accuracy", "chosen_change", "sft_loss")
+
+SCORED_TOGETHER = 16  # sequences per forward pass
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ def summed_losses(model: nn.Module, pairs: Pairs, device: torch.device, beta: fl
     return torch.stack([losses.sum(), *(value.sum().detach() for value in values)])
 
 
-def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a hash of the names and values of weights."""
-    digest = hashlib.sha256()
+def reference_id(tensors: dict[str, torch.Tensor], settings: Iterable[Any]) -> str:
+    """Return a hash of weights and of other settings that log-probabilities depend on."""
+    digest = hashlib.sha256(repr(list(settings)).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -78,6 +81,16 @@ def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 @torch.no_grad()
+def score_sequences(model: nn.Module, sequences: Sequences, block_size: int, ranks: Ranks, dtype: str) -> np.ndarray:
+    """Return the log-probability of the supervised tokens of each sequence, (count,) float64, on all ranks."""
+    values = torch.zeros(len(sequences))
+    for items in batched(range(ranks.rank, len(sequences), ranks.world_size), SCORED_TOGETHER):
+        batch = collate_packed([sequences.get(i, block_size) for i in items], block_size, pad_id=0).to(ranks.device)
+        with autocast(ranks.device, dtype):
+            values[items] = log_probabilities(model, batch, len(items)).cpu()
+    return ranks.all_reduce(values.to(ranks.device)).double().cpu().numpy()
+
+
 def reference_log_probs(
     model: nn.Module | None, sequences: Sequences, path: Path, block_size: int, ranks: Ranks, dtype: str
 ) -> np.ndarray:
@@ -89,13 +102,8 @@ def reference_log_probs(
     if ranks.sum([path.exists()])[0] == ranks.world_size:
         return np.load(path)
     assert model is not None, "the caller has checked that all ranks have the file"
-    num_pairs, model = len(sequences) // 2, model.to(ranks.device).eval()
-    values = torch.zeros(num_pairs, 2, dtype=torch.float64, device=ranks.device)
-    for pairs in batched(range(ranks.rank, num_pairs, ranks.world_size), 8):
-        batch = collate_pairs(sequences, pairs, block_size, pad_id=0).to(ranks.device)
-        with autocast(ranks.device, dtype):
-            values[pairs] = log_probabilities(model, batch, 2 * len(pairs)).view(-1, 2).double()
-    reference = ranks.all_reduce(values).cpu().numpy().astype(np.float32)
+    values = score_sequences(model.to(ranks.device).eval(), sequences, block_size, ranks, dtype)
+    reference = values.reshape(-1, 2).astype(np.float32)
     if ranks.is_main:
         with files.create(path) as file:
             np.save(file, reference)

@@ -8,7 +8,7 @@ from babygpt.console import counted
 from babygpt.nn import huggingface
 from babygpt.pretrained import Pretrained
 from babygpt.training import checkpoint
-from babygpt.training.log import read_scores
+from babygpt.training.log import loss_unit, read_scores
 from babygpt.training.plots import read_runs
 from babygpt.training.report import scores
 
@@ -94,7 +94,7 @@ def score_rows(run: Path, step: int) -> list[str]:
         [curves] = read_runs([run])
         examples = f", on {curves.num_examples:,} examples" if curves.num_examples else ""
         methods = {
-            "validation loss": "nats per token, mean over the validation split",
+            "validation loss": f"{loss_unit(curves.rows)}, mean over the validation split",
             "bits per byte": "validation loss per UTF-8 byte of the text",
             "HellaSwag": f"acc_norm as in build-nanogpt, with its standard error{examples}",
         }

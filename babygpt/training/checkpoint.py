@@ -110,7 +110,7 @@ def save(run: Path, step: int, model: dict, optimizer: dict, state: dict, keep: 
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(
             f"The checkpoint of step {step:,} could not be written to {directory} ({cause}). Earlier checkpoints are "
-            "intact: fix the cause (such as a full disk) and resume with --general.init-from resume."
+            "intact: fix the cause (such as a full disk), and resume the run."
         ) from error
     # checkpoints of later steps are corrupted, since this run resumed from an earlier one: they do not count
     counted = [path for path in list_checkpoints(run) if step_of(path) <= step]

@@ -33,17 +33,16 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
         count = torch.cuda.device_count()
         if count == 0:
             raise ConfigError(
-                "--general.device cuda: PyTorch finds no CUDA device. Use --general.device cpu, or install PyTorch "
-                "with CUDA."
+                "--device cuda: PyTorch finds no CUDA device. Use --device cpu, or install PyTorch with CUDA."
             )
         if local_world_size > count:  # so all ranks of the node raise the same error
             raise ConfigError(
                 f"{local_world_size} processes on this node need {local_world_size} CUDA devices, but PyTorch finds "
-                f"{count}. Use a smaller --nproc_per_node, or --general.device cpu."
+                f"{count}. Use a smaller --nproc_per_node, or --device cpu."
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--general.device mps: this machine has no MPS device. Use --general.device auto.")
+        raise ConfigError("--device mps: this machine has no MPS device. Use --device auto.")
     return torch.device(name)
 
 

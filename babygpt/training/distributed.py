@@ -151,7 +151,7 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
         yield Ranks(0, 0, 1, device)
         return
     if device.type == "mps":
-        raise ConfigError("--general.device mps supports one process only. Start train.py without torchrun.")
+        raise ConfigError("--device mps supports one process only. Start the script without torchrun.")
     ranks, timeout = Ranks(rank, local_rank, world_size, device), timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
@@ -170,8 +170,8 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
             raise
         raise OtherRankError(
             f"Another rank exited, or did not respond for {timeout_minutes:g} minutes, during {ranks.phase} "
-            f"({str(error).splitlines()[0]}). See the error message of that rank. Resume from the last "
-            "checkpoint with --general.init-from resume."
+            f"({str(error).splitlines()[0]}). See the error message of that rank. Then resume the run "
+            "from its last checkpoint."
         ) from error
 
 

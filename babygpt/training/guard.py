@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from babygpt.errors import ConfigError
+from babygpt.training import run_dir
 from babygpt.training.checkpoint import list_checkpoints
 
 
@@ -126,10 +127,10 @@ def check_status(step: int, status: StepStatus, compare_every: int, out: Path) -
             f"Step {step}: the loss is {loss} and the gradient norm is {norm}"
             + (f" (non-finite on {_list_ranks(ranks)}). " if ranks else ". ")
             + (
-                "The update was skipped, so the checkpoints are unaffected. Resume from the last checkpoint with a "
-                "lower learning rate: --general.init-from resume --optimizer.max-lr ..."
+                "The update was skipped, so the checkpoints are unaffected. Resume from the last one with a lower "
+                f"learning rate: {run_dir.resume_command(out)} --max-lr ..."
                 if list_checkpoints(out)
-                else "There is no checkpoint yet. Start again with a lower learning rate: --optimizer.max-lr ..."
+                else "There is no checkpoint yet. Start again with a lower learning rate: --max-lr ..."
             )
         )
     if norm == 0:
@@ -137,7 +138,7 @@ def check_status(step: int, status: StepStatus, compare_every: int, out: Path) -
             f"Step {step}: the gradient norm is exactly 0 at a loss of {loss:.4f}, and the update was skipped. Either "
             "the model predicts every target with probability 1, or the loss does not depend on any weight, which is "
             f"a bug in the model or in PyTorch {torch.__version__}. Run `python -m pytest tests/unit`, or try "
-            "--training.compile off."
+            "--compile off."
         )
     checksums = status.checksums.tolist()
     if differing := [rank for rank, value in enumerate(checksums) if value != statistics.mode(checksums)]:
@@ -145,5 +146,5 @@ def check_status(step: int, status: StepStatus, compare_every: int, out: Path) -
             f"Step {step}: the weights of {_list_ranks(differing)} differ from those of the other ranks, "
             f"but were equal at step {max(0, step - compare_every)}. A GPU or its memory may be faulty, or the GPUs "
             f"may be of different types. Delete the checkpoints saved after step {max(0, step - compare_every)}, and "
-            "resume without the faulty GPU: --general.init-from resume."
+            "resume without the faulty GPU."
         )

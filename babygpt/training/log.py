@@ -88,6 +88,16 @@ def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
+def loss_unit(rows: list[Row]) -> str:
+    """Return the unit of loss and val_loss, which for DPO are means over pairs of answers."""
+    return "DPO, mean over pairs" if rows and "sft_loss" in rows[0] else "nats per token"
+
+
+def standard_error(accuracy: float, num_examples: int) -> float:
+    """Return the standard error of an accuracy, from the sample standard deviation of the scores 0 and 1."""
+    return math.sqrt(accuracy * (1 - accuracy) / max(1, num_examples - 1))
+
+
 SAMPLE_HEADER = re.compile(r"^=== step (\d+), sample \d+ ===\n", re.MULTILINE)
 
 

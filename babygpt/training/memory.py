@@ -34,7 +34,7 @@ def micro_batch_warning(batch_tokens: int, block_size: int, micro_batch_size: in
         return None
     return (
         f"Micro-batches of {micro_batch_size} rows are slow. Each rank has {rows:,} rows per step, with no larger "
-        f"divisor up to {4 * micro_batch_size}. Use a --training.batch-tokens with a multiple of 16 rows per rank, "
+        f"divisor up to {4 * micro_batch_size}. Use a --batch-tokens with a multiple of 16 rows per rank, "
         f"such as {math.ceil(rows / 16) * 16 * world_size * block_size:,}."
     )
 
@@ -44,8 +44,8 @@ def memory_advice(rows: int, micro_batch_size: int, activation_checkpointing: bo
     options = []
     smaller = [m for m in range(1, micro_batch_size) if rows % m == 0]
     if smaller:
-        options.append(f"--training.micro-batch-size {smaller[-1]}: the same batch in more forward passes")
+        options.append(f"--micro-batch-size {smaller[-1]}: the same batch in more forward passes")
     if not activation_checkpointing:
-        options.append("--training.activation-checkpointing: slower by about a third")
-    options.append("a smaller --model.block-size, or a smaller model")
+        options.append("--activation-checkpointing: slower by about a third")
+    options.append("a smaller --block-size, or a smaller model")
     return "\n  - ".join(["Use one of these, the smallest change first:", *options])

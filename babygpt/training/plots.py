@@ -14,7 +14,7 @@ import numpy as np
 
 from babygpt.errors import UserError
 from babygpt.files import sha256
-from babygpt.training.log import Row, column, read_log
+from babygpt.training.log import Row, column, loss_unit, read_log, standard_error
 
 Unit = Literal["steps", "tokens", "hours"]
 
@@ -27,7 +27,7 @@ COLORS = (
 START = 0.1  # initial fraction of a run that does not affect the limits of the y-axis
 LEGEND_ROWS = 30
 TITLES = {
-    "loss": "loss (nats per token)", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
+    "loss": "loss", "hellaswag": "HellaSwag (karpathy acc_norm)", "lr": "learning rate",
     "norm": "gradient norm", "speed": "tokens per second",
 }  # fmt: skip
 
@@ -150,10 +150,11 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     for name, title in TITLES.items():
         axes[name].set_title(title)
         axes[name].set_xlabel({"tokens": "million tokens"}.get(x, x))
+    units = {loss_unit(run.rows) for run in runs}
+    loss_title = f"loss ({' or '.join(sorted(units))})"
     is_comparable = len({run.vocabulary for run in runs} - {None}) <= 1
     val_name = "val_loss" if is_comparable else "val_bpb"
-    if not is_comparable:
-        axes["loss"].set_title("validation loss (bits per byte)")
+    axes["loss"].set_title(loss_title if is_comparable else "validation loss (bits per byte)")
     visible: dict[str, list[float]] = {"loss": [], "norm": []}
     for run, color in zip(runs, choose_colors(len(runs)), strict=True):
         run.color = color
@@ -171,7 +172,10 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
             bottom, top = np.quantile(values, [0.001, 0.999])
             margin = 0.05 * (top - bottom) or 0.1
             axes[name].set_ylim(bottom - margin, top + margin)
-    for value, text in ((GPT2_124M_HELLASWAG, "GPT-2 124M, 0.2955"), (0.25, "chance")):
+    accuracies = [(0.25, "chance")]
+    if any(run.num_examples == HELLASWAG_EXAMPLES for run in runs):
+        accuracies.append((GPT2_124M_HELLASWAG, "GPT-2 124M, 0.2955"))
+    for value, text in accuracies:
         axes["hellaswag"].axhline(value, color="black", linestyle="--", linewidth=0.8)
         transform = axes["hellaswag"].get_yaxis_transform()
         axes["hellaswag"].text(0.02, value, text, transform=transform, va="bottom", fontsize=8)
@@ -184,7 +188,7 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     if len(runs) == 1:
         axes["loss"].legend()
     elif is_comparable:
-        axes["loss"].set_title("loss (nats per token): validation, and training (thin)")
+        axes["loss"].set_title(f"{loss_title}: validation, and training (thin)")
     if len(runs) > 1:
         lines = [plt.Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
         columns = math.ceil(len(runs) / LEGEND_ROWS)
@@ -232,8 +236,3 @@ def plot_hellaswag(axis: Any, run: Curves) -> None:
     count = run.num_examples
     errors = [standard_error(p, count) if count else 0.0 for p in values]
     axis.errorbar(positions, values, yerr=errors, color=run.color, marker="o", markersize=3.5, capsize=2)
-
-
-def standard_error(accuracy: float, num_examples: int) -> float:
-    """Return the standard error of an accuracy, from the sample standard deviation of the scores 0 and 1."""
-    return math.sqrt(accuracy * (1 - accuracy) / max(1, num_examples - 1))

@@ -15,8 +15,8 @@ import numpy as np
 from babygpt import files
 from babygpt.errors import UserError
 from babygpt.training import checkpoint, run_dir
-from babygpt.training.log import COLUMNS, Row, column, read_samples, read_scores
-from babygpt.training.plots import HELLASWAG_EXAMPLES, Curves, Unit, smoothing_length, standard_error
+from babygpt.training.log import COLUMNS, Row, column, loss_unit, read_samples, read_scores, standard_error
+from babygpt.training.plots import HELLASWAG_EXAMPLES, Curves, Unit, smoothing_length
 
 TEMPLATE = Path(__file__).with_name("report.html")  # the data replaces DATA in it
 BINS = 3000  # longer curves are reduced to at most this many bins, each with its mean, minimum and maximum
@@ -51,6 +51,7 @@ def run_data(run: Curves) -> dict[str, Any]:
         "name": run.name,
         "summary": summarize(run),
         "vocabulary": run.vocabulary,
+        "loss_unit": loss_unit(run.rows),
         "has_all_examples": run.num_examples == HELLASWAG_EXAMPLES,
         "axes": axes,
         "columns": columns,

@@ -17,12 +17,12 @@ def arguments(request, dataset, tmp_path) -> list[object]:
     """The command line of a small run without --out-dir: an epoch has an incomplete last step."""
     make_base_model(dataset, tmp_path / "base")
     if request.param == "sft":
-        data, kind = save_instructions(tmp_path / "data.jsonl", 50), "conversations"
+        data, kind, per_step = save_instructions(tmp_path / "data.jsonl", 50), "conversations", ("--rows", 5)
     else:
-        data, kind = save_preferences(tmp_path / "data.jsonl", 31), "preferences"
+        data, kind, per_step = save_preferences(tmp_path / "data.jsonl", 31), "preferences", ("--pairs", 10)
     directory = prepare(DataSource(str(data)), kind, 0.1, tmp_path / "chat")
     return [
-        request.param, tmp_path / "base", directory, "--rows", 5, "--pairs", 10, "--max-steps", STEPS, "--max-lr", 1e-3,
+        request.param, tmp_path / "base", directory, *per_step, "--max-steps", STEPS, "--max-lr", 1e-3,
         "--micro-batch-size", 2, "--validate-every", 2, "--save-every", 1, "--keep", 0, "--device", "cpu", "--dtype",
         "float32",
     ]  # fmt: skip

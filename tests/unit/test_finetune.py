@@ -26,7 +26,7 @@ from babygpt.nn.cross_entropy import IGNORE_INDEX
 from babygpt.pretrained import read_pretrained
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks
-from babygpt.training.log import read_log
+from babygpt.training.log import column, read_log
 from dataloader import Position
 from finetune import DPO, SFT, ExampleLoader, FinetuneArgs, make_objective, new_config
 from model import GPT, build_model, config_from_dict
@@ -139,7 +139,8 @@ def test_each_conversation_is_read_once_per_epoch(base, instructions):
 def test_ranks_share_the_examples_of_each_step(method, base, instructions, preferences):
     """The examples of a step do not depend on the number of ranks, and all have as many micro-batches."""
     data = instructions if method == "sft" else preferences
-    objective = objective_of(method, base, data, rows=3, pairs=6, micro_batch_size=2)
+    per_step = {"rows": 3} if method == "sft" else {"pairs": 6}
+    objective = objective_of(method, base, data, **per_step, micro_batch_size=2)
     objective.batch = lambda start, examples, local, pin: (  # type: ignore[method-assign]
         finetune.Batch(start, Position(start.epoch, start.n + len(examples)), local, len(examples), 0)
     )
@@ -202,7 +203,8 @@ def test_killed_run_resumes_bitwise(method, base, instructions, preferences, tmp
     model = tmp_path / "base"
     shutil.copytree(base, model)
     data = instructions if method == "sft" else preferences
-    flags = ("--rows", 4, "--pairs", 10, "--max-steps", 8, "--max-lr", 1e-3, "--save-every", 1, "--keep", 0)
+    per_step = ("--rows", 4) if method == "sft" else ("--pairs", 10)
+    flags = (*per_step, "--max-steps", 8, "--max-lr", 1e-3, "--save-every", 1, "--keep", 0)
     whole = tmp_path / "whole"
     call(finetune.main, method, model, data, "--out-dir", whole, "--validate-every", 3, *flags, *FLAGS)
     assert read_log(whole / "log.csv")[-2]["epoch"] > 0
@@ -310,7 +312,9 @@ def test_micro_batches_of_dpo_do_not_change_the_loss(base, preferences, tmp_path
         (["sft", "BASE", "typo.jsonl"], "There is no file at typo.jsonl"),
         (["dpo", "BASE", "DATA"], "line 1 cannot be used for preferences"),
         (["resume", "BASE"], "is not a run of finetune.py"),
-        (["resume", "BASE", "--max-lr", "1"], "A run resumes with its own settings. Omit --max-lr."),
+        (["resume", "BASE", "--rows", "4"], "A run resumes with its own settings. Omit --rows. Only --note, "),
+        (["sft", "BASE", "DATA", "--pairs", "4", "--beta", "1"], "--beta, --pairs has no effect on sft. Omit it."),
+        (["dpo", "BASE", "DATA", "--rows", "4"], "--rows has no effect on dpo. Omit it."),
         (["sft", "BASE", "DATA", "--max-lr", "-1"], "--max-lr -1.0 is out of range"),
     ],
 )  # fmt: skip
@@ -318,6 +322,19 @@ def test_mistakes_are_explained(arguments, message, base, instructions, tmp_path
     names = {"BASE": base, "DATA": instructions}
     with pytest.raises(UserError, match=message):
         call(finetune.main, *(names.get(argument, argument) for argument in arguments))
+
+
+def test_some_settings_may_change_on_resume(base, instructions, tmp_path, capsys):
+    """The learning rate, for instance, which a run that diverged needs."""
+    whole = tmp_path / "whole"
+    flags = ("--rows", 4, "--max-steps", 4, "--warmup", 0, "--max-lr", 1e-3, "--save-every", 1)
+    call(finetune.main, "sft", base, instructions, "--out-dir", whole, *flags, "--keep", 0, *FLAGS)
+    out = copy_killed_run(whole, 2, tmp_path / "resumed")
+    call(finetune.main, "resume", out, "--max-lr", 5e-4, "--keep", 1)
+    before, after = (column(read_log(path / "log.csv"), "lr")[1] for path in (whole, out))
+    assert after == pytest.approx([*before[:2], *(rate / 2 for rate in before[2:])])
+    assert len(checkpoint.list_checkpoints(out)) == 1
+    assert "optimizer.max_lr was 0.001, is now 0.0005" in capsys.readouterr().out
 
 
 def test_train_script_does_not_resume_a_finetuning_run(base, instructions, tmp_path):
@@ -341,9 +358,10 @@ def test_evaluation_of_chat_models_uses_the_test_split(base, preferences, instru
     call(finetune.main, "sft", base, instructions, "--out-dir", sft, "--max-steps", 2, *FLAGS)
     call(finetune.main, "dpo", sft, preferences, "--out-dir", out, "--epochs", 5, "--max-lr", 2e-3, *FLAGS)
     capsys.readouterr()
-    call(evaluate_chat.main, sft, instructions, "--split", "val", *FLAGS)
-    loss = read_log(sft / "log.csv")[-1]["val_loss"]
-    assert f"response loss {loss:.4f} (" in capsys.readouterr().out
+    for model, row in ((sft, -1), (base, 0)):
+        call(evaluate_chat.main, model, instructions, "--split", "val", *FLAGS)
+        loss = read_log(sft / "log.csv")[row]["val_loss"]
+        assert f"response loss {loss:.4f} (" in capsys.readouterr().out
     for split in ("val", "test"):
         call(evaluate_chat.main, out, preferences, "--reference", sft, "--split", split, *FLAGS)
         printed = capsys.readouterr().out

@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = (
-    "arguments", "chat", "dataloader", "finetune", "fineweb", "hellaswag", "launch", "model", "sample", "train",
-    "train_config",
+    "arguments", "chat", "dataloader", "finetune", "finetune_config", "fineweb", "hellaswag", "launch", "model",
+    "sample", "train", "train_config",
 )  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
