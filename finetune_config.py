@@ -112,6 +112,7 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
         raise ConfigError(f"{', '.join(map(flag, ignored))} has no effect on {args.method}. Omit it.")
     per_step = args.pairs if is_dpo else args.rows
     name = Path(args.model.rstrip("/"))
+    name = name.parent.parent if name.parent.name == "checkpoints" else name  # of the run of a checkpoint
     # general.init_from gives these two names another meaning
     initial = f"./{args.model}" if args.model in ("scratch", "resume") else args.model
     config = FinetuneConfig(

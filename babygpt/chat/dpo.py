@@ -17,6 +17,7 @@ from torch import nn
 
 from babygpt import files
 from babygpt.chat.packing import PackedBatch, Sequences, collate_packed
+from babygpt.errors import UserError
 from babygpt.training.device import autocast
 from babygpt.training.distributed import Ranks
 
@@ -100,7 +101,10 @@ def reference_log_probs(
     they must be stored already.
     """
     if ranks.sum([path.exists()])[0] == ranks.world_size:
-        return np.load(path)
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is corrupted ({error}). Delete it.") from None
     assert model is not None, "the caller has checked that all ranks have the file"
     values = score_sequences(model.to(ranks.device).eval(), sequences, block_size, ranks, dtype)
     reference = values.reshape(-1, 2).astype(np.float32)

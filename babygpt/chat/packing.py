@@ -9,8 +9,10 @@ Attention stays inside a conversation, whose positions start at 0.
 
 import io
 import math
+import zipfile
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +63,13 @@ class Sequences:
 def tokenize(directory: Path, split: Split, template: ChatTemplate, kind: Kind) -> Sequences:
     """Return the conversations of a prepared directory as tokens, each up to its last supervised token.
 
-    They are stored in the directory, so that the next call loads them.
+    They are stored in the directory, so that the next call loads them. A corrupted file is written again.
     """
     path = directory / f"{split}-{template.tokenizer.sha256[:8]}.npz"
     data_sha256 = read_manifest(directory)["splits"][split]["sha256"]
-    if path.exists():
-        with np.load(path) as stored:
-            if str(stored["sha256"]) == data_sha256:
-                return Sequences(stored["ids"], stored["supervised"], stored["starts"])
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as stored:
+        if str(stored["sha256"]) == data_sha256:
+            return Sequences(stored["ids"], stored["supervised"], stored["starts"])
     ids, supervised, starts = list[np.ndarray](), list[np.ndarray](), [0]
     for record in read_split(directory, split):
         if kind == "preferences":

@@ -158,7 +158,10 @@ def test_tokens_end_with_the_last_supervised_one(template, tmp_path):
     messages = [USER, ANSWER, USER, ANSWER | {"content": "B"}, USER]
     path = save(tmp_path / "data.json", json.dumps([{"messages": messages}]).encode())
     directory = prepare(DataSource(str(path)), "conversations", 0.0, tmp_path)
-    for _ in range(2):  # computed, then loaded
+    for when in ("computed", "loaded", "truncated", "loaded"):
+        if when == "truncated":
+            [path] = directory.glob("train-*.npz")
+            path.write_bytes(path.read_bytes()[:-50])
         sequences = tokenize(directory, "train", template, "conversations")
         ids, supervised = sequences.get(0, 1000)
         assert template.tokenizer.decode(ids[supervised]) == "A<|im_end|>B<|im_end|>"

@@ -96,6 +96,13 @@ def test_new_tokens_start_as_the_mean_and_change_no_other(vocab_size, modern, tm
 # SFT
 
 
+def test_default_directory_has_the_name_of_the_run(base):
+    newest = checkpoint.list_checkpoints(base)[-1]
+    for model in (base, newest):
+        args = FinetuneArgs(method="sft", model=str(model), data="instructions.jsonl")
+        assert new_config(args).general.out_dir == Path("out") / f"{base.name}-sft"
+
+
 def test_sft_lowers_the_held_out_loss_and_writes_a_run(base, instructions, tmp_path, capsys):
     out = tmp_path / "sft"
     call(finetune.main, "sft", base, instructions, "--out-dir", out, "--epochs", 6, "--max-lr", 1e-2, *FLAGS)
