@@ -46,22 +46,22 @@ VAL_TOKENS = 20 * 524_288  # read by each validation, as in build-nanogpt: 20 st
 
 
 def default_num_streams(num_tokens: int, block_size: int) -> int:
-    """Return the largest power of two that leaves each stream at least 32 rows, at most 1,024.
+    """Return the largest power of two that leaves each stream at least 32 rows, at most 4,096.
 
-    The rows of a stream follow each other in the data, so a step of many streams mixes more documents. With 64 streams
-    instead of 1,024, a short run ended 0.12 nats higher (results/shuffle/streams.md).
+    The rows of a stream follow each other in the data, so the steps of a short run read more documents if there are
+    many streams. With 64 of them, it ended 0.05 nats higher (results/windows/english.md).
     """
     most = num_tokens // block_size // 32
-    return 1 << min(10, max(1, most).bit_length() - 1)
+    return 1 << min(12, max(1, most).bit_length() - 1)
 
 
 def default_chunk_tokens(num_tokens: int, num_streams: int, block_size: int) -> int:
-    """Return a chunk length that gives about 16 chunks per stream, at least 4 T + 1 and at most 1 M tokens.
+    """Return a chunk length that gives about 16 chunks per stream or 16,384 in all, from 4 T + 1 to 1 M tokens.
 
     If no EOT is nearby, a chunk ends inside a document, and its last target is a token of another chunk. With chunks of
     T tokens, the last target of every row would be such a token, and the model would learn to predict noise there.
     """
-    return min(1_000_000, max(4 * block_size + 1, num_tokens // (16 * num_streams)))
+    return min(1_000_000, max(4 * block_size + 1, num_tokens // min(16 * num_streams, 16_384)))
 
 
 def rows_per_epoch(num_tokens: int, num_streams: int, block_size: int) -> int:

@@ -102,7 +102,7 @@ NOT_RUN = {
         "python benchmarks/recipe.py DATASET",
         "python benchmarks/shuffle.py",
         "python benchmarks/speed.py --nanogpt PATH",
-        "python benchmarks/streams.py DATASET",
+        "python benchmarks/windows.py shakespeare-char-cpu --dataset DATASET",
         "python tests/mistakes.py",
         "python tests/mistakes.py 7 13",
     ],

@@ -254,10 +254,10 @@ def test_targets_are_the_inputs_shifted_by_one():
 
 @pytest.mark.parametrize(
     ("num_tokens", "block_size", "expected"),
-    [(10**10, 1024, 1024), (50_000_000, 256, 1024), (1_000_000, 64, 256), (300_000, 256, 32), (1000, 256, 1)],
+    [(10**10, 1024, 4096), (50_000_000, 256, 4096), (1_000_000, 64, 256), (300_000, 256, 32), (1000, 256, 1)],
 )
 def test_default_streams_have_at_least_32_rows(num_tokens, block_size, expected):
-    """A power of two, at most 1,024; a dataset of less than 64 rows has one stream."""
+    """A power of two, at most 4,096; a dataset of less than 64 rows has one stream."""
     assert default_num_streams(num_tokens, block_size) == expected
     assert expected == 1 or num_tokens // block_size // expected >= 32
     tokens = make_tokens(3000, 20, np.random.default_rng(0))
