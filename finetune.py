@@ -12,6 +12,7 @@ those in `test` are never read. The training loop, checkpoints and log are those
 """
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -47,7 +48,7 @@ from babygpt.training.prefetch import Prefetcher
 from babygpt.training.seeds import permutation
 from babygpt.training.signals import StopRequested
 from dataloader import Batch, Position
-from finetune_config import FinetuneArgs, FinetuneConfig, new_config, resumed_config
+from finetune_config import FinetuneArgs, FinetuneConfig, given_flags, new_config, resumed_config
 from model import GPT, build_model, config_from_dict
 from train import Stop, launch_run
 from train_config import Config
@@ -256,7 +257,7 @@ class DPO(Finetuning):
         for split, sequences in (("train", self.train), ("val", self.val)):
             path = reference_path(directory, split, config)
             self.reference[split] = dpo.reference_log_probs(
-                model, sequences, path, self.block_size, ranks, config.training.dtype
+                model, sequences, path, self.block_size, ranks, config.training.dtype, self.micro_batch_size
             )
 
     def usable(self, sequences: Sequences) -> np.ndarray:
@@ -300,7 +301,7 @@ class DPO(Finetuning):
                 losses = dpo.summed_losses(
                     model, self.pairs("val", pairs, all_pairs), ranks.device, self.config.chat.beta
                 )
-            sums += losses.double().cpu()
+            sums += losses.cpu().double()
         model.train(was_training)
         *totals, stops = ranks.sum([*sums.tolist(), float(stop())])
         if stops:
@@ -358,7 +359,8 @@ def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
 
 def main() -> None:
     args = parse_arguments(FinetuneArgs, "finetune.py", __doc__)
-    config = with_momentum_defaults(resumed_config(args) if args.method == "resume" else new_config(args))
+    make_config = resumed_config if args.method == "resume" else new_config
+    config = with_momentum_defaults(make_config(args, given_flags(sys.argv[1:])))
     group = process_group(config.general.device, config.general.timeout_minutes, config.general.deterministic)
     launch_run(config, make_objective, group)
 

@@ -1,5 +1,6 @@
 """The settings of finetune.py: its command line, and the config of a run."""
 
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -89,13 +90,14 @@ class FinetuneArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-def given_flags(args: FinetuneArgs) -> set[str]:
-    """Return the names of the arguments that differ from their defaults, besides method and model."""
-    return {f.name for f in fields(args)[2:] if getattr(args, f.name) != f.default}
+def given_flags(arguments: Iterable[str]) -> set[str]:
+    """Return the names of the fields of FinetuneArgs whose flags are among command-line arguments."""
+    words = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    return {f.name for f in fields(FinetuneArgs) if words & {flag(f.name), flag(f"no_{f.name}")}}
 
 
-def new_config(args: FinetuneArgs) -> FinetuneConfig:
-    """Return the config of a new run. ConfigError if there is no model or no data, or a setting has no effect."""
+def new_config(args: FinetuneArgs, given: Set[str] = frozenset()) -> FinetuneConfig:
+    """Return the config of a new run. ConfigError without a model or data, or if a `given` flag has no effect."""
     if args.data is None:
         raise ConfigError(f"No data given. Use python finetune.py {args.method} {args.model} DATA.")
     architecture = asdict(preset(args.model).model) if args.model in HUB_MODELS else read_architecture(args.model)
@@ -108,11 +110,14 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
         )
     model = replace(model, block_size=args.block_size or model.block_size)
     is_dpo = args.method == "dpo"
-    if ignored := sorted(given_flags(args) & ({"rows"} if is_dpo else {"pairs", "beta"})):
-        raise ConfigError(f"{', '.join(map(flag, ignored))} has no effect on {args.method}. Omit it.")
+    if without_effect := sorted(given & ({"rows"} if is_dpo else {"pairs", "beta"})):
+        raise ConfigError(f"{args.method} does not use {' and '.join(map(flag, without_effect))}. Omit it.")
+    if {"epochs", "max_steps"} <= given:
+        raise ConfigError("--max-steps replaces --epochs. Use one of them.")
     per_step = args.pairs if is_dpo else args.rows
-    name = Path(args.model.rstrip("/"))
-    name = name.parent.parent if name.parent.name == "checkpoints" else name  # of the run of a checkpoint
+    path = Path(args.model)
+    if path.resolve().parent.name == "checkpoints":
+        path = path.resolve().parent.parent  # the run of a checkpoint
     # general.init_from gives these two names another meaning
     initial = f"./{args.model}" if args.model in ("scratch", "resume") else args.model
     config = FinetuneConfig(
@@ -124,7 +129,7 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
         general={
             "mode": ("train", "val", "sample"), "init_from": initial, "seed": args.seed, "device": args.device,
             "note": args.note, "preset": args.method,
-            "out_dir": args.out_dir or Path("out") / f"{name.name.removesuffix('.pt')}-{args.method}",
+            "out_dir": args.out_dir or Path("out") / f"{path.name.removesuffix('.pt')}-{args.method}",
         },
         data={"dataset": args.data},
         training={
@@ -144,19 +149,23 @@ def new_config(args: FinetuneArgs) -> FinetuneConfig:
     )  # fmt: skip
 
 
-def resumed_config(args: FinetuneArgs) -> FinetuneConfig:
-    """Return the config of the run directory `args.model`. ConfigError if it is not a run of this script."""
-    if fixed := sorted(given_flags(args) - CHANGEABLE.keys()):
+def resumed_config(args: FinetuneArgs, given: Set[str] = frozenset()) -> FinetuneConfig:
+    """Return the config of the run directory `args.model`, with the `given` settings.
+
+    ConfigError if it is not a run of this script, or if a setting may not change.
+    """
+    fixed = [*(["DATA"] if args.data else []), *map(flag, sorted(given - CHANGEABLE.keys()))]
+    if fixed:
         raise ConfigError(
-            f"A run resumes with its own settings. Omit {', '.join(map(flag, fixed))}. Only "
-            f"{', '.join(map(flag, CHANGEABLE))} may change."
+            f"A run resumes with its own settings. Omit {', '.join(fixed)}. Only {', '.join(map(flag, CHANGEABLE))} "
+            "may change."
         )
     out = Path(args.model)
     settings = run_dir.read_config(out / "config.json")
     if "chat" not in settings:
         raise ConfigError(f"{out} is not a run of finetune.py. Use the directory of one, such as out/gpt2-sft.")
     config = cast(FinetuneConfig, from_json(settings, FinetuneConfig()))
-    for name in sorted(given_flags(args)):
+    for name in sorted(given):
         section, setting = CHANGEABLE[name]
         config = variant(config, **{section: {setting: getattr(args, name)}})
     initial = {} if checkpoint.list_checkpoints(out) else {"init_from": settings["general"]["init_from"]}

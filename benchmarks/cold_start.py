@@ -2,8 +2,8 @@
 
     python benchmarks/cold_start.py [BEFORE] [--runs 9] [--out results/first-hour/cold-start.md]
 
-BEFORE is a checkout of an earlier commit to compare with. The checkouts take turns, after one run of each command that
-fills the file cache. The table lists medians.
+BEFORE is a checkout of an earlier commit to compare with. Each command first runs once per checkout to fill the
+file cache; the timed runs alternate between the checkouts. The table lists medians.
 """
 
 import argparse

@@ -63,7 +63,7 @@ TRAIN_FLAGS = (
     "--sampling.every-n-steps", 10, "--sampling.num-samples", 2, "--sampling.max-new-tokens", 16,
 )  # fmt: skip
 SAMPLE_FLAGS = (
-    "--prompt", "def ", "The meaning of life is", "--max-new-tokens", 64, "--top-k", 50, "--top-p", 0.95,
+    "--max-new-tokens", 64, "--top-k", 50, "--top-p", 0.95,
     "--device", "cpu", "--dtype", "float32",
 )  # fmt: skip
 
@@ -187,7 +187,7 @@ def train(checkout: Checkout, preset: str, dtype: str = "float32", world_size: i
 
 
 def order_flags(checkout: Checkout) -> tuple[object, ...]:
-    """Return the flags for version 1 of the data order, the only one that all checkouts have."""
+    """Return the flags for version 1 of the data order, the only version that all checkouts support."""
     settings = (checkout.path / "train_config.py").read_text(encoding="utf-8")
     return ("--data.order", 1) if re.search(r"^    order: Literal", settings, re.MULTILINE) else ()
 
@@ -202,7 +202,11 @@ def hellaswag(checkout: Checkout, preset: str, style: str) -> Path:
 def sample(checkout: Checkout, preset: str, temperature: float) -> Path:
     """Write the text that sample.py prints."""
     out, run = checkout.output / f"sample-{preset}-{temperature}.txt", train(checkout, preset)
-    out.write_bytes(checkout.python("sample.py", run, *SAMPLE_FLAGS, "--temperature", temperature))
+    texts = [
+        checkout.python("sample.py", run, "--prompt", prompt, *SAMPLE_FLAGS, "--temperature", temperature)
+        for prompt in ("def ", "The meaning of life is")
+    ]
+    out.write_bytes(b"".join(texts))
     return out
 
 

@@ -1,10 +1,10 @@
-"""Measure SFT and DPO of a small model on held-out records, with settings that are chosen on other held-out records.
+"""Measure SFT and DPO of a small model on `test`, with settings that are chosen on `val`.
 
     python benchmarks/finetune.py out/demo instructions.jsonl preferences.jsonl [--also ultrafeedback.jsonl]
 
 SFT is tried with each learning rate and number of rows per step, and the best setting is that with the lowest response
 loss on `val`. DPO starts from its result and is tried with each learning rate. The best one has the highest preference
-accuracy on `val` among those whose SFT loss is at most MAX_INCREASE higher than before. Both are then repeated with
+accuracy on `val` among those whose SFT loss is at most MAX_INCREASE higher than before. Both are then run with
 each seed and evaluated on `test`. With --also, DPO with these settings is trained on further preferences, too. All
 other settings are the defaults of finetune.py. Runs are written to the directory --runs, and finished runs are not
 repeated. Use a new directory if the code, the model or the data has changed.
@@ -42,7 +42,7 @@ def run(*arguments: object) -> str:
 def finetune(method: str, model: Path, data: Path, out: Path, *flags: object) -> Path:
     """Train a run in `out` unless it has finished, and return `out`."""
     if not (out / "finished").exists():
-        shutil.rmtree(out, ignore_errors=True)  # of an interrupted benchmark
+        shutil.rmtree(out, ignore_errors=True)  # left by an interrupted benchmark
         run(ROOT / "finetune.py", method, model, data, "--out-dir", out, "--device", "cpu", "--save-every", 0, *flags)
     return out
 
@@ -114,6 +114,8 @@ def main() -> None:
             accuracies[dpo_rate] = accuracy
         lines.append(f"| {dpo_rate:g} | {accuracy:.3f} | {before:.3f} | {after:.3f} |")
         print(lines[-1], file=sys.stderr, flush=True)
+    if not accuracies:
+        sys.exit(f"error: with each learning rate of DPO, the SFT loss increases by more than {MAX_INCREASE}.")
     dpo_rate = max(accuracies, key=lambda tried: accuracies[tried])
 
     lines += [

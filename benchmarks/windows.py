@@ -48,7 +48,7 @@ def train_run(options: argparse.Namespace, order: str, seed: int) -> float:
     directory = Path(options.runs) / name
     log = directory / "log.csv"
     if not (directory / "finished").exists():
-        shutil.rmtree(directory, ignore_errors=True)  # of an interrupted benchmark
+        shutil.rmtree(directory, ignore_errors=True)  # left by an interrupted benchmark
         number, _, version = order.partition(":")
         streams = [] if order == "windows" else ["--num-streams", number, "--order", version or "2"]
         command = [
@@ -86,7 +86,7 @@ def main() -> None:
     options.dataset = os.path.abspath(config.data.dataset)
     num_tokens, block_size = len(open_dataset(options.dataset).train), config.model.block_size
     default = default_num_streams(num_tokens, block_size)
-    orders = ["windows", *sorted({*options.streams, str(default)}, key=lambda order: int(order.split(":")[0]))]
+    orders = ["windows", *sorted({*options.streams, str(default)}, key=lambda order: (int(order.split(":")[0]), order))]
     jobs = [(order, seed) for seed in SEEDS for order in orders]
     losses = dict(zip(jobs, map_jobs(lambda job: train_run(options, *job), jobs, options.jobs), strict=True))
     tokens = config.training.max_steps * config.training.batch_tokens

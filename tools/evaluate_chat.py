@@ -63,7 +63,7 @@ class Scores:
 
 def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks: Ranks) -> Scores:
     """Return the scores of a model. UserError if no answer fits into its context."""
-    weights = with_chat_tokens(read_pretrained(spec))
+    weights = with_chat_tokens(ranks.main_process_first(lambda: read_pretrained(spec)))
     model = weights.build(lambda values: build_model(config_from_dict(values))).to(ranks.device).eval()
     sequences = tokenize(directory, args.split, ChatTemplate(weights.tokenizer), kind)
     block_size = model.config.block_size
@@ -103,6 +103,8 @@ def main() -> None:
         directory = ranks.main_process_first(lambda: prepare(source, kind, held_out, DATA_DIRECTORY))
         reference = None if args.reference is None else score(args.reference, directory, kind, args, ranks).log_probs
         scores = score(args.model, directory, kind, args, ranks)
+        if not ranks.is_main:
+            return
         print(f"response loss {scores.loss:.4f} ({scores.count:,} records of {args.split})")
         if kind == "preferences":
             ratios = scores.log_probs if reference is None else scores.log_probs - reference

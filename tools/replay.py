@@ -37,7 +37,7 @@ from babygpt.settings import variant
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import read_log
-from babygpt.training.run_dir import provenance, read_config
+from babygpt.training.run_dir import differences, provenance, read_config, with_order
 from babygpt.training.signals import StopSignals
 from train import Pretraining, set_up, train
 
@@ -161,9 +161,12 @@ def compare(run: Path, segment: Segment, replayed: Path, num_examples: int, exac
             if logged != value and (exact or not _close(name, logged, value, num_examples)):
                 yield f"log.csv, step {step}: {name} is {logged}, but {value} in the replay"
                 return  # later values differ as a consequence
-    for name in ("step", "tokens", "position", "losses", "data", "model", "tokenizer"):
+    for name in ("step", "tokens", "position", "losses"):
         if original.state[name] != again.state[name] and (exact or name != "losses"):
             yield f"{segment.end.name}: {name} is {original.state[name]}, but {again.state[name]} in the replay"
+    sections = [{name: saved.state[name] for name in ("data", "model", "tokenizer")} for saved in (original, again)]
+    for name, earlier, now in differences(with_order(sections[0]), sections[1]):  # earlier versions had fewer fields
+        yield f"{segment.end.name}: {name} is {earlier}, but {now} in the replay"
     if _names(original) != _names(again):
         yield f"{segment.end.name}: its tensors have other names than in the replay"
         return

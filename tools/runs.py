@@ -4,8 +4,8 @@
     python -m tools.runs out/ --sort tokens --where preset=modern --where state=finished
     python -m tools.runs out/ --format csv > runs.csv
 
-Losses in nats per token are comparable only between runs with the same tokenizer, and those of DPO are the losses of
-the chosen answers. Bits per byte are comparable between all runs with the same validation text.
+Losses in nats per token are comparable only between runs with the same tokenizer. For DPO, val_loss is the last loss of
+the chosen answers, per token. Bits per byte are comparable between all runs with the same validation text.
 """
 
 import csv
@@ -25,7 +25,7 @@ from babygpt.console import console
 from babygpt.constraints import metavar, parse_arguments
 from babygpt.errors import UserError, run
 from babygpt.training import run_dir
-from babygpt.training.log import column, loss_unit, read_log
+from babygpt.training.log import column, read_log
 from model import build_model, config_from_dict
 
 THROUGHPUT_STEPS = 100  # the throughput is the median over this many of the latest steps
@@ -41,7 +41,7 @@ class RunSummary:
     preset: str | None
     parameters: int | None
     tokens: int  # number of tokens trained on
-    val_loss: float | None  # lowest validation loss, in nats per token
+    val_loss: float | None  # lowest validation loss, or the last loss of chosen answers of DPO, in nats per token
     val_bpb: float | None  # lowest validation loss, in bits per byte
     hellaswag: float | None  # highest accuracy
     tokens_per_s: float | None
@@ -84,14 +84,14 @@ def summarize(path: Path) -> RunSummary:
     def values(name: str) -> list[float]:
         return column(rows, name)[1]
 
-    loss_name = "val_loss" if loss_unit(rows) == "nats per token" else "val_sft_loss"
+    is_dpo = "val_sft_loss" in (rows[0] if rows else {})  # its loss is lowest at the start
     speeds = values("tokens_per_s")[-THROUGHPUT_STEPS:]
     return RunSummary(
         run=str(path),
         preset=general.get("preset") or None,
         parameters=count_parameters(config.get("model")),
         tokens=rows[-1]["tokens"] if rows else 0,
-        val_loss=min(values(loss_name), default=None),
+        val_loss=min(values("val_sft_loss")[-1:] if is_dpo else values("val_loss"), default=None),
         val_bpb=min(values("val_bpb"), default=None),
         hellaswag=max(values("hellaswag"), default=None),
         tokens_per_s=statistics.median(speeds) if speeds else None,

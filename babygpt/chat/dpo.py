@@ -25,8 +25,6 @@ from babygpt.training.distributed import Ranks
 # the tokens of the chosen answers
 COLUMNS = ("reward_chosen", "reward_rejected", "margin", "accuracy", "chosen_change", "sft_loss")
 
-SCORED_TOGETHER = 16  # sequences per forward pass
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -73,7 +71,7 @@ def summed_losses(model: nn.Module, pairs: Pairs, device: torch.device, beta: fl
 
 
 def reference_id(tensors: dict[str, torch.Tensor], settings: Iterable[Any]) -> str:
-    """Return a hash of weights and of other settings that log-probabilities depend on."""
+    """Return a hash of the weights and of the settings on which the log-probabilities depend."""
     digest = hashlib.sha256(repr(list(settings)).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -82,19 +80,25 @@ def reference_id(tensors: dict[str, torch.Tensor], settings: Iterable[Any]) -> s
 
 
 @torch.no_grad()
-def score_sequences(model: nn.Module, sequences: Sequences, block_size: int, ranks: Ranks, dtype: str) -> np.ndarray:
-    """Return the log-probability of the supervised tokens of each sequence, (count,) float64, on all ranks."""
+def score_sequences(
+    model: nn.Module, sequences: Sequences, block_size: int, ranks: Ranks, dtype: str, batch_size: int = 16
+) -> np.ndarray:
+    """Return the log-probability of the supervised tokens of each sequence, (count,) float64, on all ranks.
+
+    A forward pass has `batch_size` sequences.
+    """
     values = torch.zeros(len(sequences))
-    for items in batched(range(ranks.rank, len(sequences), ranks.world_size), SCORED_TOGETHER):
+    for items in list(batched(range(len(sequences)), batch_size))[ranks.rank :: ranks.world_size]:
         batch = collate_packed([sequences.get(i, block_size) for i in items], block_size, pad_id=0).to(ranks.device)
         with autocast(ranks.device, dtype):
             values[items] = log_probabilities(model, batch, len(items)).cpu()
-    return ranks.all_reduce(values.to(ranks.device)).double().cpu().numpy()
+    return ranks.all_reduce(values.to(ranks.device)).cpu().double().numpy()
 
 
 def reference_log_probs(
-    model: nn.Module | None, sequences: Sequences, path: Path, block_size: int, ranks: Ranks, dtype: str
-) -> np.ndarray:
+    model: nn.Module | None, sequences: Sequences, path: Path, block_size: int, ranks: Ranks, dtype: str,
+    pairs_together: int,
+) -> np.ndarray:  # fmt: skip
     """Return the log-probabilities of the answers under the initial model, (pairs, 2) float32.
 
     They are computed once, by all ranks, and stored at `path`, whose name identifies model and data. Without a model,
@@ -104,9 +108,10 @@ def reference_log_probs(
         try:
             return np.load(path)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is corrupted ({error}). Delete it.") from None
+            raise UserError(f"{path} is corrupted ({error}). Delete it; the next launch computes it again.") from None
     assert model is not None, "the caller has checked that all ranks have the file"
-    values = score_sequences(model.to(ranks.device).eval(), sequences, block_size, ranks, dtype)
+    model = model.to(ranks.device).eval()
+    values = score_sequences(model, sequences, block_size, ranks, dtype, 2 * pairs_together)
     reference = values.reshape(-1, 2).astype(np.float32)
     if ranks.is_main:
         with files.create(path) as file:

@@ -137,8 +137,8 @@ def check_status(step: int, status: StepStatus, compare_every: int, out: Path) -
         raise ConfigError(
             f"Step {step}: the gradient norm is exactly 0 at a loss of {loss:.4f}, and the update was skipped. Either "
             "the model predicts every target with probability 1, or the loss does not depend on any weight, which is "
-            f"a bug in the model or in PyTorch {torch.__version__}. Run `python -m pytest tests/unit`, or try "
-            "--compile off."
+            f"a bug in the model or in PyTorch {torch.__version__}. Run `python -m pytest tests/unit`"
+            + ("." if run_dir.is_finetuning(out) else ", or try --compile off.")
         )
     checksums = status.checksums.tolist()
     if differing := [rank for rank, value in enumerate(checksums) if value != statistics.mode(checksums)]:

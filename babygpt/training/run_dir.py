@@ -45,7 +45,9 @@ def lock_run_dir(out: Path, ranks: Ranks) -> Iterator[None]:
             _lock_file(file)
         except BlockingIOError:
             file.close()
-            raise ConfigError(f"Another process is training in {out}. Use a different --out-dir.") from None
+            raise ConfigError(
+                f"Another process is training in {out}. Wait for it to finish, or use a different --out-dir."
+            ) from None
         except OSError:  # the file system does not support locks
             pass
         if not (out / LOCK).exists():  # a failed launch has just deleted it
@@ -146,7 +148,7 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def with_order(sections: dict[str, dict]) -> dict[str, dict]:
-    """Return sections of settings with a version of the data order, which earlier versions of BabyGPT did not store."""
+    """Return the sections with data.order = 1 if it is missing, since earlier versions of BabyGPT did not store it."""
     return {name: ({"order": 1} if name == "data" else {}) | section for name, section in sections.items()}
 
 

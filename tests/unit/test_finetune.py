@@ -320,8 +320,10 @@ def test_micro_batches_of_dpo_do_not_change_the_loss(base, preferences, tmp_path
         (["dpo", "BASE", "DATA"], "line 1 cannot be used for preferences"),
         (["resume", "BASE"], "is not a run of finetune.py"),
         (["resume", "BASE", "--rows", "4"], "A run resumes with its own settings. Omit --rows. Only --note, "),
-        (["sft", "BASE", "DATA", "--pairs", "4", "--beta", "1"], "--beta, --pairs has no effect on sft. Omit it."),
-        (["dpo", "BASE", "DATA", "--rows", "4"], "--rows has no effect on dpo. Omit it."),
+        (["resume", "BASE", "DATA"], "A run resumes with its own settings. Omit DATA."),
+        (["sft", "BASE", "DATA", "--pairs", "4", "--beta", "1"], "sft does not use --beta and --pairs. Omit it."),
+        (["dpo", "BASE", "DATA", "--rows=8"], "dpo does not use --rows. Omit it."),
+        (["sft", "BASE", "DATA", "--epochs", "2", "--max-steps", "4"], "--max-steps replaces --epochs."),
         (["sft", "BASE", "DATA", "--max-lr", "-1"], "--max-lr -1.0 is out of range"),
     ],
 )  # fmt: skip
@@ -337,10 +339,10 @@ def test_some_settings_may_change_on_resume(base, instructions, tmp_path, capsys
     flags = ("--rows", 4, "--max-steps", 4, "--warmup", 0, "--max-lr", 1e-3, "--save-every", 1)
     call(finetune.main, "sft", base, instructions, "--out-dir", whole, *flags, "--keep", 0, *FLAGS)
     out = copy_killed_run(whole, 2, tmp_path / "resumed")
-    call(finetune.main, "resume", out, "--max-lr", 5e-4, "--keep", 1)
+    call(finetune.main, "resume", out, "--max-lr", 5e-4, "--keep", 2)  # 2 is the default of the script
     before, after = (column(read_log(path / "log.csv"), "lr")[1] for path in (whole, out))
     assert after == pytest.approx([*before[:2], *(rate / 2 for rate in before[2:])])
-    assert len(checkpoint.list_checkpoints(out)) == 1
+    assert len(checkpoint.list_checkpoints(out)) == 2
     assert "optimizer.max_lr was 0.001, is now 0.0005" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from support.helpers import call
@@ -12,6 +13,7 @@ from babygpt.errors import ConfigError, UserError
 from babygpt.training import checkpoint
 from babygpt.training.log import column, read_log
 from model import GPT
+from tools import replay
 
 
 @pytest.mark.parametrize("version", [1, 3])
@@ -67,6 +69,10 @@ def test_run_with_the_first_version_of_the_order_resumes(dataset, tmp_path, caps
     settings = json.loads((out / "config.json").read_text())
     del settings["data"]["order"]
     (out / "config.json").write_text(json.dumps(settings))
+    shutil.copytree(out, tmp_path / "killed")
+    (tmp_path / "killed" / "log.csv").write_text("".join((out / "log.csv").read_text().splitlines(True)[:4]))
+    call(replay.main, tmp_path / "killed")
+    assert "identical" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"data\.order: 1 before, 2 now"):
         call(train.main, *flags(dataset, out, general__init_from="resume", training__max_steps=6))
     capsys.readouterr()
