@@ -306,7 +306,7 @@ def from_json(values: dict[str, Any], defaults: Config = DEFAULTS) -> Config:
     try:
         sections = {field.name: dict(values[field.name]) for field in fields(defaults)}
         general, evaluation = sections["general"], sections["evaluation"]
-        sections["data"].setdefault("order", 1)  # of runs of an earlier version
+        sections["data"].setdefault("order", 1)  # earlier versions had only this order and did not store it
         general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
         evaluation["tasks"] = tuple(evaluation.get("tasks", ()))
         model = config_from_dict(sections.pop("model"))

@@ -117,7 +117,7 @@ def new_config(args: FinetuneArgs, given: Set[str] = frozenset()) -> FinetuneCon
     per_step = args.pairs if is_dpo else args.rows
     path = Path(args.model)
     if path.resolve().parent.name == "checkpoints":
-        path = path.resolve().parent.parent  # the run of a checkpoint
+        path = path.resolve().parent.parent  # for a checkpoint, the name of its run
     # general.init_from gives these two names another meaning
     initial = f"./{args.model}" if args.model in ("scratch", "resume") else args.model
     config = FinetuneConfig(

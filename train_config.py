@@ -55,10 +55,14 @@ class Data:
 
     dataset: Annotated[str, metavar("PATH")] = "data/fineweb-edu-10BT"  # dataset directory, prepared by fineweb.py
     # approximate length of the chunks that are shuffled, in tokens
-    chunk_tokens: Annotated[Positive | None, metavar("TOKENS", "1/16 of a stream, between 4 rows and 1M tokens")] = None
+    chunk_tokens: Annotated[
+        Positive | None, metavar("TOKENS", "1/16 of a stream, or 1/16384 of the data; 4 rows to 1M tokens")
+    ] = None
     # number of equal parts of the shuffled data that are read in parallel
     num_streams: Annotated[Positive | None, metavar("N", "4096, or fewer for a small dataset")] = None
-    order: Literal[1, 2] = 2  # version of the data order; 1: that of earlier runs, without a seeded order of streams
+    order: Literal[1, 2] = (
+        2  # version of the data order; 1: that of earlier runs, which takes the streams in ascending order
+    )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@
     python -m tools.evaluate_chat out/gpt2-sft instructions.jsonl
     python -m tools.evaluate_chat out/gpt2-sft-dpo preferences.jsonl --reference out/gpt2-sft
 
-The records are those of the split `test`, which finetune.py does not read. A base model gets the special tokens of the
-chat template as at the start of finetuning. The loss is a mean over all tokens of the
-assistant messages; for preferences, of the chosen answers. The accuracy is the fraction of pairs of which the chosen
-answer has the higher log-probability, relative to that under the reference model if one is given; a tie counts half.
-Two baselines without a model learn from the split `train`: one prefers longer or shorter answers, the other is a naive
-Bayes classifier of words and pairs of words.
+The records are those of the split `test`, which finetune.py does not read. The special tokens of the chat template are
+added to a base model as at the start of finetuning. The loss is a mean over all tokens of the assistant messages; for
+preferences, of the chosen answers. The accuracy is the fraction of pairs of which the chosen answer has the higher
+log-probability, relative to that under the reference model if one is given; a tie counts half. Two baselines without a
+model learn from the split `train`: one prefers longer or shorter answers, the other is a naive Bayes classifier of
+words and pairs of words.
 """
 
 from dataclasses import dataclass

@@ -109,7 +109,7 @@ def user_message(record: dict[str, Any]) -> Message:
 def split_of(record: dict[str, Any], held_out: float) -> Split:
     """Return the split of a record: a fraction `held_out` of all prompts is in val, and the same fraction in test.
 
-    The prompt is `first_prompt`, without differences of case and whitespace.
+    The split depends on `first_prompt`, ignoring case and whitespace.
     """
     text = "\n".join(" ".join(message["content"].split()).casefold() for message in first_prompt(record))
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
@@ -118,7 +118,7 @@ def split_of(record: dict[str, Any], held_out: float) -> Split:
 
 
 def first_prompt(record: dict[str, Any]) -> Conversation:
-    """Return the messages of a conversation or a preference before the first answer."""
+    """Return the messages of a conversation, or of the prompt of a preference, before the first answer."""
     messages = record["prompt"] if "prompt" in record else record["messages"]
     return list(takewhile(lambda message: message["role"] != "assistant", messages))
 

@@ -63,7 +63,7 @@ class Sequences:
 def tokenize(directory: Path, split: Split, template: ChatTemplate, kind: Kind) -> Sequences:
     """Return the conversations of a prepared directory as tokens, each up to its last supervised token.
 
-    They are stored in the directory, so that the next call loads them. A corrupted file is written again.
+    They are stored in the directory, so that the next call loads them. A corrupted file is replaced.
     """
     path = directory / f"{split}-{template.tokenizer.sha256[:8]}.npz"
     data_sha256 = read_manifest(directory)["splits"][split]["sha256"]

@@ -170,8 +170,8 @@ def process_group(device_name: str, timeout_minutes: float = 30, deterministic: 
             raise
         raise OtherRankError(
             f"Another rank exited, or did not respond for {timeout_minutes:g} minutes, during {ranks.phase} "
-            f"({str(error).splitlines()[0]}). See the error message of that rank. Then resume the run "
-            "from its last checkpoint."
+            f"({str(error).splitlines()[0]}). See the error message of that rank, fix the cause, and "
+            "resume the run."
         ) from error
 
 

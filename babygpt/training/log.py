@@ -89,8 +89,8 @@ def column(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
 
 
 def loss_unit(rows: list[Row]) -> str:
-    """Return the unit of loss and val_loss, which for DPO are means over pairs of answers."""
-    return "DPO, mean over pairs" if rows and "sft_loss" in rows[0] else "nats per token"
+    """Return the unit of loss and val_loss, which for DPO are losses of pairs of answers."""
+    return "DPO loss per pair" if rows and "sft_loss" in rows[0] else "nats per token"
 
 
 def standard_error(accuracy: float, num_examples: int) -> float:

@@ -12,7 +12,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 def permutation(count: int, *numbers: int) -> np.ndarray:
-    """Return a permutation of 0 ... count - 1, (count,) int64: a hash of `numbers`, the same on all machines."""
+    """Return a permutation of 0 ... count - 1, (count,) int64, that depends only on `numbers`, not on the machine."""
     prefix = " ".join(map(str, numbers))
     keys = [hashlib.blake2b(f"{prefix} {i}".encode(), digest_size=16).digest() for i in range(count)]
     return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
