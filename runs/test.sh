@@ -20,8 +20,10 @@ case "$*" in
         codespell
         lint-imports --no-logo
         mypy
-        python -m pytest --numprocesses auto tests/unit
-        python -m pytest tests/distributed tests/faults  # sequentially: these tests start processes themselves
+        # the longest test first, so that the other workers run the rest in the meantime
+        python -m pytest --numprocesses auto --dist worksteal tests/distributed/test_commands.py tests/unit
+        # sequentially: these tests start several processes and measure time
+        python -m pytest tests/distributed tests/faults --ignore tests/distributed/test_commands.py
         ;;
     --quick)
         set_up_environment .venv "${quick[@]}"

@@ -5,6 +5,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +146,7 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     })  # fmt: skip
     figure, axes = plt.subplot_mosaic(
         [["loss"] * 2 + ["hellaswag"], ["lr", "norm", "speed"]],  # type: ignore[list-item]
-        figsize=(11, 6.2), layout="constrained",
+        figsize=(11 if len(runs) == 1 else 13.5, 6.2), layout="constrained",
     )  # fmt: skip
     for name, title in TITLES.items():
         axes[name].set_title(title)
@@ -183,17 +184,30 @@ def draw(runs: list[Curves], x: Unit, smooth: int | None) -> Any:
     axes["speed"].set_ylim(bottom=0)
     axes["speed"].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for axis in axes.values():
-        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.xaxis.set_major_locator(MaxNLocator(6 if axis is axes["loss"] else 4))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:,.4g}" if x == "tokens" else f"{value:,.4g}")
     if len(runs) == 1:
         axes["loss"].legend()
     elif is_comparable:
         axes["loss"].set_title(f"{loss_title}: validation, and training (thin)")
     if len(runs) > 1:
-        lines = [plt.Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
+        prefix = common_prefix([run.name for run in runs])
+        names = [run.name.removeprefix(prefix) for run in runs]
+        lines = [
+            plt.Line2D([], [], color=run.color, linewidth=2, label=name) for run, name in zip(runs, names, strict=True)
+        ]
         columns = math.ceil(len(runs) / LEGEND_ROWS)
-        figure.legend(handles=lines, loc="outside right upper", ncols=columns, fontsize=9 if columns == 1 else 7)
+        figure.legend(
+            handles=lines, loc="outside right upper", ncols=columns, fontsize=9 if columns == 1 else 7,
+            title=f"{prefix}..." if prefix else None, alignment="left",
+        )  # fmt: skip
     return figure
+
+
+def common_prefix(names: list[str]) -> str:
+    """Return what all names begin with, up to a separator, such as out/shakespeare-."""
+    prefix = os.path.commonprefix(names)  # noqa: RUF071, not of paths
+    return prefix[: max(prefix.rfind(separator) for separator in "-_./") + 1]
 
 
 def plot_smoothed(axis: Any, run: Curves, name: str, smooth: int | None, is_alone: bool) -> list[float]:

@@ -31,7 +31,10 @@ def draw(paths: list, x: str = "steps") -> tuple[dict, list[str]]:
     """Return the axes by title, and the labels of the legend outside of them."""
     figure = plots.draw(plots.read_runs(paths, x), x, None)
     pyplot.close(figure)
-    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    prefixes = [legend.get_title().get_text().removesuffix("...") for legend in figure.legends]
+    labels = [
+        prefix + text.get_text() for legend in figure.legends for prefix in prefixes for text in legend.get_texts()
+    ]
     return {axis.get_title(loc="left").split(" (")[0]: axis for axis in figure.axes}, labels
 
 
@@ -65,6 +68,11 @@ def test_twelve_runs_have_a_color_and_a_legend_entry_each(tmp_path):
     assert len({line.get_color() for line in axes["learning rate"].lines}) == 12
     for count in (1, 12, 13, 40):
         assert len({*map(str, plots.choose_colors(count))}) == count
+
+
+def test_common_prefix_ends_at_a_separator():
+    assert plots.common_prefix(["out/run-10", "out/run-12"]) == "out/run-"
+    assert plots.common_prefix(["demo", "demo-classic"]) == ""
 
 
 def test_runs_of_equal_name_are_distinguished(tmp_path):
