@@ -38,8 +38,9 @@ def test_wandb_logs_offline(dataset, tmp_path, uninterrupted_run):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_killed_wandb_service_stops_no_run(dataset, tmp_path):
+def test_killed_wandb_service_stops_no_run(dataset, tmp_path, monkeypatch):
     """Its process is killed in the middle of the run, whose results do not change."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of an earlier test: the run must start its own
     changes = {"training__max_steps": 200, "saving__every_n_steps": 100}
     call(train.main, *flags(dataset, tmp_path / "plain", **changes))
     arguments = flags(dataset, tmp_path / "run", logging__tracker="wandb", **changes)
