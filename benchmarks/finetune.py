@@ -136,11 +136,13 @@ def main() -> None:
             after_.append(evaluate(dpo(seed, dpo_rate, data), data, "--reference", sft(seed)))
         name = "preference accuracy"
         count = before_[0][name][1].split("(")[1].split(")")[0]
-        for title, key, note in (
-            ("response loss of the chosen answers", "response loss", ""), ("preference accuracy", name, f" ({count})"),
-        ):  # fmt: skip
+        titles = {
+            "response loss": "response loss of the chosen answers",
+            name: f"preference accuracy ({count}); after DPO, relative to the model before",
+        }
+        for key, title in titles.items():
             columns = (summarize([scores[key][0] for scores in found]) for found in (before_, after_))
-            lines.append(f"| DPO on {data.name}: {title}{note} | {' | '.join(columns)} |")
+            lines.append(f"| DPO on {data.name}: {title} | {' | '.join(columns)} |")
         for key, (value, _) in after_[0].items():
             if key.startswith("baseline"):
                 lines.append(f"| {key.split(':')[0]}, without a model | | {value:.3f} |")

@@ -30,7 +30,7 @@ from babygpt.training.log import column, read_log
 from dataloader import Position
 from finetune import DPO, SFT, ExampleLoader, FinetuneArgs, make_objective, new_config
 from model import GPT, build_model, config_from_dict
-from tools import evaluate_chat
+from tools import evaluate_chat, runs
 from tools.train_tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
@@ -242,6 +242,8 @@ def test_dpo_raises_the_margin_and_logs_the_rewards(base, preferences, tmp_path)
     for row in rows[:-1]:
         assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-4)
         assert row["chosen_change"] == pytest.approx(row["reward_chosen"] / 0.1, abs=1e-3)
+    assert runs.summarize(out).val_loss == last["val_sft_loss"], "not the DPO loss, and not the loss before DPO"
+    assert '"loss_unit":"DPO loss per pair"' in (out / "report.html").read_text(encoding="utf-8")
 
 
 @torch.no_grad()
