@@ -43,7 +43,7 @@ def finetune(method: str, model: Path, data: Path, out: Path, *flags: object) ->
     """Train a run in `out` unless it has finished, and return `out`."""
     if not (out / "finished").exists():
         shutil.rmtree(out, ignore_errors=True)  # left by an interrupted benchmark
-        run(ROOT / "finetune.py", method, model, data, "--out-dir", out, "--device", "cpu", "--save-every", 0, *flags)
+        run(ROOT / "finetune.py", method, model, data, "--out-dir", out, "--device", "cpu", *flags)
     return out
 
 
