@@ -22,6 +22,7 @@ from babygpt.errors import ConfigError, UserError, suggest
 from babygpt.pretrained import HUB_MODELS, read_architecture
 from babygpt.settings import expand_flags, flag_values, section_items, variant
 from babygpt.training.memory import ACTIVATION_BYTES, largest_divisor, max_rows
+from babygpt.training.run_dir import with_order
 from dataloader import default_chunk_tokens, default_num_streams, rows_per_epoch
 from model import GPTConfig, ModernConfig, config_from_dict
 from train_config import FIELDS, MODERN_FIELDS, PRESETS, Config, preset
@@ -304,9 +305,8 @@ def from_json(values: dict[str, Any], defaults: Config = DEFAULTS) -> Config:
     if "chat" in values and not hasattr(defaults, "chat"):
         raise UserError("It is a run of finetune.py. Resume it with `python finetune.py resume RUN`.")
     try:
-        sections = {field.name: dict(values[field.name]) for field in fields(defaults)}
+        sections = with_order({field.name: values[field.name] for field in fields(defaults)})
         general, evaluation = sections["general"], sections["evaluation"]
-        sections["data"].setdefault("order", 1)  # earlier versions had only this order and did not store it
         general |= {"mode": tuple(general["mode"]), "out_dir": Path(general["out_dir"])}
         evaluation["tasks"] = tuple(evaluation.get("tasks", ()))
         model = config_from_dict(sections.pop("model"))

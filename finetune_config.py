@@ -110,8 +110,8 @@ def new_config(args: FinetuneArgs, given: Set[str] = frozenset()) -> FinetuneCon
         )
     model = replace(model, block_size=args.block_size or model.block_size)
     is_dpo = args.method == "dpo"
-    if without_effect := sorted(given & ({"rows"} if is_dpo else {"pairs", "beta"})):
-        raise ConfigError(f"{args.method} does not use {' and '.join(map(flag, without_effect))}. Omit it.")
+    for name in sorted(given & ({"rows"} if is_dpo else {"pairs", "beta"})):
+        raise ConfigError(f"{args.method} does not use {flag(name)}. Omit it.")
     if {"epochs", "max_steps"} <= given:
         raise ConfigError("--max-steps replaces --epochs. Use one of them.")
     per_step = args.pairs if is_dpo else args.rows

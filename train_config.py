@@ -60,9 +60,8 @@ class Data:
     ] = None
     # number of equal parts of the shuffled data that are read in parallel
     num_streams: Annotated[Positive | None, metavar("N", "4096, or fewer for a small dataset")] = None
-    order: Literal[1, 2] = (
-        2  # version of the data order; 1: that of earlier runs, which takes the streams in ascending order
-    )
+    # version of the data order; 1: that of earlier runs, which takes the streams in ascending order
+    order: Literal[1, 2] = 2
 
 
 @dataclass(frozen=True)

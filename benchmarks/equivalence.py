@@ -63,8 +63,7 @@ TRAIN_FLAGS = (
     "--sampling.every-n-steps", 10, "--sampling.num-samples", 2, "--sampling.max-new-tokens", 16,
 )  # fmt: skip
 SAMPLE_FLAGS = (
-    "--max-new-tokens", 64, "--top-k", 50, "--top-p", 0.95,
-    "--device", "cpu", "--dtype", "float32",
+    "--max-new-tokens", 64, "--top-k", 50, "--top-p", 0.95, "--device", "cpu", "--dtype", "float32",
 )  # fmt: skip
 
 

@@ -323,7 +323,7 @@ def test_micro_batches_of_dpo_do_not_change_the_loss(base, preferences, tmp_path
         (["resume", "BASE"], "is not a run of finetune.py"),
         (["resume", "BASE", "--rows", "4"], "A run resumes with its own settings. Omit --rows. Only --note, "),
         (["resume", "BASE", "DATA"], "A run resumes with its own settings. Omit DATA."),
-        (["sft", "BASE", "DATA", "--pairs", "4", "--beta", "1"], "sft does not use --beta and --pairs. Omit it."),
+        (["sft", "BASE", "DATA", "--pairs", "4", "--beta", "1"], "sft does not use --beta. Omit it."),
         (["dpo", "BASE", "DATA", "--rows=8"], "dpo does not use --rows. Omit it."),
         (["sft", "BASE", "DATA", "--epochs", "2", "--max-steps", "4"], "--max-steps replaces --epochs."),
         (["sft", "BASE", "DATA", "--max-lr", "-1"], "--max-lr -1.0 is out of range"),
