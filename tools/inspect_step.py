@@ -44,6 +44,8 @@ def read_run(run: Path, step: int) -> tuple[Dataset, Order, list[int]]:
     config = read_config(run / "config.json")
     if not {"general", "data", "model", "training"} <= set(config):
         raise UserError(f"There is no run at {run}: it has no intact config.json. Use a directory that train.py wrote.")
+    if "chat" in config:
+        raise UserError(f"{run} is a run of finetune.py, which this tool does not support. Use a run of train.py.")
     data, training, block_size = config["data"], config["training"], config["model"]["block_size"]
     if not 0 <= step < training["max_steps"]:
         raise UserError(f"--step {step} is out of range: {run} has steps 0 to {training['max_steps'] - 1}.")

@@ -27,7 +27,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+import finetune
 from arguments import bind, from_json, resolve
+from babygpt import files
 from babygpt.console import console, counted
 from babygpt.constraints import Positive, RunArgument, parse_arguments
 from babygpt.data.shards import open_dataset
@@ -36,10 +38,11 @@ from babygpt.errors import run as run_script
 from babygpt.settings import variant
 from babygpt.training import checkpoint
 from babygpt.training.distributed import Ranks, process_group
-from babygpt.training.log import read_log
-from babygpt.training.run_dir import differences, provenance, read_config, with_order
+from babygpt.training.log import COLUMNS, read_log
+from babygpt.training.run_dir import identity_differences, provenance, read_config
 from babygpt.training.signals import StopSignals
-from train import Pretraining, set_up, train
+from finetune_config import FinetuneConfig
+from train import Objective, Pretraining, set_up, train
 
 COMPARED = ("tokens", "epoch", "loss", "val_loss", "val_bpb", "hellaswag", "lr", "grad_norm")
 # Relative tolerances, since other hardware rounds differently and other ranks draw other dropout masks. That of the
@@ -82,7 +85,7 @@ def find_segments(run: Path) -> list[Segment]:
     if not pairs:
         raise UserError(
             f"{run} cannot be replayed: a replay needs two checkpoints, or one if the run started from scratch. "
-            "Keep all checkpoints of a run with --saving.keep 0, or some of them with --saving.keep-every."
+            "Keep all checkpoints of a run with --keep 0, and save them more often."
         )
     try:
         return [Segment(*pair) for pair in pairs]
@@ -107,8 +110,8 @@ def check_records(run: Path) -> Iterator[str]:
         yield f"log.csv: row {row_index} has step {steps[row_index]}, but every step must occur once, in order"
     if len(steps) < newest["step"]:
         yield f"log.csv ends at step {steps[-1] if steps else 0}, but the last checkpoint is at step {newest['step']}"
-    current, sections = read_config(run / "config.json"), ("data", "model", "training", "optimizer")
-    launch_configs = [launch["config"] for launch in newest["launches"]]
+    current, launch_configs = read_config(run / "config.json"), [launch["config"] for launch in newest["launches"]]
+    sections = [name for name in ("data", "model", "training", "optimizer", "chat") if name in launch_configs[-1]]
     if any(all(current.get(section) == config[section] for section in sections) for config in launch_configs):
         return  # that of an earlier launch if the last one was killed before it wrote this file
     for section in sections:
@@ -117,32 +120,42 @@ def check_records(run: Path) -> Iterator[str]:
                 yield f"config.json: {section}.{name} is {found}, but {value} in the last checkpoint"
 
 
-def replay(segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
-    """Train a segment again in `directory`, with the settings of each launch.
+def make_objective(settings: dict[str, dict], changes: dict[str, dict], ranks: Ranks) -> Objective:
+    """Return the objective of a launch of train.py or finetune.py with these settings and `changes`."""
+    if "chat" in settings:
+        return finetune.make_objective(variant(from_json(settings, FinetuneConfig()), **changes), ranks)
+    config = variant(from_json(settings), **changes)
+    dataset = open_dataset(config.data.dataset)
+    return Pretraining(bind(resolve(config, ranks.world_size), dataset), dataset)
+
+
+def replay(run_directory: Path, segment: Segment, directory: Path, ranks: Ranks) -> tuple[Path, int]:
+    """Train a segment of a run again in `directory`, with the settings of each launch.
 
     Returns the run directory of the replay, and the number of HellaSwag examples.
     """
     out = directory / "run"
     if ranks.is_main:
         (out / "checkpoints").mkdir(parents=True)
+        settings, tokenizer = segment.launches[0][1]["config"], run_directory / "tokenizer.json"
+        if "chat" in settings and tokenizer.exists():  # finetune.py reads both on resume
+            files.write_json(out / "config.json", settings)
+            shutil.copy(tokenizer, out)
         if segment.start:
             (out / "checkpoints" / segment.start.name).symlink_to(segment.start.resolve())
     ranks.barrier()
     for number, (steps, launch) in enumerate(segment.launches):
         init_from = "resume" if segment.start or number else "scratch"
-        config = variant(
-            from_json(launch["config"]),
-            general={
+        changes: dict[str, dict] = {
+            "general": {
                 "out_dir": out, "init_from": init_from, "device": ranks.device.type,
                 "mode": tuple(mode for mode in launch["config"]["general"]["mode"] if mode != "sample"),
             },
-            saving={"every_n_steps": steps.stop, "keep": 0},
-            logging={"every_n_steps": 0, "tracker": None},
-        )  # fmt: skip
-        dataset = open_dataset(config.data.dataset)
-        config = bind(resolve(config, ranks.world_size), dataset)
+            "saving": {"every_n_steps": steps.stop, "keep": 0},
+            "logging": {"every_n_steps": 0, "tracker": None},
+        }  # fmt: skip
         with checkpoint.Saver(out, 0, 0) as saver:
-            run = set_up(Pretraining(config, dataset), ranks)
+            run = set_up(make_objective(launch["config"], changes, ranks), ranks)
             train(run, StopSignals(), saver, until=steps.stop)
     return out, len(run.examples)
 
@@ -156,7 +169,8 @@ def compare(run: Path, segment: Segment, replayed: Path, num_examples: int, exac
     if rows and (rows.get(segment.steps.stop, {}).get("loss") is not None or max(rows) > segment.steps.stop):
         is_last = False  # the run was continued beyond this step, which rewrote its row
     for step in [*segment.steps, *([segment.steps.stop] if is_last else [])]:
-        for name in COMPARED:
+        others = replayed_rows[step].keys() - set(COLUMNS) if exact else ()  # of DPO
+        for name in (*COMPARED, *sorted(others)):
             logged, value = rows.get(step, {}).get(name), replayed_rows[step][name]
             if logged != value and (exact or not _close(name, logged, value, num_examples)):
                 yield f"log.csv, step {step}: {name} is {logged}, but {value} in the replay"
@@ -165,7 +179,7 @@ def compare(run: Path, segment: Segment, replayed: Path, num_examples: int, exac
         if original.state[name] != again.state[name] and (exact or name != "losses"):
             yield f"{segment.end.name}: {name} is {original.state[name]}, but {again.state[name]} in the replay"
     sections = [{name: saved.state[name] for name in ("data", "model", "tokenizer")} for saved in (original, again)]
-    for name, earlier, now in differences(with_order(sections[0]), sections[1]):  # earlier versions had fewer fields
+    for name, earlier, now in identity_differences(*sections):  # earlier versions had fewer fields
         yield f"{segment.end.name}: {name} is {earlier}, but {now} in the replay"
     if _names(original) != _names(again):
         yield f"{segment.end.name}: its tensors have other names than in the replay"
@@ -210,7 +224,7 @@ def _norm(tensors: list[torch.Tensor]) -> float:
 
 @contextmanager
 def silent_console() -> Iterator[None]:
-    """Suppress the messages of train.py."""
+    """Suppress the messages of the run."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -239,7 +253,7 @@ def verify_run(run: Path, num_segments: int, seed: int, ranks: Ranks) -> bool:
         exact = ranks.device.type == "cpu" and not changed.keys() - {"commit"}
         try:
             with silent_console():
-                replayed, num_examples = replay(segment, directory, ranks)
+                replayed, num_examples = replay(run, segment, directory, ranks)
             if ranks.is_main:
                 differing = list(compare(run, segment, replayed, num_examples, exact))
                 ends = [checkpoint.load(path) for path in (segment.end, replayed / "checkpoints" / segment.end.name)]
@@ -276,7 +290,9 @@ class ReplayArgs:
 def main() -> None:
     args = parse_arguments(ReplayArgs, "python -m tools.replay", __doc__)
     if not (args.run / "log.csv").exists():
-        raise UserError(f"There is no run at {args.run}: it has no log.csv. Use a directory that train.py wrote.")
+        raise UserError(
+            f"There is no run at {args.run}: it has no log.csv. Use a directory that train.py or finetune.py wrote."
+        )
     with process_group(args.device) as ranks:
         if not verify_run(args.run, args.segments, args.seed, ranks):
             sys.exit(1)

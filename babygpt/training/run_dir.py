@@ -130,7 +130,7 @@ def identity_of(config: Any, dataset: Any, order: Any, tokenizer: Any) -> dict[s
 def check_identity(path: Path, state: dict, identity: dict[str, dict]) -> None:
     """Raise a ConfigError if the `identity` of a run differs from that of the checkpoint from which it resumes."""
     earlier = {section: state[section] for section in identity}
-    differing = differences(with_order(earlier) if "order" in identity["data"] else earlier, identity)
+    differing = identity_differences(earlier, identity)
     if lines := [f"  {name}: {earlier} before, {value} now\n" for name, earlier, value in differing]:
         raise ConfigError(
             f"{path} cannot be resumed with a different model, optimizer or data order:\n{''.join(lines)}Use the "
@@ -165,6 +165,11 @@ def differences(earlier: dict, now: dict) -> list[tuple[str, object, object]]:
             if old != new and (old or new or (name in before and name in values)):
                 changes.append((f"{section}.{name}", old, new))
     return changes
+
+
+def identity_differences(earlier: dict[str, dict], identity: dict[str, dict]) -> list[tuple[str, object, object]]:
+    """Return the differences between two identities. If they have a data order, a missing version counts as 1."""
+    return differences(with_order(earlier) if "order" in identity["data"] else earlier, identity)
 
 
 def changed_settings(path: Path, config: dict) -> list[str]:

@@ -135,7 +135,7 @@ def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_
         shutil.copytree(resumed_run[0], path, ignore=shutil.ignore_patterns(without))
         config = json.loads((path / "config.json").read_text())
         for section, fields in sections.items():
-            config[section] |= fields
+            config[section] = config.get(section, {}) | fields
         (path / "config.json").write_text(json.dumps(config))
         return path
 
@@ -155,6 +155,7 @@ def test_unknown_steps_and_other_data_are_user_errors(resumed_run, sharded, tmp_
         (resumed_run[0], 30, "--step 30 is out of range: .* has steps 0 to 29"),
         (copy("gone", data={"dataset": str(tmp_path / "away")}), 3, "dataset of .*gone is not at .*away"),
         (copy("wrong", data={"dataset": str(other)}), 3, "other is not the dataset that .*wrong was trained on"),
+        (copy("chat", chat={"method": "sft"}), 3, "is a run of finetune.py, which this tool does not support"),
         (incomplete, 3, "is missing some steps, so"),
     ):
         with pytest.raises(UserError, match=message):
