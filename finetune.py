@@ -93,8 +93,9 @@ class Finetuning(ABC):
             validation={"every_n_steps": config.validation.every_n_steps if len(self.usable(self.val)) else 0},
         )
         data = {
-            "fingerprint": read_manifest(directory)["splits"]["train"]["sha256"], "method": config.chat.method,
-            "block_size": self.block_size, "seed": config.general.seed, "reference": config.chat.reference,
+            "fingerprint": read_manifest(directory)["splits"]["train"]["sha256"], "template": self.template.sha256,
+            "method": config.chat.method, "block_size": self.block_size, "seed": config.general.seed,
+            "reference": config.chat.reference,
         }  # fmt: skip
         self.identity = {
             "model": asdict(config.model), "data": data, "optimizer": {"name": config.optimizer.name},
@@ -334,8 +335,13 @@ def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
     source = DataSource(config.data.dataset, chat.config, chat.split)
     directory = ranks.main_process_first(lambda: prepare(source, kind, chat.held_out, DATA_DIRECTORY))
     config = variant(config, data={"dataset": str(directory)})  # a resume needs only the prepared data
+
+    def tokenize_splits(template: ChatTemplate) -> None:
+        ranks.main_process_first(lambda: [tokenize(directory, split, template, kind) for split in ("train", "val")])
+
     if config.general.init_from == "resume":  # and not the initial model, unless its log-probabilities are missing
         tokenizer = load_tokenizer(out)
+        tokenize_splits(ChatTemplate(tokenizer))
         if kind == "conversations":
             return SFT(config, directory, tokenizer)
         if all(reference_path(directory, split, config).exists() for split in ("train", "val")):
@@ -347,12 +353,12 @@ def make_objective(config: Config, ranks: Ranks) -> SFT | DPO:
     weights = with_chat_tokens(ranks.main_process_first(lambda: read_pretrained(spec)))
     values = weights.config | {"block_size": config.model.block_size, "dropout": 0.0}
     config, template = replace(config, model=config_from_dict(values)), ChatTemplate(weights.tokenizer)
-    ranks.main_process_first(lambda: [tokenize(directory, split, template, kind) for split in ("train", "val")])
+    tokenize_splits(template)
     if kind == "conversations":
         return SFT(config, directory, weights.tokenizer)
     initial = weights.adapt(values)
     data = [split["sha256"] for split in read_manifest(directory)["splits"].values()]
-    settings = [initial.tokenizer.sha256, uses_bfloat16(ranks.device, config.training.dtype), *data]
+    settings = [template.sha256, uses_bfloat16(ranks.device, config.training.dtype), *data]
     reference = dpo.reference_id(initial.tensors, [*settings, config.model.block_size])
     return DPO(variant(config, chat={"reference": reference}), directory, initial.tokenizer, initial, ranks)
 

@@ -44,7 +44,7 @@ class Chat:
     warmup_fraction: float = 0.05
     per_step: int = 8  # rows (SFT) or pairs (DPO)
     beta: float = 0.1
-    reference: str = ""  # hash of the initial model and the data of DPO
+    reference: str = ""  # hash of the initial model, data and template of DPO
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,32 @@ Records are the lines of a jsonl file, the items of a json file, or the rows of 
     {"prompt": [...], "chosen": [...], "rejected": [...]}                    # the same with messages
 
 >>> directory = prepare(DataSource("data/instructions.jsonl"), "conversations", held_out=0.1, root=Path("data/chat"))
->>> conversations = read_split(directory, "val")
+>>> conversations = list(read_split(directory, "val"))
 
 The split of a record depends on its prompt alone, so equal prompts are in the same split, even across datasets with the
 same `held_out`.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from babygpt import files, hub
 from babygpt.chat.template import Conversation, Message, check_conversation
+from babygpt.console import console
 from babygpt.data.tasks import format_of
 from babygpt.data.texts import read_objects
 from babygpt.errors import ConfigError, UserError
@@ -130,7 +136,9 @@ def first_prompt(record: dict[str, Any]) -> Conversation:
 def prepare(source: DataSource, kind: Kind, held_out: float, root: Path) -> Path:
     """Return the directory with the splits of a source, which is written on the first call.
 
-    A directory that was prepared earlier can be given as the source. UserError if a record is invalid.
+    A directory that was prepared earlier can be given as the source. UserError if a record of a file, or the first
+    record of a dataset on the hub, is invalid. Other invalid records on the hub, which a user cannot edit, are skipped
+    with a warning.
     """
     given = Path(source.location)
     if (given / MANIFEST).is_file():
@@ -144,33 +152,57 @@ def prepare(source: DataSource, kind: Kind, held_out: float, root: Path) -> Path
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"\W+", "-", given.name.split(".")[0])[:60].strip("-") or "data"
     directory = root / f"{name}-{kind}-{key}"
-    if (directory / MANIFEST).exists():
-        check_prepared(directory, kind)
-        return directory
-
-    convert = to_conversation if kind == "conversations" else to_preference
-    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
-    counts: Counter[str] = Counter()
-    for location, record in _read_files(paths) if paths else _read_hub(source, revision):
-        counts["records"] += 1
-        try:
-            converted = convert(record)
-        except ValueError as error:
-            raise UserError(f"{location} cannot be used for {kind}: {error}. Fix or remove it.") from None
-        if kind == "preferences" and converted["chosen"].strip() == converted["rejected"].strip():
-            counts["equal_answers"] += 1  # there is nothing to prefer
-            continue
-        lines[split_of(converted, held_out)].append(json.dumps(converted, ensure_ascii=False) + "\n")
-    if not lines["train"]:
-        raise UserError(f"{source.location} has no records for training. Use more data, or a smaller --held-out.")
     directory.mkdir(parents=True, exist_ok=True)
-    described: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
-        path = directory / f"{split}.jsonl"
-        files.write(path, "".join(lines[split]).encode(errors="replace"))
-        described[split] = {"records": len(lines[split]), "sha256": files.sha256(path)}
-    files.write_json(directory / MANIFEST, settings | {"source": source.location, **counts, "splits": described})
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another process that prepares the same data
+        if not (directory / MANIFEST).exists():
+            records = _read_files(paths) if paths else _read_hub(source, revision)
+            try:
+                written = _write_splits(directory, records, kind, held_out, skip_invalid=not paths)
+            except UserError:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+            files.write_json(directory / MANIFEST, settings | {"source": source.location} | written)
+    check_prepared(directory, kind)
     return directory
+
+
+def _write_splits(
+    directory: Path, records: Iterator[tuple[str, Any]], kind: Kind, held_out: float, skip_invalid: bool
+) -> dict[str, Any]:
+    """Write `records`, each with its location, to the files of their splits, and return a part of the manifest."""
+    for stale in directory.glob("*.tmp"):  # left by a killed process
+        stale.unlink()
+    counts, sizes, first_invalid = Counter[str](), Counter[Split](), ""
+    convert = to_conversation if kind == "conversations" else to_preference
+    with ExitStack() as stack:
+        outputs = {split: stack.enter_context(files.create(directory / f"{split}.jsonl")) for split in SPLITS}
+        for location, record in tqdm(records, desc="prepare", unit=" records", leave=False, disable=None):
+            counts["records"] += 1
+            try:
+                converted = convert(record)
+            except ValueError as error:
+                if not skip_invalid or counts["records"] == 1:
+                    advice = "Use another dataset" if skip_invalid else "Fix or remove it"
+                    raise UserError(f"{location} cannot be used for {kind}: {error}. {advice}.") from None
+                first_invalid = first_invalid or f"{location}: {error}"
+                counts["invalid"] += 1
+                continue
+            if kind == "preferences" and converted["chosen"].strip() == converted["rejected"].strip():
+                counts["equal_answers"] += 1  # there is nothing to prefer
+                continue
+            split = split_of(converted, held_out)
+            outputs[split].write((json.dumps(converted, ensure_ascii=False) + "\n").encode(errors="replace"))
+            sizes[split] += 1
+    if not sizes["train"]:
+        raise UserError("There are no records for training. Use more data, or a smaller --held-out.")
+    if first_invalid:
+        console.warning(
+            f"{counts['invalid']:,} of {counts['records']:,} records are invalid and were skipped. The first one is "
+            f"{first_invalid}."
+        )
+    hashes = {split: files.sha256(directory / f"{split}.jsonl") for split in SPLITS}
+    return {**counts, "splits": {split: {"records": sizes[split], "sha256": hashes[split]} for split in SPLITS}}
 
 
 def find_kind(source: DataSource) -> Kind:
@@ -240,7 +272,7 @@ def check_prepared(directory: Path, kind: Kind) -> None:
             raise UserError(f"{path} is missing or corrupted. Delete {directory} to prepare it again.")
 
 
-def read_split(directory: Path, split: Split) -> list[dict[str, Any]]:
-    """Return the records of a split of a prepared directory."""
+def read_split(directory: Path, split: Split) -> Iterator[dict[str, Any]]:
+    """Yield the records of a split of a prepared directory."""
     with open(directory / f"{split}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        yield from map(json.loads, file)

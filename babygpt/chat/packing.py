@@ -7,7 +7,6 @@
 Attention stays inside a conversation, whose positions start at 0.
 """
 
-import io
 import math
 import zipfile
 from bisect import bisect_left, insort
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from babygpt import files
 from babygpt.chat.conversations import Kind, Split, read_manifest, read_split
@@ -63,15 +63,16 @@ class Sequences:
 def tokenize(directory: Path, split: Split, template: ChatTemplate, kind: Kind) -> Sequences:
     """Return the conversations of a prepared directory as tokens, each up to its last supervised token.
 
-    They are stored in the directory, so that the next call loads them. A corrupted file is replaced.
+    They are stored in the directory, so that the next call loads them. A file that is corrupted, or was written for
+    other data or another template, is replaced.
     """
-    path = directory / f"{split}-{template.tokenizer.sha256[:8]}.npz"
-    data_sha256 = read_manifest(directory)["splits"][split]["sha256"]
+    path = directory / f"{split}-{template.sha256[:8]}.npz"
+    key = f"{read_manifest(directory)['splits'][split]['sha256']} {template.sha256}"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as stored:
-        if str(stored["sha256"]) == data_sha256:
+        if str(stored["key"]) == key:
             return Sequences(stored["ids"], stored["supervised"], stored["starts"])
     ids, supervised, starts = list[np.ndarray](), list[np.ndarray](), [0]
-    for record in read_split(directory, split):
+    for record in tqdm(read_split(directory, split), desc="tokenize", unit=" records", leave=False, disable=None):
         if kind == "preferences":
             answers = ({"role": "assistant", "content": record[name]} for name in ("chosen", "rejected"))
             encoded = [template.encode([*record["prompt"], answer], only_last=True) for answer in answers]
@@ -84,9 +85,8 @@ def tokenize(directory: Path, split: Split, template: ChatTemplate, kind: Kind) 
             starts.append(starts[-1] + size)
     arrays = np.concatenate([*ids, np.empty(0, np.uint32)]), np.concatenate([*supervised, np.empty(0, bool)])
     sequences = Sequences(*arrays, np.array(starts, np.int64))
-    buffer = io.BytesIO()
-    np.savez(buffer, sha256=data_sha256, **vars(sequences))
-    files.write(path, buffer.getvalue())
+    with files.create(path) as file:
+        np.savez(file, key=key, **vars(sequences))
     return sequences
 
 

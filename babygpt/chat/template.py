@@ -14,6 +14,7 @@ whitespace and encoded as ordinary text, so a literal `<|im_end|>` in a message 
 >>> ids, supervised = ChatTemplate(tokenizer).encode([{"role": "user", "content": "Hi"}])
 """
 
+import hashlib
 from typing import Any
 
 from babygpt.data.tokenizer import FileTokenizer, Tokenizer, to_json
@@ -72,6 +73,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.im_start_id, self.im_end_id = tokenizer.special_ids[IM_START], tokenizer.special_ids[IM_END]
         self.newline = tokenizer.encode("\n")
+        # of everything that tokens depend on: JINJA stands for `encode`, to which the tests compare it
+        self.sha256 = hashlib.sha256(f"{tokenizer.sha256} {JINJA}".encode()).hexdigest()
         self.headers = {role: [self.im_start_id, *tokenizer.encode(f"{role}\n")] for role in ROLES}
 
     def encode(self, messages: Conversation, only_last: bool = False) -> tuple[list[int], list[bool]]:

@@ -12,6 +12,7 @@ from support.helpers import save
 
 from babygpt import hub
 from babygpt.chat import conversations
+from babygpt.chat import template as template_module
 from babygpt.chat.conversations import DataSource, prepare, read_manifest, read_split, to_conversation, to_preference
 from babygpt.chat.packing import best_fit_decreasing, collate, tokenize
 from babygpt.chat.template import ChatTemplate, chat_tokenizer
@@ -120,7 +121,7 @@ def test_equal_answers_are_dropped_and_counted(tmp_path):
     records = [{"prompt": "Q", "chosen": "A", "rejected": " A"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}]
     path = save(tmp_path / "data.json", json.dumps(records).encode())
     directory = prepare(DataSource(str(path)), "preferences", 0.0, tmp_path)
-    assert (len(read_split(directory, "train")), read_manifest(directory)["equal_answers"]) == (1, 1)
+    assert (len(list(read_split(directory, "train"))), read_manifest(directory)["equal_answers"]) == (1, 1)
 
 
 def test_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
@@ -130,7 +131,23 @@ def test_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "stream", lambda *arguments: asked.append(arguments) or rows)
     directory = prepare(DataSource("user/chats", "all", "train_sft"), "conversations", 0.0, tmp_path)
     assert asked == [("user/chats", "all", "train_sft", "abc")]
-    assert read_split(directory, "train") == rows
+    assert list(read_split(directory, "train")) == rows
+
+
+def test_invalid_rows_of_the_hub_are_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    """A user cannot edit them. If the first row is invalid, the dataset has another format."""
+    rows = [{"messages": [USER, ANSWER]}, {"messages": []}, {"messages": [USER]}, {"messages": [USER, ANSWER]}]
+    monkeypatch.setattr(hub, "resolve_revision", lambda repo: "abc")
+    monkeypatch.setattr(hub, "stream", lambda *arguments: rows)
+    directory = prepare(DataSource("user/chats"), "conversations", 0.0, tmp_path)
+    assert (len(list(read_split(directory, "train"))), read_manifest(directory)["invalid"]) == (2, 2)
+    warning = "warning: 2 of 4 records are invalid and were skipped. The first one is user/chats, row 1: a conversation"
+    assert warning in capsys.readouterr().err
+    rows.reverse()
+    rows.insert(0, {"text": "no conversation"})
+    with pytest.raises(UserError, match=r"user/chats, row 0 cannot be used for .* messages.* Use another dataset\."):
+        prepare(DataSource("user/chats", split="other"), "conversations", 0.0, tmp_path)
+    assert list(tmp_path.iterdir()) == [directory], "nothing is left of the other one"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +169,22 @@ def test_missing_and_other_files_are_rejected(location, message, tmp_path, monke
 @pytest.fixture(scope="module")
 def template(dataset) -> ChatTemplate:
     return ChatTemplate(chat_tokenizer(load_tokenizer(dataset)))
+
+
+def test_tokens_of_another_template_are_not_used(template, tmp_path, monkeypatch):
+    source = DataSource(str(save_instructions(tmp_path / "data.jsonl", 4)))
+    directory = prepare(source, "conversations", 0.0, tmp_path)
+    encoded: list[list] = []
+
+    def encode(template, messages):
+        encoded.append(messages)
+        return [1, 2], [False, True]
+
+    monkeypatch.setattr(ChatTemplate, "encode", encode)
+    for jinja, count in (("a template", 4), ("a template", 4), ("another template", 8)):
+        monkeypatch.setattr(template_module, "JINJA", jinja)
+        tokenize(directory, "train", ChatTemplate(template.tokenizer), "conversations")
+        assert len(encoded) == count
 
 
 def test_tokens_end_with_the_last_supervised_one(template, tmp_path):

@@ -16,21 +16,21 @@ from support.runs import assert_bitwise_equal, copy_killed_run
 
 import finetune
 import train
-from babygpt.chat import baselines, dpo
-from babygpt.chat.conversations import DataSource, prepare, read_split
+from babygpt.chat import baselines, dpo, template
+from babygpt.chat.conversations import DataSource, prepare, read_manifest
 from babygpt.chat.template import ChatTemplate
 from babygpt.chat.vocabulary import with_chat_tokens
 from babygpt.errors import ConfigError, UserError
 from babygpt.export.directory import write_model
 from babygpt.nn.cross_entropy import IGNORE_INDEX
 from babygpt.pretrained import read_pretrained
-from babygpt.training import checkpoint
+from babygpt.training import checkpoint, plots
 from babygpt.training.distributed import Ranks
 from babygpt.training.log import column, read_log
 from dataloader import Position
 from finetune import DPO, SFT, ExampleLoader, FinetuneArgs, make_objective, new_config
 from model import GPT, build_model, config_from_dict
-from tools import evaluate_chat, runs
+from tools import evaluate_chat, export, replay, runs
 from tools.train_tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
@@ -243,7 +243,17 @@ def test_dpo_raises_the_margin_and_logs_the_rewards(base, preferences, tmp_path)
         assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-4)
         assert row["chosen_change"] == pytest.approx(row["reward_chosen"] / 0.1, abs=1e-3)
     assert runs.summarize(out).val_loss == last["val_sft_loss"], "not the DPO loss, and not the loss before DPO"
+
+
+def test_loss_of_dpo_is_labeled_in_report_plot_and_card(base, preferences, tmp_path):
+    out = tmp_path / "dpo"
+    call(finetune.main, "dpo", base, preferences, "--out-dir", out, "--max-steps", 2, *FLAGS)
     assert '"loss_unit":"DPO loss per pair"' in (out / "report.html").read_text(encoding="utf-8")
+    titles = [axes.get_title(loc="left") for axes in plots.draw(plots.read_runs([out]), "steps", None).axes]
+    assert "loss (DPO loss per pair)" in titles
+    call(export.main, out, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert "DPO loss per pair, mean over the validation split |" in card
 
 
 @torch.no_grad()
@@ -295,6 +305,8 @@ def test_reference_is_computed_once_per_model_and_data(base, preferences, datase
     make_base_model(dataset, tmp_path / "other", tie_head=False)
     other = objective_of("dpo", tmp_path / "other", preferences)
     assert other.config.chat.reference != first.config.chat.reference
+    monkeypatch.setattr(template, "JINJA", "another template")
+    assert objective_of("dpo", base, preferences).config.chat.reference != first.config.chat.reference
     assert not np.array_equal(first.reference["train"], other.reference["train"])
 
 
@@ -348,6 +360,43 @@ def test_some_settings_may_change_on_resume(base, instructions, tmp_path, capsys
     assert "optimizer.max_lr was 0.001, is now 0.0005" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_resume_with_another_template_is_rejected(method, base, instructions, preferences, tmp_path, monkeypatch):
+    whole, data = tmp_path / "whole", instructions if method == "sft" else preferences
+    flags = ("--save-every", 1, "--keep", 0, "--max-steps", 3, *FLAGS)
+    call(finetune.main, method, base, data, "--out-dir", whole, *flags)
+    out = copy_killed_run(whole, 2, tmp_path / "resumed")
+    monkeypatch.setattr(template, "JINJA", "another template")
+    with pytest.raises(ConfigError, match=r"cannot be resumed with a different .*\n  data\.template: "):
+        call(finetune.main, "resume", out)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_replay_reproduces_the_run_bitwise(method, base, instructions, preferences, tmp_path, capsys):
+    """The reference of DPO is that of the run; the initial model is not needed. Changed values are reported."""
+    initial, out = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
+    data, column = (instructions, "loss") if method == "sft" else (preferences, "margin")
+    flags = ("--save-every", 1, "--validate-every", 2, "--keep", 0, "--max-steps", 3, "--max-lr", 1e-3, *FLAGS)
+    call(finetune.main, method, initial, data, "--out-dir", out, *flags)
+    shutil.rmtree(initial)
+    call(replay.main, out, "--device", "cpu")
+    printed = capsys.readouterr().out
+    assert printed.count("reproduced, bitwise equal") == 2
+    assert "verification passed, 2 segments" in printed
+
+    rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+    rows[2][rows[0].index(column)] = "0.5"
+    (out / "log.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    config = json.loads((out / "config.json").read_text())
+    config["chat"]["per_step"] += 1
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        call(replay.main, out, "--device", "cpu")
+    printed = capsys.readouterr().out
+    assert f"log.csv, step 1: {column} is 0.5, but" in printed
+    assert "config.json: chat.per_step is" in printed
+
+
 def test_train_script_does_not_resume_a_finetuning_run(base, instructions, tmp_path):
     out = tmp_path / "sft"
     call(finetune.main, "sft", base, instructions, "--out-dir", out, "--max-steps", 1, *FLAGS)
@@ -376,7 +425,8 @@ def test_evaluation_of_chat_models_uses_the_test_split(base, preferences, instru
     for split in ("val", "test"):
         call(evaluate_chat.main, out, preferences, "--reference", sft, "--split", split, *FLAGS)
         printed = capsys.readouterr().out
-        count = len(read_split(prepare(DataSource(str(preferences)), "preferences", 0.1, tmp_path / "chat"), split))
+        directory = prepare(DataSource(str(preferences)), "preferences", 0.1, tmp_path / "chat")
+        count = read_manifest(directory)["splits"][split]["records"]
         assert f"({count} pairs), relative to {sft}" in printed
         assert "baseline of n-grams: preference accuracy 1.0000" in printed, "the last character differs"
         if split == "val":
