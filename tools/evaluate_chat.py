@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from annotated_types import Ge, Lt
 from tyro.conf import Positional
 
@@ -33,7 +34,9 @@ from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import standard_error
 from babygpt.training.run_dir import read_config
 from finetune import DATA_DIRECTORY
-from model import build_model, config_from_dict
+from model import GPT, build_model, config_from_dict
+
+HELD_OUT = 0.1  # the default of finetune.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +64,17 @@ class Scores:
     count: int  # of these
 
 
+def load_chat_model(spec: str, device: torch.device | str = "cpu") -> tuple[GPT, ChatTemplate]:
+    """Return a model in eval mode and its template. A base model gets the special tokens as at the start of SFT."""
+    weights = with_chat_tokens(read_pretrained(spec))
+    model = weights.build(lambda values: build_model(config_from_dict(values)))
+    return model.to(device).eval(), ChatTemplate(weights.tokenizer)
+
+
 def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks: Ranks) -> Scores:
     """Return the scores of a model. UserError if no answer fits into its context."""
-    weights = with_chat_tokens(ranks.main_process_first(lambda: read_pretrained(spec)))
-    model = weights.build(lambda values: build_model(config_from_dict(values))).to(ranks.device).eval()
-    sequences = tokenize(directory, args.split, ChatTemplate(weights.tokenizer), kind)
+    model, template = ranks.main_process_first(lambda: load_chat_model(spec, ranks.device))
+    sequences = ranks.main_process_first(lambda: tokenize(directory, args.split, template, kind))
     block_size = model.config.block_size
     log_probs = score_sequences(model, sequences, block_size, ranks, args.dtype)
     counts = sequences.num_supervised(block_size)
@@ -79,15 +88,20 @@ def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks:
     )  # fmt: skip
 
 
+def held_out_of(model: str) -> float | None:
+    """Return the fraction of the prompts that a run of finetune.py held out, or None for another model."""
+    return read_config(Path(model) / "config.json").get("chat", {}).get("held_out")
+
+
 def fraction_held_out(args: EvaluateChatArgs) -> float:
     """Return the fraction of the run of the model. ConfigError if another one is given: test would contain train."""
-    used = read_config(Path(args.model) / "config.json").get("chat", {}).get("held_out")
+    used = held_out_of(args.model)
     if used is not None and args.held_out not in (None, used):
         raise ConfigError(
             f"--held-out {args.held_out} is not that of {args.model}, {used}, so the model may have been trained on "
             "the test records. Omit it."
         )
-    return used if used is not None else 0.1 if args.held_out is None else args.held_out
+    return used if used is not None else HELD_OUT if args.held_out is None else args.held_out
 
 
 def describe_accuracy(correct: float, count: int) -> str:
@@ -112,7 +126,7 @@ def main() -> None:
             method = "without a reference" if reference is None else f"relative to {args.reference}"
             accuracy = describe_accuracy(float((np.sign(chosen - rejected) + 1).mean() / 2), len(chosen))
             print(f"preference accuracy {accuracy}, {method}")
-            train, records = read_split(directory, "train"), read_split(directory, args.split)
+            train, records = (list(read_split(directory, split)) for split in ("train", args.split))
             for name, baseline in (("length", baselines.length_score), ("n-grams", baselines.ngram_score)):
                 accuracy = describe_accuracy(baselines.accuracy(baseline(train), records), len(records))
                 print(f"baseline of {name}: preference accuracy {accuracy}")

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import random
 import socket
 import sys
 import threading
@@ -21,6 +22,15 @@ TIMEOUT = 10  # seconds after which a test fails instead of hanging
 PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
 MESSAGES = [USER]
+# `malformed_request` chooses from these
+MALFORMED_VALUES = [
+    None, True, False, 0, 1, -1, 0.5, 1e308, -1e-300, 10**30, 2**63, "", "x", "auto", "\ud800", "x" * 500, [], {}, [[]],
+    [None], {"a": 1}, {"type": "text"}, MESSAGES, [USER, {}], [{"role": "user", "content": [{"type": "text"}]}],
+]  # fmt: skip
+REQUEST_FIELDS = (
+    "messages", "model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed", "max_tokens",
+    "max_completion_tokens", "stop", "n", "tools", "truncation", "logit_bias", "user", "response_format",
+)  # fmt: skip
 
 
 class FakeModel:
@@ -50,12 +60,12 @@ class FakeModel:
 class Client:
     """Sends requests to a server."""
 
-    def __init__(self, server: ChatServer):
-        self.server, self.port = server, server.server_port
+    def __init__(self, port: int, server: ChatServer | None = None):
+        self.port, self.server, self.timeout = port, server, TIMEOUT
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
         """Return the response to a request, on its own connection; its `data` is the body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout)
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
         response.data = response.read()
@@ -77,7 +87,7 @@ class Client:
         return parse_events(response.data)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=self.timeout)
 
     def post_bytes(self, **fields: object) -> bytes:
         """Return the bytes of a valid completion request."""
@@ -93,6 +103,21 @@ class Client:
             with suppress(ConnectionError):
                 connection.sendall(data)
             return receive_all(connection)
+
+
+def malformed_request(rng: random.Random, client: Client) -> bytes:
+    """Return random bytes, a request with damaged bytes, or one with random fields."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(1, 200)) + rng.choice([b"", b"\r\n\r\n"])
+    count = rng.randrange(1, 4) if kind == 1 else 0
+    fields = {rng.choice(REQUEST_FIELDS): rng.choice(MALFORMED_VALUES) for _ in range(count)}
+    data = bytearray(client.post_bytes(**fields))
+    for _ in range(rng.randrange(1, 6) if kind >= 2 else 0):
+        i = rng.randrange(len(data) if kind == 2 else max(1, data.find(b"\r\n\r\n")))
+        damage = rng.choice([b"", rng.randbytes(1), b"\r\n", b"\0", b"\r\n\r\n", b"\x85", bytes(data[:i])])
+        data[i : i + rng.choice([0, 1, 1, 5])] = damage
+    return bytes(data)
 
 
 def receive_all(connection: socket.socket) -> bytes:
@@ -132,6 +157,26 @@ def parse_responses(data: bytes, method: str = "GET") -> list[tuple[int, dict[st
     return responses
 
 
+def check_responses(request: bytes, data: bytes) -> list[tuple[int, str | None]]:
+    """Return the status of each response in the bytes that a request got, and the answer if the status is 200.
+
+    AssertionError for a 500, or an invalid answer or error.
+    """
+    if data.startswith(b"HTTP/1.1 200") and b"text/event-stream" in data:
+        *chunks, done = parse_events(data.split(b"\r\n\r\n", 1)[1])
+        assert done == "[DONE]", request
+        deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        return [(200, "".join(delta.get("content", "") for delta in deltas))]
+    found = []
+    for status, _, body in parse_responses(data, "HEAD" if request.startswith(b"HEAD") else "GET"):
+        content = json.loads(body)
+        if status != 200:
+            error_of(content)
+        assert status != 500, request
+        found.append((status, content["choices"][0]["message"]["content"] if status == 200 else None))
+    return found
+
+
 class FakeSocket:
     def __init__(self, data: bytes):
         self.data = data
@@ -158,7 +203,7 @@ def chat_server(template: ChatTemplate, model: FakeModel, limits: Limits | None 
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield Client(server)
+        yield Client(server.server_port, server)
     finally:
         server.shutdown()
         server.close()

@@ -327,7 +327,7 @@ def test_serve_answers_until_ctrl_c(run, model, template, monkeypatch, capsys):
     before, answers = set(threading.enumerate()), []
 
     def serve_one_request(server: ChatServer) -> None:
-        thread = threading.Thread(target=lambda: answers.append(Client(server).complete(temperature=0)))
+        thread = threading.Thread(target=lambda: answers.append(Client(server.server_port).complete(temperature=0)))
         thread.start()
         server.handle_request()
         thread.join()
