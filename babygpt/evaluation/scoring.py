@@ -1,7 +1,7 @@
 """Score the endings of examples: the loss of each, and whether greedy decoding would generate it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,8 @@ from babygpt.evaluation.packing import Example, Segment, collate, make_segments,
 from babygpt.nn.attention import PackedRows
 from babygpt.training.device import autocast
 
-ROW_TOKENS = 512  # length of a packed row, about three examples of HellaSwag; attention wastes more work on longer rows
+# length of a packed row; HellaSwag's examples have about 140 tokens. Attention wastes more work on longer rows
+ROW_TOKENS = {"cpu": 256, "cuda": 512}
 LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # rows of logits computed at a time
 
 
@@ -40,21 +41,21 @@ def score_endings(
 ) -> EndingScores:  # fmt: skip
     """Return the scores of all endings. The model must be in eval mode.
 
-    A context is computed once for its endings, and logits only where the next token is scored. On CUDA all batches have
-    the same shape, except for those with a segment longer than a row. `progress` receives the number of new examples
-    after each batch.
+    A context is computed once for its endings, and logits only where the next token is scored. All batches have rows of
+    the same length, except for the first ones, with segments that are longer. `progress` receives the number of new
+    examples after each batch.
     """
     token_losses: list[torch.Tensor] = []  # on the device: the host does not wait for them
     is_greedy: list[torch.Tensor] = []
     loss_indices: list[torch.Tensor] = []  # which ending each of them belongs to
     logit_rows = LOGIT_ROWS.get(device.type, 256)
-    rows, done = pack(make_segments(examples, model.config.block_size), ROW_TOKENS), set[int]()
-    for i in range(0, len(rows), batch_size):
+    row_tokens, done = ROW_TOKENS.get(device.type, 512), set[int]()
+    rows = pack(make_segments(examples, model.config.block_size), row_tokens)
+    for batch_rows in batched(rows, batch_size, row_tokens):
         if stop():
             break
-        batch_rows = rows[i : i + batch_size]
         longest = max(sum(segment.size for segment in row) for row in batch_rows)
-        length = max(ROW_TOKENS, math.ceil(longest / 128) * 128)
+        length = max(row_tokens, math.ceil(longest / 64) * 64)
         empty_rows: list[list[Segment]] = [[]] * (batch_size - len(batch_rows) if device.type == "cuda" else 0)
         batch = collate(batch_rows + empty_rows, length, device)
         with autocast(device, dtype):
@@ -76,3 +77,11 @@ def score_endings(
         losses.index_add_(0, indices, torch.cat(token_losses).cpu().double())
         num_greedy.index_add_(0, indices, torch.cat(is_greedy).cpu().long())
     return EndingScores(losses, num_greedy)
+
+
+def batched(rows: list[list[Segment]], batch_size: int, row_tokens: int) -> Iterator[list[list[Segment]]]:
+    """Yield batches of rows, first those with a segment longer than `row_tokens`, so that they do not extend others."""
+    num_long = sum(row[0].size > row_tokens for row in rows)  # the first rows, with one segment each
+    for group in (rows[:num_long], rows[num_long:]):
+        for i in range(0, len(group), batch_size):
+            yield group[i : i + batch_size]

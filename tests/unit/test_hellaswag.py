@@ -79,7 +79,7 @@ def test_packed_losses_equal_unpacked_losses(style, block_size, fields, dataset,
     expected = torch.tensor([plain_losses(model, e) for e in examples])
     means = expected / torch.tensor([e.lengths for e in examples])
     for row_tokens, batch_size in ((512, 16), (256, 1), (256, 3), (32, 2)):  # no segment fits into 32
-        monkeypatch.setattr(scoring, "ROW_TOKENS", row_tokens)
+        monkeypatch.setattr(scoring, "ROW_TOKENS", {"cpu": row_tokens})
         found = losses(model, examples, CPU, "float32", batch_size)
         assert (found - expected).abs().max() < 1e-4
         assert predictions(found, examples) == (expected.argmin(1).tolist(), means.argmin(1).tolist())
@@ -99,7 +99,18 @@ def test_packed_rows_are_full_and_have_one_shape(dataset, questions, monkeypatch
     hidden = GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, idx, **rest: shapes.append(idx.shape) or hidden(self, idx, **rest))
     losses(model, examples, CPU, batch_size=1)
-    assert set(shapes) == {(1, 512)}
+    assert set(shapes) == {(1, 256)}
+
+
+def test_long_segments_have_batches_of_their_own():
+    """They do not extend the other rows, and no row is lost."""
+    lengths = [30, 5, 70, 8, 20, 6, 66, 7, 9]
+    examples = [hellaswag.Example([1] * length, [[2]], 0, [1]) for length in lengths]
+    rows = pack(make_segments(examples, 128), 32)
+    batches = list(scoring.batched(rows, 3, 32))
+    assert [row for batch in batches for row in batch] == rows
+    assert [segment.size for row in batches[0] for segment in row] == [70, 66]
+    assert max(sum(segment.size for segment in row) for batch in batches[1:] for row in batch) <= 32
 
 
 def test_long_context_is_truncated_on_the_left(dataset):
