@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from babygpt.console import console
-from babygpt.training.device import autocast
+from babygpt.training.device import autocast, make_deterministic
 from babygpt.training.distributed import Ranks
 from babygpt.training.run_dir import provenance
 
@@ -41,6 +41,8 @@ def resolve(
     setting, is_cpu = config.training.compile, ranks.device.type == "cpu"
     if is_cpu:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(CACHE_DIR))
+    if is_cpu and setting != "off":  # on several threads, Inductor's code sums gradients of embeddings in varying order
+        make_deterministic()
     if setting != "auto":
         return setting
     if not is_cpu:

@@ -44,6 +44,13 @@ def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, 
 
 
 @pytest.fixture(autouse=True)
+def _restore_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch._inductor.config.deterministic = False
+
+
+@pytest.fixture(autouse=True)
 def _linux_with_a_compiler(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(compilation.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -58,6 +65,13 @@ def _linux_with_a_compiler(monkeypatch):
 )  # fmt: skip
 def test_auto_compiles_on_cuda_and_for_long_runs_on_a_cpu(setting, device, seconds, expected, tmp_path, monkeypatch):
     assert resolve(tmp_path, setting, seconds, monkeypatch, device=device) == expected
+
+
+@pytest.mark.parametrize(("setting", "device"), [("auto", "cpu"), ("on", "cpu"), ("off", "cpu"), ("on", "cuda")])
+def test_compiled_code_on_a_cpu_is_deterministic(setting, device, tmp_path, monkeypatch):
+    """A resumed run must be bitwise equal. tests/slow/test_compiled_gradients.py runs the code."""
+    compiled = resolve(tmp_path, setting, 1e6, monkeypatch, device=device)
+    assert torch.are_deterministic_algorithms_enabled() == (compiled == "on" and device == "cpu")
 
 
 def test_auto_does_not_compile_without_a_compiler_or_on_macos(tmp_path, monkeypatch):
