@@ -271,7 +271,7 @@ class HellaSwagArgs:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # packed rows per forward pass; a row has 512 tokens, which are about three examples, or 256 on a CPU
+    # packed rows per forward pass, of 512 tokens each (about three examples), or 256 on a CPU
     batch_size: Annotated[Positive, metavar("ROWS")] = 16
 
 

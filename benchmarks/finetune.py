@@ -143,9 +143,9 @@ def main() -> None:
         for key, title in titles.items():
             columns = (summarize([scores[key][0] for scores in found]) for found in (before_, after_))
             lines.append(f"| DPO on {data.name}: {title} | {' | '.join(columns)} |")
-        for key, (value, _) in after_[0].items():
+        for key, (value, rest) in after_[0].items():
             if key.startswith("baseline"):
-                lines.append(f"| {key.split(':')[0]}, without a model | | {value:.3f} |")
+                lines.append(f"| {key.split(':')[0]}, without a model ({rest.split('(')[1]} | | {value:.3f} |")
     write_table(lines, options.out)
 
 

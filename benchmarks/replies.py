@@ -18,10 +18,11 @@ sys.path.insert(0, str(ROOT))
 from babygpt.chat.conversations import DataSource, find_kind, first_prompt, prepare, read_split  # noqa: E402
 from babygpt.chat.reply import limit_to_context, reply  # noqa: E402
 from babygpt.nn.generation import SamplingParams  # noqa: E402
+from babygpt.pretrained import read_pretrained  # noqa: E402
 from benchmarks.table import machine, write_table  # noqa: E402
 from chat import ChatArgs  # noqa: E402
 from finetune import DATA_DIRECTORY  # noqa: E402
-from tools.evaluate_chat import HELD_OUT, held_out_of, load_chat_model  # noqa: E402
+from tools.evaluate_chat import HELD_OUT, build_chat_model, held_out_of  # noqa: E402
 
 
 def fenced(text: str) -> list[str]:
@@ -42,7 +43,10 @@ def main() -> None:
     fractions = {used for model in options.models if (used := held_out_of(model)) is not None} or {HELD_OUT}
     if len(fractions) > 1:
         sys.exit(f"error: the models were finetuned with different values of --held-out: {fractions}.")
-    source, loaded = DataSource(options.data), {spec: load_chat_model(spec) for spec in options.models}
+    source, loaded = (
+        DataSource(options.data),
+        {spec: build_chat_model(read_pretrained(spec)) for spec in options.models},
+    )
     records = read_split(prepare(source, find_kind(source), fractions.pop(), DATA_DIRECTORY), "test")
     fitting = (
         prompt

@@ -75,7 +75,7 @@ MISTAKES = [
     (12, "the latest checkpoint is not verified", "unit/test_checkpoint.py -k latest",
      [("babygpt/training/checkpoint.py", "            verify(path)\n            return path", "            return path")]),
     (13, "the last partial HellaSwag batch is dropped", "unit/test_hellaswag.py",
-     [("babygpt/evaluation/scoring.py", "range(0, len(rows), batch_size)", "range(0, len(rows) - batch_size + 1, batch_size)")]),
+     [("babygpt/evaluation/scoring.py", "range(0, len(group), batch_size)", "range(0, len(group) - batch_size + 1, batch_size)")]),
     (13, "the ending is truncated instead of the context", "unit/test_hellaswag.py",
      [("babygpt/evaluation/packing.py", "text[: len(text) - scored], {k: text[len(text) - scored :]}", "example.context[:-1][:block_size], {k: ending[:2]}")]),
     (13, "acc_norm uses the sum of the losses instead of the mean", "unit/test_hellaswag.py",

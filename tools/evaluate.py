@@ -59,7 +59,7 @@ class EvaluateArgs:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # device to run on; auto: CUDA if available, otherwise CPU
     # data type for matrix multiplications; auto: bfloat16 if the device supports it, otherwise float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # packed rows per forward pass; a row has 512 tokens, or 256 on a CPU
+    # packed rows per forward pass, of 512 tokens each, or 256 on a CPU
     batch_size: Annotated[Positive, metavar("ROWS")] = 16
 
 

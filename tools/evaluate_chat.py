@@ -29,7 +29,7 @@ from babygpt.chat.template import ChatTemplate
 from babygpt.chat.vocabulary import with_chat_tokens
 from babygpt.constraints import ModelArgument, metavar, parse_arguments
 from babygpt.errors import ConfigError, UserError, run
-from babygpt.pretrained import read_pretrained
+from babygpt.pretrained import Pretrained, read_pretrained
 from babygpt.training.distributed import Ranks, process_group
 from babygpt.training.log import standard_error
 from babygpt.training.run_dir import read_config
@@ -64,16 +64,16 @@ class Scores:
     count: int  # of these
 
 
-def load_chat_model(spec: str, device: torch.device | str = "cpu") -> tuple[GPT, ChatTemplate]:
+def build_chat_model(weights: Pretrained, device: torch.device | str = "cpu") -> tuple[GPT, ChatTemplate]:
     """Return a model in eval mode and its template. A base model gets the special tokens as at the start of SFT."""
-    weights = with_chat_tokens(read_pretrained(spec))
+    weights = with_chat_tokens(weights)
     model = weights.build(lambda values: build_model(config_from_dict(values)))
     return model.to(device).eval(), ChatTemplate(weights.tokenizer)
 
 
 def score(spec: str, directory: Path, kind: Kind, args: EvaluateChatArgs, ranks: Ranks) -> Scores:
     """Return the scores of a model. UserError if no answer fits into its context."""
-    model, template = ranks.main_process_first(lambda: load_chat_model(spec, ranks.device))
+    model, template = build_chat_model(ranks.main_process_first(lambda: read_pretrained(spec)), ranks.device)
     sequences = ranks.main_process_first(lambda: tokenize(directory, args.split, template, kind))
     block_size = model.config.block_size
     log_probs = score_sequences(model, sequences, block_size, ranks, args.dtype)

@@ -19,10 +19,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import glob
 from itertools import takewhile
@@ -152,24 +151,23 @@ def prepare(source: DataSource, kind: Kind, held_out: float, root: Path) -> Path
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"\W+", "-", given.name.split(".")[0])[:60].strip("-") or "data"
     directory = root / f"{name}-{kind}-{key}"
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another process that prepares the same data
-        if not (directory / MANIFEST).exists():
-            records = _read_files(paths) if paths else _read_hub(source, revision)
-            try:
-                written = _write_splits(directory, records, kind, held_out, skip_invalid=not paths)
-            except UserError:
-                shutil.rmtree(directory, ignore_errors=True)
-                raise
-            files.write_json(directory / MANIFEST, settings | {"source": source.location} | written)
+    if not (directory / MANIFEST).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / ".lock", "w") as lock:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another process that prepares the same data
+            if not (directory / MANIFEST).exists():
+                records = _read_files(paths) if paths else _read_hub(source, revision)
+                written = _write_splits(directory, source, records, kind, held_out, skip_invalid=not paths)
+                files.write_json(directory / MANIFEST, settings | {"source": source.location} | written)
     check_prepared(directory, kind)
     return directory
 
 
 def _write_splits(
-    directory: Path, records: Iterator[tuple[str, Any]], kind: Kind, held_out: float, skip_invalid: bool
-) -> dict[str, Any]:
+    directory: Path, source: DataSource, records: Iterator[tuple[str, Any]], kind: Kind, held_out: float,
+    skip_invalid: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Write `records`, each with its location, to the files of their splits, and return a part of the manifest."""
     for stale in directory.glob("*.tmp"):  # left by a killed process
         stale.unlink()
@@ -194,8 +192,8 @@ def _write_splits(
             split = split_of(converted, held_out)
             outputs[split].write((json.dumps(converted, ensure_ascii=False) + "\n").encode(errors="replace"))
             sizes[split] += 1
-    if not sizes["train"]:
-        raise UserError("There are no records for training. Use more data, or a smaller --held-out.")
+        if not sizes["train"]:
+            raise UserError(f"{source.location} has no records for training. Use more data, or a smaller --held-out.")
     if first_invalid:
         console.warning(
             f"{counts['invalid']:,} of {counts['records']:,} records are invalid and were skipped. The first one is "

@@ -73,7 +73,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.im_start_id, self.im_end_id = tokenizer.special_ids[IM_START], tokenizer.special_ids[IM_END]
         self.newline = tokenizer.encode("\n")
-        # of everything that tokens depend on: JINJA stands for `encode`, to which the tests compare it
+        # hash of everything that determines the tokens; JINJA represents `encode`, and the tests check that both agree
         self.sha256 = hashlib.sha256(f"{tokenizer.sha256} {JINJA}".encode()).hexdigest()
         self.headers = {role: [self.im_start_id, *tokenizer.encode(f"{role}\n")] for role in ROLES}
 

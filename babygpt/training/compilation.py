@@ -35,13 +35,14 @@ def resolve(
 
     With "auto", a model is compiled on CUDA, and on a CPU if there is one rank, many steps remain, and the compiled
     step is faster. If the last of `launches` had the same kind of CPU, threads and ranks, its decision is repeated, so
-    that a resumed run stays bitwise equal to an uninterrupted one. Earlier versions recorded "auto" and did not compile
-    on a CPU.
+    that a resumed run stays bitwise equal to an uninterrupted one. For the same reason, a compiled run on a CPU uses
+    deterministic kernels only: otherwise, several threads sum the gradients of embeddings in varying order. Earlier
+    versions recorded "auto" and did not compile on a CPU.
     """
     setting, is_cpu = config.training.compile, ranks.device.type == "cpu"
     if is_cpu:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(CACHE_DIR))
-    if is_cpu and setting != "off":  # on several threads, Inductor's code sums gradients of embeddings in varying order
+    if is_cpu and setting == "on":
         make_deterministic()
     if setting != "auto":
         return setting
@@ -51,9 +52,12 @@ def resolve(
         return "off"
     here = provenance(ranks)
     if launches and all(launches[-1]["provenance"].get(name) == here[name] for name in SAME_MACHINE):
-        return "on" if launches[-1]["config"]["training"]["compile"] == "on" else "off"
-    pays = compiling_pays(config, model, config.training.max_steps - first_step)
-    model.zero_grad(set_to_none=True)
+        pays = launches[-1]["config"]["training"]["compile"] == "on"
+    else:
+        make_deterministic()
+        pays = compiling_pays(config, model, config.training.max_steps - first_step)
+        model.zero_grad(set_to_none=True)
+    make_deterministic(pays or config.general.deterministic)
     return "on" if pays else "off"
 
 

@@ -46,8 +46,8 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> 
     return torch.device(name)
 
 
-def make_deterministic() -> None:
-    """Make PyTorch use deterministic kernels only, and raise an error for an operation that has none.
+def make_deterministic(enabled: bool = True) -> None:
+    """Make PyTorch use deterministic kernels only, and raise an error for an operation that has none; or undo this.
 
     By default, CUDA kernels sum the gradients of embeddings and attention by atomic additions, in varying order.
     `warn_only=True` is not enough: attention stays nondeterministic then. Call this before the first use of CUDA.
@@ -57,9 +57,9 @@ def make_deterministic() -> None:
     )  # one of the two deterministic values in cuBLAS's documentation
     import torch._inductor.config
 
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(enabled)
     if hasattr(torch._inductor.config, "deterministic"):  # no autotuning: it can change the order of a sum
-        torch._inductor.config.deterministic = True
+        torch._inductor.config.deterministic = enabled
     # filling is slow, and no kernel here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -98,6 +98,7 @@ NOT_RUN = {
         "python benchmarks/equivalence.py main .",
         "python benchmarks/exports.py MODEL",
         "python benchmarks/faults.py",
+        "python benchmarks/finetune.py out/demo instructions.json preferences.json --also ultrafeedback.jsonl",
         "python benchmarks/harness.py MODEL",
         "python benchmarks/loader.py",
         "python benchmarks/rates.py DATASET --max-batch-tokens 16384",

@@ -16,6 +16,7 @@ from support.runs import flags
 import train
 from babygpt.errors import ConfigError
 from babygpt.training import compilation
+from babygpt.training.device import make_deterministic
 from babygpt.training.run_dir import provenance
 from train_config import preset, variant
 
@@ -46,8 +47,7 @@ def resolve(tmp_path, setting="auto", seconds=0.0, monkeypatch=None, ratio=0.5, 
 @pytest.fixture(autouse=True)
 def _restore_determinism():
     yield
-    torch.use_deterministic_algorithms(False)
-    torch._inductor.config.deterministic = False
+    make_deterministic(False)
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +67,21 @@ def test_auto_compiles_on_cuda_and_for_long_runs_on_a_cpu(setting, device, secon
     assert resolve(tmp_path, setting, seconds, monkeypatch, device=device) == expected
 
 
-@pytest.mark.parametrize(("setting", "device"), [("auto", "cpu"), ("on", "cpu"), ("off", "cpu"), ("on", "cuda")])
-def test_compiled_code_on_a_cpu_is_deterministic(setting, device, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "device", "ratio", "expected"),
+    [("auto", "cpu", 0.5, True), ("auto", "cpu", 1.1, False), ("on", "cpu", 1.0, True), ("off", "cpu", 0.5, False),
+     ("on", "cuda", 0.5, False)],
+)  # fmt: skip
+def test_compiled_code_on_a_cpu_is_deterministic(setting, device, ratio, expected, tmp_path, monkeypatch):
     """A resumed run must be bitwise equal. tests/slow/test_compiled_gradients.py runs the code."""
-    compiled = resolve(tmp_path, setting, 1e6, monkeypatch, device=device)
-    assert torch.are_deterministic_algorithms_enabled() == (compiled == "on" and device == "cpu")
+    compiled = resolve(tmp_path, setting, 1e6, monkeypatch, ratio, device=device)
+    assert torch.are_deterministic_algorithms_enabled() == expected == (compiled == "on" and device == "cpu")
+
+
+def test_resumed_compiled_run_is_deterministic(tmp_path, monkeypatch):
+    launch = {"config": {"training": {"compile": "on"}}, "provenance": provenance(ranks())}
+    assert resolve(tmp_path, monkeypatch=monkeypatch, start=([launch], 1)) == "on"
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_auto_does_not_compile_without_a_compiler_or_on_macos(tmp_path, monkeypatch):
