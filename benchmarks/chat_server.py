@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.chat_server import PATH, Client, check_responses, malformed_request, parse_events  # noqa: E402
+from support.chat_server import PATH, Client, check_responses, malformed_request, streamed_text  # noqa: E402
 
 from babygpt.chat.reply import reply  # noqa: E402
 from babygpt.chat.template import ChatTemplate  # noqa: E402
@@ -96,12 +96,7 @@ def send(client: Client, number: int) -> tuple[int, str]:
         return status, content["choices"][0]["message"]["content"] if status == 200 else str(content)
     response = client.request("POST", PATH, json.dumps(fields_of(number) | {"stream": True}).encode())
     data: bytes = response.data  # type: ignore[attr-defined]
-    if response.status != 200:
-        return response.status, data.decode()
-    *chunks, done = parse_events(data)
-    assert done == "[DONE]"
-    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if isinstance(chunk, dict)]
-    return 200, "".join(delta.get("content", "") for delta in deltas)
+    return response.status, streamed_text(data) if response.status == 200 else data.decode()
 
 
 def ask(client: Client, number: int) -> tuple[str, float, int]:

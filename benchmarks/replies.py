@@ -43,10 +43,8 @@ def main() -> None:
     fractions = {used for model in options.models if (used := held_out_of(model)) is not None} or {HELD_OUT}
     if len(fractions) > 1:
         sys.exit(f"error: the models were finetuned with different values of --held-out: {fractions}.")
-    source, loaded = (
-        DataSource(options.data),
-        {spec: build_chat_model(read_pretrained(spec)) for spec in options.models},
-    )
+    loaded = {spec: build_chat_model(read_pretrained(spec)) for spec in options.models}
+    source = DataSource(options.data)
     records = read_split(prepare(source, find_kind(source), fractions.pop(), DATA_DIRECTORY), "test")
     fitting = (
         prompt

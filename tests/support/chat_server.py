@@ -143,6 +143,14 @@ def parse_events(data: bytes) -> list[dict | str]:
     return [event[6:] if event == "data: [DONE]" else json.loads(event[6:]) for event in events]
 
 
+def streamed_text(data: bytes) -> str:
+    """Return the text of a streamed completion. AssertionError if it is incomplete."""
+    *chunks, done = parse_events(data)
+    assert done == "[DONE]", chunks[-1:]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
 def parse_responses(data: bytes, method: str = "GET") -> list[tuple[int, dict[str, str], bytes]]:
     """Return status, headers and body of each response in the bytes of a connection."""
     file, responses = io.BytesIO(data), []
@@ -163,10 +171,7 @@ def check_responses(request: bytes, data: bytes) -> list[tuple[int, str | None]]
     AssertionError for a 500, or an invalid answer or error.
     """
     if data.startswith(b"HTTP/1.1 200") and b"text/event-stream" in data:
-        *chunks, done = parse_events(data.split(b"\r\n\r\n", 1)[1])
-        assert done == "[DONE]", request
-        deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
-        return [(200, "".join(delta.get("content", "") for delta in deltas))]
+        return [(200, streamed_text(data.split(b"\r\n\r\n", 1)[1]))]
     found = []
     for status, _, body in parse_responses(data, "HEAD" if request.startswith(b"HEAD") else "GET"):
         content = json.loads(body)
